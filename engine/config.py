@@ -1,0 +1,61 @@
+"""How the engine is set up. Frozen: what is derived at run time is returned and passed on, never written back.
+
+Every field that carries `help` is a flag of `gorgon serve` and an environment variable `GORGON_<NAME>`;
+the command line is derived from this class. Without torch, so that the server process may import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Speculation = Literal["auto", "off"]
+
+MAX_TREE_NODES = 64  # a node's ancestors are one 64-bit set, root included
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine process.
+
+    `model_dir` and `heads_dir` are local folders, resolved from names by `heads.registry` beforehand.
+    `max_tree_nodes` counts the root. Sizes left at None are derived from the model and the device.
+    """
+
+    model_dir: str
+    heads_dir: str | None = None
+    dtype: Dtype = _flag("auto", "number format of weights and cache")
+    device: Device = _flag("auto", "where the model runs; auto takes CUDA when there is one")
+    speculation: Speculation = _flag("auto", "auto: as many draft tokens as pay for themselves; off: none")
+    max_tree_nodes: int = _flag(MAX_TREE_NODES, "largest draft tree of one request, root included (1 to 64)")
+    max_num_seqs: int = _flag(64, "requests that run at once")
+    max_num_batched_tokens: int | None = _flag(None, "tokens in one forward pass (default: 512 on CPU, 4096 on CUDA)")
+    max_model_len: int | None = _flag(None, "longest prompt plus answer in tokens (default: the model's own)")
+    kv_cache_memory: int | None = _flag(None, "bytes of KV cache, with optional K, M or G (default: from free memory)")
+    block_size: int = _flag(16, "tokens in one KV cache block")
+    seed: int = _flag(0, "seed of requests that bring none")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_tree_nodes <= MAX_TREE_NODES:
+            raise ConfigError("max_tree_nodes", f"must be 1 to {MAX_TREE_NODES}, not {self.max_tree_nodes}")
+        for name in ("max_num_seqs", "block_size", "max_num_batched_tokens", "max_model_len", "kv_cache_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(name, f"must be at least 1, not {value}")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError("seed", f"must be 0 to 2**64 - 1, not {self.seed}")
+        budget = self.max_num_batched_tokens
+        if budget is not None and budget < self.max_num_seqs:
+            raise ConfigError(
+                "max_num_batched_tokens",
+                f"{budget} cannot give each of {self.max_num_seqs} requests a token; "
+                "raise it or lower --max-num-seqs",
+            )

@@ -1,0 +1,43 @@
+"""The errors that cross the engine's border. Each names what was wrong and what to do."""
+
+from __future__ import annotations
+
+
+class GorgonError(Exception):
+    """Base of every error a person is meant to read."""
+
+
+class ConfigError(GorgonError):
+    """A setting that cannot work. `parameter` is its name, the message says what would."""
+
+    def __init__(self, parameter: str, message: str) -> None:
+        self.parameter = parameter
+        super().__init__(f"--{parameter.replace('_', '-')}: {message}")
+
+
+class ModelError(GorgonError):
+    """A model folder that cannot be served: unknown architecture, missing or damaged weights."""
+
+
+class RequestError(GorgonError):
+    """A request the engine cannot run. `parameter` is the OpenAI name of the field at fault."""
+
+    def __init__(self, parameter: str, message: str) -> None:
+        self.parameter = parameter
+        super().__init__(message)
+
+
+class OverloadedError(GorgonError):
+    """The queue is full. `retry_after` is a guess in seconds of when it pays to ask again."""
+
+    def __init__(self, retry_after: int) -> None:
+        self.retry_after = retry_after
+        super().__init__(f"The server is at its limit of queued requests; try again in {retry_after} s.")
+
+
+class EngineStartError(GorgonError):
+    """The engine process could not load the model; the message is its own."""
+
+
+class EngineDeadError(GorgonError):
+    """The engine process died while a request was in it; the request is lost, the engine is restarted."""

@@ -1,0 +1,160 @@
+"""What crosses the border between the server process and the engine process, as typed msgspec messages.
+
+Without torch. Frames are length-prefixed msgpack (`engine.channel`); nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from engine.config import EngineConfig
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
+    """What one request asks of speculation. `max_nodes` counts draft tokens, the root not included."""
+
+    enabled: bool = True
+    max_nodes: int | None = None
+    acceptance: Literal["exact", "typical"] = "exact"
+    epsilon: float = 0.09  # typical acceptance: hard floor of the probability
+    delta: float = 0.3  # typical acceptance: factor of exp(-entropy)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of one request are drawn and when it ends. Values are validated by the server.
+
+    `top_k` 0 is off. `logprobs` is the number of alternatives reported beside each committed token (0 for
+    the token alone), None for no logprobs. `stop_token_ids` end the request like EOS does; EOS itself is
+    the model's and is switched off by `ignore_eos`.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    speculation: SpeculationParams = SpeculationParams()
+
+
+# server -> engine
+
+
+class Configure(msgspec.Struct, frozen=True, tag=True):
+    """The first message: what to load."""
+
+    config: EngineConfig
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+ToEngine = Configure | AddRequest | AbortRequest
+
+
+# engine -> server
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine serves, as it was resolved at start-up."""
+
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    heads: str | None  # name and kind of the head set, for people
+    num_heads: int
+    max_tree_nodes: int  # root included; 1 where nothing speculates
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag=True):
+    info: ModelInfo
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine could not start; it exits after this."""
+
+    message: str
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probability of one committed token under the model's own distribution, with the likeliest others."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # (token id, logprob), likeliest first
+
+
+class RequestUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Totals of one request so far."""
+
+    cached_tokens: int  # prompt tokens found in the prefix cache
+    decode_steps: int  # passes that committed tokens
+    drafted_tokens: int  # draft tokens that were verified, summed over its steps
+    accepted_tokens: int  # draft tokens that were committed
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step brought one request. The last output of a request has a `finish_reason`.
+
+    `token_ids` include the EOS or stop token that ended it; `stop_token_id` names that token. On "error"
+    `error` says why.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    usage: RequestUsage
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One step in numbers, for /metrics."""
+
+    duration: float  # seconds, schedule to update
+    num_tokens: int  # in the forward pass: prompt chunks, roots and draft tokens
+    committed_tokens: list[int]  # per request that committed in this step
+    drafted_tokens: int
+    accepted_by_depth: list[int]  # [d] draft tokens accepted at depth d + 1, over the requests
+    drafted_by_depth: list[int]  # [d] requests whose tree reached depth d + 1
+    num_running: int
+    num_waiting: int
+    kv_usage: float  # share of blocks in use by requests, 0 to 1
+    preemptions: int
+    prefix_queries: int  # prompt tokens looked up in the prefix cache
+    prefix_hits: int  # of these, found
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag=True):
+    outputs: list[RequestOutput]
+    stats: StepStats
+
+
+ToServer = EngineReady | EngineFailed | StepOutput
