@@ -88,7 +88,8 @@ class DecoderLayer(nn.Module):
             k = apply_rope(self.k_norm(qkv[:, heads : heads + kv_heads]), cos, sin)
         x = x + self.o(attention(self.layer, q, k, qkv[:, heads + kv_heads :]))
         gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        hidden: Tensor = x + self.down(F.silu(gate) * up)
+        return hidden
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,138 @@
+"""Reads GGUF files: metadata, and tensors dequantized one at a time. Without torch, because the tokenizer
+of such a file is read in the server process. The gguf package's own reader takes seconds on a vocabulary.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from engine.errors import ModelError
+
+# value type number -> struct format; 8 is a string, 9 an array
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_DEFAULT_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class _TensorEntry:
+    shape: tuple[int, ...]  # rows first, as in torch
+    kind: int
+    offset: int  # bytes from the start of the file
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFFile:
+    """One open GGUF file. `metadata` values are Python scalars, strings and lists."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, _TensorEntry]
+    _data: mmap.mmap
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """One tensor as float32, in its own shape. Raises ModelError where its format is unknown."""
+        entry = self.tensors[name]
+        try:
+            kind = GGMLQuantizationType(entry.kind)
+            block, block_bytes = GGML_QUANT_SIZES[kind]
+            *rows, columns = entry.shape
+            stored = (*rows, columns // block * block_bytes)
+            raw = np.ndarray(stored, dtype=np.uint8, buffer=self._data, offset=entry.offset)
+            if kind == GGMLQuantizationType.F32:
+                return raw.view(np.float32).reshape(entry.shape).copy()
+            if kind == GGMLQuantizationType.F16:
+                return raw.view(np.float16).reshape(entry.shape).astype(np.float32)
+            values: NDArray[np.float32] = dequantize(raw, kind)
+            return values.reshape(entry.shape)
+        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+            raise ModelError(f"{self.path.name}: tensor {name} cannot be read: {error}") from error
+
+
+def find_gguf(model_dir: Path) -> Path | None:
+    """The folder's GGUF file, if it has exactly one and no config.json beside it."""
+    files = sorted(model_dir.glob("*.gguf"))
+    if (model_dir / "config.json").exists() or not files:
+        return None
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ModelError(
+            f"{model_dir} holds more than one GGUF file ({names}); leave one, split files are not read"
+        )
+    return files[0]
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Open a GGUF file, version 2 or 3. The same unchanged file is parsed once. Raises ModelError."""
+    return _open(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _open(path: Path, _modified: int) -> GGUFFile:
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return _Header(data).read(path)
+    except (struct.error, ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ModelError(f"{path.name} is not a readable GGUF file: {error}") from error
+
+
+class _Header:
+    """A cursor over the head of the file."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.at = 0
+
+    def read(self, path: Path) -> GGUFFile:
+        magic, version, num_tensors, num_keys = self.unpack("4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(f"magic {magic!r}, version {version}")
+        metadata = {self.string(): self.value(self.scalar("I")) for _ in range(num_keys)}
+        entries: dict[str, _TensorEntry] = {}
+        for _ in range(num_tensors):
+            name = self.string()
+            shape = self.unpack(f"{self.scalar('I')}Q")[::-1]
+            kind, offset = self.unpack("IQ")
+            entries[name] = _TensorEntry(shape, kind, offset)
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        start = -(-self.at // alignment) * alignment
+        tensors = {n: _TensorEntry(e.shape, e.kind, start + e.offset) for n, e in entries.items()}
+        return GGUFFile(path, metadata, tensors, self.data)
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from("<" + layout, self.data, self.at)
+        self.at += struct.calcsize("<" + layout)
+        return values
+
+    def scalar(self, layout: str) -> Any:
+        return self.unpack(layout)[0]
+
+    def string(self) -> str:
+        size = self.scalar("Q")
+        if size > len(self.data) - self.at:
+            raise ValueError("a string runs past the end of the file")
+        self.at += size
+        return self.data[self.at - size : self.at].decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.scalar(_SCALARS[kind])
+        item, count = self.unpack("IQ")
+        if count > len(self.data):
+            raise ValueError("an array runs past the end of the file")
+        if item in _SCALARS:
+            return list(self.unpack(f"{count}{_SCALARS[item]}"))
+        return [self.value(item) for _ in range(count)]

@@ -1,0 +1,142 @@
+"""Fills a decoder from a checkpoint folder: safetensors, sharded or not, or one GGUF file.
+
+Tensor by tensor straight into the fused parameters, so that loading needs little more memory than the model.
+Every tensor must find its place and every place its tensor; nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from engine.errors import ModelError
+from engine.model.config import DecoderConfig
+from engine.model.decoder import Decoder, DecoderLayer
+from engine.model.gguf import find_gguf, open_gguf
+from engine.model.gguf_weights import gguf_tensors, read_gguf_config
+from engine.model.hf_config import read_hf_config
+
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"  # old checkpoints carry it; the rope table is computed
+
+
+def load_config(model_dir: Path) -> DecoderConfig:
+    """The decoder's configuration, without its weights. Raises ModelError."""
+    gguf = find_gguf(model_dir)
+    return read_hf_config(model_dir) if gguf is None else read_gguf_config(open_gguf(gguf))
+
+
+def load_decoder(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The decoder with its weights in `dtype` on `device`, frozen; the rope table stays float32.
+
+    Raises ModelError naming the tensor that is missing, left over or of a wrong shape.
+    """
+    gguf = find_gguf(model_dir)
+    config = load_config(model_dir)
+    decoder = _allocate(config, dtype, device)
+    if gguf is None:
+        _fill(decoder, _safetensors(model_dir))
+    else:
+        _fill(decoder, gguf_tensors(open_gguf(gguf), config))
+    return decoder.eval()
+
+
+def _allocate(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """A decoder whose parameters are uninitialised memory of the right kind, in the right place."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    placed: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
+    for module in decoder.modules():
+        for name, meta in list(module.named_parameters(recurse=False)):
+            if meta not in placed:
+                memory = torch.empty(meta.shape, dtype=dtype, device=device)
+                placed[meta] = nn.Parameter(memory, requires_grad=False)
+            setattr(module, name, placed[meta])
+    decoder.cos, decoder.sin = decoder.cos.to(device), decoder.sin.to(device)
+    return decoder
+
+
+def _fill(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    targets = _targets(decoder)
+    tied = {"lm_head.weight": decoder.embedding} if decoder.config.tie_embeddings else {}
+    repeated: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if name.endswith(_IGNORED_SUFFIX):
+            continue
+        if name in tied:
+            repeated[name] = tensor
+            continue
+        target = targets.pop(name, None)
+        if target is None:
+            raise ModelError(f"tensor {name} has no place in a {decoder.config.architecture}")
+        if tensor.shape != target.shape:
+            shape, wanted = list(tensor.shape), list(target.shape)
+            raise ModelError(f"tensor {name} has shape {shape}, but the configuration asks for {wanted}")
+        target.copy_(tensor)
+    if targets:
+        raise ModelError(f"tensor {min(targets)} is missing ({len(targets)} in all)")
+    for name, tensor in repeated.items():
+        embedding = tied[name]
+        if tensor.shape != embedding.shape or not torch.equal(tensor.to(embedding), embedding):
+            raise ModelError(f"{name} differs from the embedding, but the configuration ties them")
+
+
+def _targets(decoder: Decoder) -> dict[str, Tensor]:
+    """Where each tensor of the checkpoint goes: names to parameters, or to rows of the fused ones."""
+    targets: dict[str, Tensor] = {
+        "model.embed_tokens.weight": decoder.embedding,
+        "model.norm.weight": decoder.norm.weight,
+    }
+    if not decoder.config.tie_embeddings:
+        targets["lm_head.weight"] = decoder.lm_head.weight
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        targets.update(_layer_targets(f"model.layers.{layer.layer}", layer))
+    return targets
+
+
+def _layer_targets(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
+    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    intermediate = layer.gate_up.weight.shape[0] // 2
+    for module, rows in (
+        (layer.qkv, {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
+        (layer.o, {"self_attn.o_proj": layer.o.weight.shape[0]}),
+        (layer.gate_up, {"mlp.gate_proj": intermediate, "mlp.up_proj": intermediate}),
+        (layer.down, {"mlp.down_proj": layer.down.weight.shape[0]}),
+    ):
+        for kind, parameter in module.named_parameters():
+            parts = torch.split(parameter, list(rows.values()))
+            yield from ((f"{prefix}.{name}.{kind}", part) for name, part in zip(rows, parts, strict=True))
+    yield f"{prefix}.input_layernorm.weight", layer.input_norm.weight
+    yield f"{prefix}.post_attention_layernorm.weight", layer.post_norm.weight
+    if layer.q_norm is not None and layer.k_norm is not None:
+        yield f"{prefix}.self_attn.q_norm.weight", layer.q_norm.weight
+        yield f"{prefix}.self_attn.k_norm.weight", layer.k_norm.weight
+
+
+def _safetensors(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in _shards(model_dir):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    yield name, shard.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+
+
+def _shards(model_dir: Path) -> list[Path]:
+    index = model_dir / "model.safetensors.index.json"
+    single = model_dir / "model.safetensors"
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} holds no weight_map: {error}") from error
+        return [model_dir / Path(name).name for name in sorted(names)]
+    if single.exists():
+        return [single]
+    raise ModelError(f"{model_dir} has no model.safetensors; convert the weights to safetensors first")
