@@ -105,7 +105,7 @@ def _copy(source: IO[bytes], target: IO[bytes]) -> str:
 
 
 def _publish(source: WheelSource, unpacked: Path, folder: Path) -> None:
-    """Rename into place. Renaming onto a folder that is not empty fails, so the second of two learns of it."""
+    """Rename into place. Renaming onto a folder that is not empty fails: the second of two learns of it."""
     if folder.exists() and not is_fetched(source, folder):
         with contextlib.suppress(FileNotFoundError):  # another fetch moved it first
             os.rename(folder, unpacked.parent / "damaged")
