@@ -1,0 +1,172 @@
+"""`gorgon bench engine`: speculation against none, and against transformers, in one process and one run.
+
+Machines are noisy, so modes take turns: every prompt is answered by each mode, in an order that rotates, and
+ratios are taken prompt by prompt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.facts import machine_facts
+from bench.modes import EngineMode, Mode, Run
+from bench.prompts import Prompt, read_prompts, sample
+from bench.report import print_json, print_table, quartiles
+from bench.summary import compare, print_modes, print_ratios, print_tasks, summarize
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineBenchOptions:
+    """`tree_nodes`: sizes of fixed trees, draft tokens without the root, each a mode of its own."""
+
+    model: str
+    heads: str
+    config: EngineConfig  # without folders
+    prompts: Path
+    num_prompts: int
+    max_tokens: int
+    seed: int
+    tree_nodes: tuple[int, ...]
+    transformers: bool
+    concurrency: int
+    rounds: int
+
+
+def run(options: EngineBenchOptions) -> int:
+    from engine.model.tokenizer import load_chat_tokenizer
+    from heads.registry import resolve_heads, resolve_model
+
+    if options.num_prompts < options.concurrency * options.rounds:
+        raise ConfigError(
+            "num_prompts",
+            f"{options.rounds} rounds of {options.concurrency} requests at once need at least "
+            f"{options.concurrency * options.rounds} prompts, not {options.num_prompts}",
+        )
+    prompts = sample(read_prompts(options.prompts), options.num_prompts, options.seed)
+    model = resolve_model(options.model)
+    heads_dir = resolve_heads(options.heads, model)
+    config = replace(
+        options.config,
+        model_dir=str(model.model_dir),
+        heads_dir=None if heads_dir is None else str(heads_dir),
+    )
+    tokenizer = load_chat_tokenizer(model.model_dir)
+    token_ids = [tokenizer.encode_chat(prompt.messages) for prompt in prompts]
+
+    engines, others = load_modes(options, config, model.model_dir)
+    info = engines[0].engine.info
+    document: dict[str, Any] = {
+        "bench": "engine",
+        **machine_facts(),
+        "model": model.name,
+        "heads": info.heads,
+        "dtype": info.dtype,
+        "device": info.device,
+        "max_tokens": options.max_tokens,
+        "concurrency": options.concurrency,
+        "prompts": len(prompts),
+        "prompt_file": options.prompts.name,
+        "prompt_tokens": sum(map(len, token_ids)),
+    }
+    warm_up([*engines, *others], token_ids[0])
+    if options.concurrency == 1:
+        document |= one_at_a_time([*engines, *others], prompts, token_ids, options.max_tokens)
+    else:
+        document |= side_by_side(engines, token_ids, options)
+    print_json(document)
+    return 0
+
+
+def load_modes(
+    options: EngineBenchOptions, config: EngineConfig, model_dir: Path
+) -> tuple[list[EngineMode], list[Mode]]:
+    """The engines, auto and off first, then whatever else is compared."""
+    from bench.modes import TransformersMode
+    from engine.loop import Engine
+
+    engines = [
+        EngineMode("auto", Engine(replace(config, speculation="auto"))),
+        EngineMode("off", Engine(replace(config, speculation="off"))),
+    ]
+    for nodes in options.tree_nodes:
+        engines.append(EngineMode(f"tree:{nodes}", Engine(config, fixed_drafts=nodes)))
+    others: list[Mode] = []
+    if options.transformers:
+        others.append(TransformersMode(model_dir, engines[0].engine.info))
+    return engines, others
+
+
+def warm_up(modes: Sequence[Mode], prompt: list[int]) -> None:
+    # The same prompt reversed: the prefix cache must not know the real one.
+    for mode in modes:
+        mode.run(prompt[::-1], max_tokens=16)
+
+
+def one_at_a_time(
+    modes: Sequence[Mode], prompts: Sequence[Prompt], token_ids: Sequence[list[int]], max_tokens: int
+) -> dict[str, Any]:
+    """Every prompt by every mode, one request at a time."""
+    runs: dict[str, list[Run]] = {mode.name: [] for mode in modes}
+    for index, prompt in enumerate(token_ids):
+        first = index % len(modes)
+        for mode in [*modes[first:], *modes[:first]]:
+            runs[mode.name].append(mode.run(prompt, max_tokens))
+        _progress(f"prompt {index + 1}/{len(token_ids)}")
+    tasks = [prompt.task for prompt in prompts]
+    figures = {name: summarize(mode_runs, tasks) for name, mode_runs in runs.items()}
+    speculating = [name for name in runs if name not in ("off", "transformers")]
+    ratios = {f"{name}/off": compare(runs, name, "off") for name in speculating}
+    if "transformers" in runs:
+        ratios["auto/transformers"] = compare(runs, "auto", "transformers")
+    print_modes(figures)
+    print_tasks(figures)
+    print_ratios(ratios)
+    return {"modes": figures, "ratios": ratios}
+
+
+def side_by_side(
+    modes: Sequence[EngineMode], token_ids: Sequence[list[int]], options: EngineBenchOptions
+) -> dict[str, Any]:
+    """Rounds of prompts in a closed loop of `concurrency` requests, each round by every mode in turn."""
+    rounds: dict[str, list[Run]] = {mode.name: [] for mode in modes}
+    for number in range(options.rounds):
+        # Each round has prompts of its own: a second time, the prefix cache would know them.
+        prompts = token_ids[number :: options.rounds]
+        first = number % len(modes)
+        for mode in [*modes[first:], *modes[:first]]:
+            rounds[mode.name].append(mode.run_many(prompts, options.max_tokens, options.concurrency))
+            _progress(f"round {number + 1}/{options.rounds}, {mode.name}")
+    figures = {
+        name: {
+            "tokens_per_second": quartiles([run.tokens_per_second for run in runs]),
+            "tokens_per_step": summarize(runs, ["all"] * len(runs))["tokens_per_step"],
+            "drafts_per_step": round(sum(r.drafted for r in runs) / sum(r.steps for r in runs), 2),
+        }
+        for name, runs in rounds.items()
+    }
+    ratios = {
+        f"{name}/off": quartiles(
+            [a.tokens_per_second / b.tokens_per_second for a, b in zip(runs, rounds["off"], strict=True)]
+        )
+        for name, runs in rounds.items()
+        if name != "off"
+    }
+    print_table(
+        ["mode", "tok/s q1", "median", "q3", "tok/step", "drafts/step"],
+        [
+            [name, *f["tokens_per_second"].values(), f["tokens_per_step"]["mean"], f["drafts_per_step"]]
+            for name, f in figures.items()
+        ],
+    )
+    print_table(["ratio over rounds", "q1", "median", "q3"], [[n, *r.values()] for n, r in ratios.items()])
+    return {"rounds": options.rounds, "modes": figures, "ratios": ratios}
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
