@@ -1,1 +1,209 @@
-"""The server's side of the process border: starts the engine process, feeds it requests, restarts it."""
+"""The server's side of the process border: starts the engine process, feeds it requests, restarts it.
+
+Without torch. One task reads the engine's messages and hands them to the requests they belong to; when the
+engine dies, it fails them and starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable
+
+from engine import channel
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, EngineStartError, OverloadedError, RequestError
+from engine.messages import (
+    AbortRequest,
+    AddRequest,
+    Configure,
+    EngineFailed,
+    EngineReady,
+    ModelInfo,
+    RequestOutput,
+    RequestRefused,
+    SamplingParams,
+    StepOutput,
+    StepStats,
+    ToEngine,
+)
+
+logger = logging.getLogger(__name__)
+
+_QUEUE_FACTOR = 16  # requests in flight per running place; beyond that waiting would outlast any client
+_STALL_SECONDS = 60.0  # work without a step for so long is no progress
+_RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)  # pauses before the first, second, ... restart in a row
+_SETTLED_SECONDS = 120.0  # an engine that lived this long starts the row anew
+
+_Inbox = asyncio.Queue[RequestOutput | Exception]
+
+
+class EngineClient:
+    """One engine process and the requests in it.
+
+    `on_step` is called in the event loop for every step of the engine.
+    """
+
+    def __init__(self, config: EngineConfig, on_step: Callable[[StepStats], None] | None = None) -> None:
+        self._config = config
+        self._on_step = on_step
+        self._inboxes: dict[str, _Inbox] = {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._info: ModelInfo | None = None
+        self._ready = False
+        self._last_progress = time.monotonic()
+        self._num_restarts = 0
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the engine serves. Raises EngineStartError before `start` has succeeded."""
+        if self._info is None:
+            raise EngineStartError("The engine has not started yet.")
+        return self._info
+
+    @property
+    def num_restarts(self) -> int:
+        return self._num_restarts
+
+    @property
+    def process_id(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def num_in_flight(self) -> int:
+        return len(self._inboxes)
+
+    def is_healthy(self) -> bool:
+        """Whether the engine is up and, where it has work, has lately made a step."""
+        idle_for = time.monotonic() - self._last_progress
+        return self._ready and (not self._inboxes or idle_for < _STALL_SECONDS)
+
+    async def start(self) -> ModelInfo:
+        """Start the engine process and wait until it has loaded its model. Raises EngineStartError."""
+        reader = await self._spawn()
+        self._supervisor = asyncio.create_task(self._supervise(reader), name="engine supervisor")
+        return self.info
+
+    async def stop(self) -> None:
+        """End the engine process; requests still in it fail with EngineDeadError."""
+        self._ready = False
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        await self._reap()
+        self._fail_requests("The server is shutting down.")
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs of one request as steps bring them; closing the generator early aborts the request.
+
+        Raises OverloadedError where too many requests are queued, RequestError where the engine refuses this
+        one, EngineDeadError where the engine dies with it.
+        """
+        if not self._ready:
+            raise EngineDeadError("The engine is restarting; try again in a moment.")
+        if len(self._inboxes) >= _QUEUE_FACTOR * self.info.max_num_seqs:
+            raise OverloadedError(retry_after=5)
+        if not self._inboxes:
+            self._last_progress = time.monotonic()
+        inbox: _Inbox = asyncio.Queue()
+        self._inboxes[request_id] = inbox
+        finished = False
+        try:
+            self._send(AddRequest(request_id, prompt_token_ids, sampling))
+            while not finished:
+                output = await inbox.get()
+                if isinstance(output, Exception):
+                    finished = True
+                    raise output
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            del self._inboxes[request_id]
+            if not finished:
+                self._send(AbortRequest(request_id))
+
+    def _send(self, message: ToEngine) -> None:
+        if self._writer is not None:
+            self._writer.write(channel.frame(message))
+
+    async def _spawn(self) -> asyncio.StreamReader:
+        """Start a process and wait for its word. Raises EngineStartError with the engine's own message."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "engine.process", str(theirs.fileno()), pass_fds=[theirs.fileno()]
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._send(Configure(self._config))
+        message = await channel.receive_async(reader)
+        if isinstance(message, EngineReady):
+            self._info = message.info
+            self._ready = True
+            self._last_progress = time.monotonic()
+            return reader
+        await self._reap()
+        if isinstance(message, EngineFailed):
+            raise EngineStartError(message.message)
+        raise EngineStartError("The engine process ended before it was ready; its output above says why.")
+
+    async def _supervise(self, reader: asyncio.StreamReader) -> None:
+        failures = 0
+        while True:
+            started = time.monotonic()
+            await self._deliver(reader)
+            self._ready = False
+            code = await self._reap()
+            logger.error("The engine process died (exit code %s) with %d requests.", code, len(self._inboxes))
+            self._fail_requests("The engine died while it ran this request; it is being restarted.")
+            failures = 0 if time.monotonic() - started > _SETTLED_SECONDS else failures
+            reader, failures = await self._restart(failures)
+
+    async def _restart(self, failures: int) -> tuple[asyncio.StreamReader, int]:
+        while True:
+            await asyncio.sleep(_RESTART_SECONDS[min(failures, len(_RESTART_SECONDS) - 1)])
+            failures += 1
+            self._num_restarts += 1
+            try:
+                return await self._spawn(), failures
+            except EngineStartError as error:
+                logger.error("The engine could not be restarted: %s", error)
+
+    async def _deliver(self, reader: asyncio.StreamReader) -> None:
+        """Hand the engine's messages to their requests until the engine goes."""
+        while (message := await channel.receive_async(reader)) is not None:
+            self._last_progress = time.monotonic()
+            if isinstance(message, StepOutput):
+                for output in message.outputs:
+                    if (inbox := self._inboxes.get(output.request_id)) is not None:
+                        inbox.put_nowait(output)
+                if self._on_step is not None:
+                    self._on_step(message.stats)
+            elif isinstance(message, RequestRefused) and message.request_id in self._inboxes:
+                error = RequestError(message.parameter, message.message)
+                self._inboxes[message.request_id].put_nowait(error)
+
+    async def _reap(self) -> int | None:
+        """Close the connection, which ends the process, and collect its exit code."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._process is None:
+            return None
+        process, self._process = self._process, None
+        try:
+            return await asyncio.wait_for(process.wait(), timeout=5.0)
+        except TimeoutError:
+            process.kill()
+            return await process.wait()
+
+    def _fail_requests(self, reason: str) -> None:
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(EngineDeadError(reason))

@@ -1,4 +1,4 @@
-"""How the engine is set up. Frozen: what is derived at run time is returned and passed on, never written back.
+"""How the engine is set up. Frozen: what is derived at run time is returned and passed on.
 
 Every field that carries `help` is a flag of `gorgon serve` and an environment variable `GORGON_<NAME>`;
 the command line is derived from this class. Without torch, so that the server process may import it.
@@ -37,16 +37,26 @@ class EngineConfig:
     speculation: Speculation = _flag("auto", "auto: as many draft tokens as pay for themselves; off: none")
     max_tree_nodes: int = _flag(MAX_TREE_NODES, "largest draft tree of one request, root included (1 to 64)")
     max_num_seqs: int = _flag(64, "requests that run at once")
-    max_num_batched_tokens: int | None = _flag(None, "tokens in one forward pass (default: 512 on CPU, 4096 on CUDA)")
+    max_num_batched_tokens: int | None = _flag(
+        None, "tokens in one forward pass (default: 512 on CPU, 4096 on CUDA)"
+    )
     max_model_len: int | None = _flag(None, "longest prompt plus answer in tokens (default: the model's own)")
-    kv_cache_memory: int | None = _flag(None, "bytes of KV cache, with optional K, M or G (default: from free memory)")
+    kv_cache_memory: int | None = _flag(
+        None, "bytes of KV cache, with optional K, M or G (default: from free memory)"
+    )
     block_size: int = _flag(16, "tokens in one KV cache block")
     seed: int = _flag(0, "seed of requests that bring none")
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_tree_nodes <= MAX_TREE_NODES:
             raise ConfigError("max_tree_nodes", f"must be 1 to {MAX_TREE_NODES}, not {self.max_tree_nodes}")
-        for name in ("max_num_seqs", "block_size", "max_num_batched_tokens", "max_model_len", "kv_cache_memory"):
+        for name in (
+            "max_num_seqs",
+            "block_size",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "kv_cache_memory",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(name, f"must be at least 1, not {value}")

@@ -11,7 +11,7 @@ import msgspec
 
 from engine.config import EngineConfig
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,7 +103,7 @@ class EngineFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
-    """Log-probability of one committed token under the model's own distribution, with the likeliest others."""
+    """Log-probability of a committed token in the model's own distribution, and the likeliest others."""
 
     token_id: int
     logprob: float
@@ -122,8 +122,7 @@ class RequestUsage(msgspec.Struct, frozen=True, kw_only=True):
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What one step brought one request. The last output of a request has a `finish_reason`.
 
-    `token_ids` include the EOS or stop token that ended it; `stop_token_id` names that token. On "error"
-    `error` says why.
+    `token_ids` include the EOS or stop token that ended it; `stop_token_id` names that token.
     """
 
     request_id: str
@@ -132,7 +131,6 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
-    error: str | None = None
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,4 +155,12 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     stats: StepStats
 
 
-ToServer = EngineReady | EngineFailed | StepOutput
+class RequestRefused(msgspec.Struct, frozen=True, tag=True):
+    """The engine does not run this request; `parameter` is the field at fault."""
+
+    request_id: str
+    parameter: str
+    message: str
+
+
+ToServer = EngineReady | EngineFailed | StepOutput | RequestRefused

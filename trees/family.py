@@ -61,10 +61,15 @@ class TreeFamily:
     @cached_property
     def ancestors(self) -> tuple[int, ...]:
         """Bit set of the tree nodes each node sees, itself included, [num_nodes]."""
-        sets = [1]
+        return tuple(sum(1 << node for node in path) for path in self.path_nodes)
+
+    @cached_property
+    def path_nodes(self) -> tuple[tuple[int, ...], ...]:
+        """Tree nodes from the root to each node, both included, [num_nodes]."""
+        paths: list[tuple[int, ...]] = [(0,)]
         for node in range(1, len(self.parents)):
-            sets.append(sets[self.parents[node]] | 1 << node)
-        return tuple(sets)
+            paths.append((*paths[self.parents[node]], node))
+        return tuple(paths)
 
     @property
     def max_depth(self) -> int:

@@ -1,0 +1,202 @@
+"""The engine: schedule, execute, update. The one place where the scheduler and the runner meet."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, RequestError
+from engine.messages import AddRequest, ModelInfo, SamplingParams, StepOutput, StepStats
+from engine.model.config import DecoderConfig
+from engine.model.loader import load_config, load_decoder
+from engine.runner import device as hardware
+from engine.runner.drafter import Drafter, HeadsDrafter
+from engine.runner.kv_cache import KVCache, bytes_per_token
+from engine.runner.profile import measure_costs
+from engine.runner.runner import Runner
+from engine.scheduling.batch import Batch
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy
+from heads.checkpoint import load_heads
+from trees.family import TreeFamily
+
+_NO_TREE = TreeFamily((), ())
+
+
+class Engine:
+    """Loads a model and runs its requests, synchronously, step by step.
+
+    `fixed_drafts` gives every request a tree of that many draft tokens instead of choosing the size.
+    `drafter` and `family` come together and replace the head set of the configuration.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        fixed_drafts: int | None = None,
+        drafter: Drafter | None = None,
+        family: TreeFamily = _NO_TREE,
+    ) -> None:
+        device = hardware.resolve_device(config.device)
+        dtype = hardware.resolve_dtype(config.dtype, device)
+        model_dir = Path(config.model_dir)
+        model = load_config(model_dir)
+        max_model_len = _resolve_model_len(config, model)
+        decoder = load_decoder(model_dir, dtype, device)
+        heads_name, num_heads = None, 0
+        if drafter is None and config.heads_dir is not None and config.speculation != "off":
+            heads = load_heads(Path(config.heads_dir))
+            drafter = HeadsDrafter(heads.bind(decoder.embedding, decoder.lm_head.weight))
+            family = TreeFamily.load(Path(config.heads_dir) / "tree.json")
+            heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
+        if drafter is None or config.speculation == "off":
+            drafter, family = None, _NO_TREE
+        family = family.prefix(config.max_tree_nodes - 1)
+
+        num_blocks = _resolve_num_blocks(config, model, dtype, device, max_model_len)
+        max_tokens = config.max_num_batched_tokens or max(
+            hardware.default_batched_tokens(device), config.max_num_seqs
+        )
+        cache = KVCache(model, num_blocks, config.block_size, dtype, device)
+        self._runner = Runner(decoder, cache, family, drafter, config.max_num_seqs)
+        self._drafts_at_depth = _first_draft_at_depth(family)
+        limits = SchedulerLimits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max_tokens,
+            max_model_len=max_model_len,
+            max_drafts=len(family.paths),
+        )
+        self._policy = self._make_policy(family, fixed_drafts, limits)
+        pool = BlockPool(num_blocks, config.block_size)
+        self.scheduler = Scheduler(limits, pool, self._policy, model.eos_token_ids, config.seed)
+        self.info = ModelInfo(
+            architecture=model.architecture,
+            vocab_size=model.vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=model.eos_token_ids,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max_tokens,
+            heads=heads_name,
+            num_heads=num_heads,
+            max_tree_nodes=len(family.paths) + 1,
+        )
+
+    def _make_policy(
+        self, family: TreeFamily, fixed_drafts: int | None, limits: SchedulerLimits
+    ) -> SpeculationPolicy:
+        if fixed_drafts is not None:
+            return FixedSpeculation(fixed_drafts)
+        if not family.paths:
+            return FixedSpeculation(0)
+        costs = measure_costs(self._runner, limits.max_num_seqs, limits.max_num_batched_tokens)
+        return AdaptiveSpeculation(family, costs)
+
+    def add_request(self, message: AddRequest) -> None:
+        """Queue a request. Raises RequestError for one the model cannot run."""
+        _check_request(message.prompt_token_ids, message.sampling, self.info)
+        if message.request_id in self.scheduler:
+            raise RequestError("request_id", f"a request {message.request_id} is running already")
+        self.scheduler.add(message.request_id, message.prompt_token_ids, message.sampling)
+
+    def abort(self, request_id: str) -> None:
+        self.scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def step(self) -> StepOutput:
+        """Advance every running request by one forward pass."""
+        start = time.perf_counter()
+        batch = self.scheduler.schedule()
+        executing = time.perf_counter()
+        committed = self._runner.execute(batch)
+        executed = time.perf_counter()
+        outputs = self.scheduler.update(batch, committed)
+        if not any(s.num_tokens > 1 for s in batch.scheduled):
+            num_drafting = sum(s.num_drafts > 0 for s in batch.scheduled)
+            self._policy.observe_step(batch.num_tokens, num_drafting, executed - executing)
+        return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))
+
+    def _stats(self, batch: Batch, duration: float) -> StepStats:
+        depth = len(self._drafts_at_depth)
+        drafted_by_depth, accepted_by_depth = [0] * depth, [0] * depth
+        for scheduled in batch.scheduled:
+            for level, first_draft in enumerate(self._drafts_at_depth):
+                drafted_by_depth[level] += scheduled.num_drafts >= first_draft
+                accepted_by_depth[level] += scheduled.num_accepted > level
+        return StepStats(
+            duration=duration,
+            num_tokens=batch.num_tokens,
+            committed_tokens=[s.num_committed for s in batch.scheduled if s.num_committed],
+            drafted_tokens=sum(s.num_drafts for s in batch.scheduled),
+            accepted_by_depth=accepted_by_depth,
+            drafted_by_depth=drafted_by_depth,
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            kv_usage=self.scheduler.kv_usage,
+            preemptions=batch.num_preemptions,
+            prefix_queries=batch.prefix_queries,
+            prefix_hits=batch.prefix_hits,
+        )
+
+
+def _first_draft_at_depth(family: TreeFamily) -> list[int]:
+    """The number of draft tokens from which on a tree reaches depth 1, 2, ..."""
+    return [family.depths.index(depth) for depth in range(1, family.max_depth + 1)]
+
+
+def _resolve_model_len(config: EngineConfig, model: DecoderConfig) -> int:
+    asked = config.max_model_len
+    if asked is not None and asked > model.max_positions:
+        raise ConfigError(
+            "max_model_len", f"{asked} is more than the model's {model.max_positions} positions; lower it"
+        )
+    return asked or model.max_positions
+
+
+def _resolve_num_blocks(
+    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
+) -> int:
+    block_bytes = bytes_per_token(model, dtype) * config.block_size
+    memory = config.kv_cache_memory or hardware.free_memory_for_cache(device)
+    num_blocks = memory // block_bytes
+    needed = -(-max_model_len // config.block_size)
+    if num_blocks < needed:
+        raise ConfigError(
+            "kv_cache_memory",
+            f"{memory / 2**20:.0f} MiB cannot hold one request of {max_model_len} tokens, which takes "
+            f"{needed * block_bytes / 2**20:.0f} MiB; raise it or lower --max-model-len",
+        )
+    return num_blocks
+
+
+def _check_request(prompt: list[int], sampling: SamplingParams, info: ModelInfo) -> None:
+    if not prompt:
+        raise RequestError("prompt", "The prompt is empty; it needs at least one token.")
+    if len(prompt) >= info.max_model_len:
+        raise RequestError(
+            "prompt",
+            f"The prompt has {len(prompt)} tokens; the context has {info.max_model_len} with the answer.",
+        )
+    for name, ids in (
+        ("prompt", prompt),
+        ("logit_bias", sampling.logit_bias),
+        ("stop_token_ids", sampling.stop_token_ids),
+    ):
+        if ids and (min(ids) < 0 or max(ids) >= info.vocab_size):
+            raise RequestError(name, f"Token ids in {name} must be 0 to {info.vocab_size - 1}.")
+    if sampling.max_tokens < 1:
+        raise RequestError("max_tokens", "max_tokens must be at least 1.")
+    if (sampling.logprobs or 0) > info.vocab_size:
+        raise RequestError(
+            "logprobs", f"The vocabulary has {info.vocab_size} tokens; ask for fewer logprobs."
+        )

@@ -1,0 +1,77 @@
+"""The engine process: one thread reads messages, the main thread steps. Started by `engine.client` with a
+connected socket's file descriptor as its argument; it ends when that socket closes."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+
+from engine import channel
+from engine.config import EngineConfig
+from engine.errors import GorgonError, RequestError
+from engine.loop import Engine
+from engine.messages import (
+    AbortRequest,
+    AddRequest,
+    Configure,
+    EngineFailed,
+    EngineReady,
+    RequestRefused,
+    ToEngine,
+)
+from heads.errors import HeadsError
+from trees.family import TreeError
+
+
+def main(descriptor: int) -> int:
+    # The terminal sends Ctrl-C to the whole group; when to end is the server's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=descriptor)
+    first = channel.receive(connection)
+    if not isinstance(first, Configure):
+        return 1
+    engine = _load(first.config, connection)
+    if engine is None:
+        return 1
+    connection.sendall(channel.frame(EngineReady(engine.info)))
+    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
+    while True:
+        _take_messages(engine, connection, inbox)
+        connection.sendall(channel.frame(engine.step()))
+
+
+def _load(config: EngineConfig, connection: socket.socket) -> Engine | None:
+    try:
+        return Engine(config)
+    except (GorgonError, HeadsError, TreeError) as error:
+        connection.sendall(channel.frame(EngineFailed(str(error))))
+        return None
+
+
+def _read(connection: socket.socket, inbox: queue.SimpleQueue[ToEngine]) -> None:
+    while (message := channel.receive(connection)) is not None:
+        inbox.put(message)
+    os._exit(0)  # the server is gone; nobody waits for what still runs
+
+
+def _take_messages(engine: Engine, connection: socket.socket, inbox: queue.SimpleQueue[ToEngine]) -> None:
+    """Apply what has come in; wait only where there is nothing to compute."""
+    while not engine.has_work() or not inbox.empty():
+        message = inbox.get()
+        if isinstance(message, AbortRequest):
+            engine.abort(message.request_id)
+        elif isinstance(message, AddRequest):
+            try:
+                engine.add_request(message)
+            except RequestError as error:
+                refusal = RequestRefused(message.request_id, error.parameter, str(error))
+                connection.sendall(channel.frame(refusal))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,45 @@
+"""What "auto" means on this machine: device, number format, memory for the cache."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from engine.config import Device, Dtype
+from engine.errors import ConfigError
+
+_CPU_CACHE_LIMIT = 2 << 30  # bytes; enough for tens of long requests, and no more than a laptop can spare
+_CPU_CACHE_SHARE = 0.25  # of the memory that is free
+_CUDA_CACHE_SHARE = 0.9
+
+
+def resolve_device(device: Device) -> torch.device:
+    """Raises ConfigError where CUDA is asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "no CUDA device is visible to torch; use --device cpu or auto")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware computes in it, else float32 on CPU and float16 on CUDA."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def default_batched_tokens(device: torch.device) -> int:
+    return 512 if device.type == "cpu" else 4096
+
+
+def free_memory_for_cache(device: torch.device) -> int:
+    """Bytes the KV cache may take when nobody says how many. Call it with the weights loaded."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _CUDA_CACHE_SHARE)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(int(free * _CPU_CACHE_SHARE), _CPU_CACHE_LIMIT)

@@ -1,0 +1,72 @@
+"""The paged KV cache's tensors: written by attention, rearranged by compaction. Who owns a block is not its
+business (see `engine.scheduling.block_pool`)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.model.config import DecoderConfig
+
+
+def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+class KVCache:
+    """K and V of all layers, each [num_layers, num_blocks * block_size, num_kv_heads, head_dim].
+
+    A *slot* is a row of the second dimension.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (config.num_layers, num_blocks * block_size, config.num_kv_heads, config.head_dim)
+        self.k = _zeros(shape, dtype, device)
+        self.v = _zeros(shape, dtype, device)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """slots: [num_tokens] int64; k, v: [num_tokens, num_kv_heads, head_dim]."""
+        self.k[layer].index_copy_(0, slots, k)
+        self.v[layer].index_copy_(0, slots, v)
+
+    def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of block tables, each [num_tables, blocks_per_table * block_size, kv_heads, head_dim].
+
+        blocks: [num_tables, blocks_per_table] int64.
+        """
+        tables, length = blocks.shape[0], blocks.shape[1] * self.block_size
+        k, v = (
+            cache[layer]
+            .view(self.num_blocks, -1)
+            .index_select(0, blocks.view(-1))
+            .view(tables, length, *cache.shape[2:])
+            for cache in (self.k, self.v)
+        )
+        return k, v
+
+    def move(self, sources: Tensor, destinations: Tensor) -> None:
+        """Compaction, in all layers: slot sources[i] moves to destinations[i], both [num_moves] int64.
+
+        All sources are read before anything is written: a destination may be another move's source.
+        """
+        self.k[:, destinations] = self.k[:, sources]
+        self.v[:, destinations] = self.v[:, sources]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Attention masks unwritten slots, but 0 times NaN is NaN, so the memory has to start as zeros. On CPU the
+    # operating system's own zero pages do, and take no memory until they are written.
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    unsigned = {2: np.uint16, 4: np.uint32}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, dtype=unsigned)).view(dtype)

@@ -1,0 +1,164 @@
+"""Draws one target at every node of every tree, with the node's own path as its context.
+
+Greedy rows without adjustments cost one argmax and nothing else; what a request asks beyond that is done on
+its own rows in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.messages import SamplingParams, TokenLogprobs
+from engine.runner import sampling
+from engine.runner.step_input import CommitRows
+from engine.scheduling.request import Request
+from trees.verify import TreeTables, exact_edges
+
+
+@dataclass(frozen=True)
+class Verdict:
+    targets: Tensor  # [num_commits, max_nodes] int64
+    edges: Tensor  # [num_commits, max_nodes] bool: the node may follow its parent
+
+
+def _is_adjusted(params: SamplingParams) -> bool:
+    return bool(
+        params.logit_bias
+        or params.min_tokens
+        or params.repetition_penalty != 1.0
+        or params.frequency_penalty
+        or params.presence_penalty
+    )
+
+
+class Sampler:
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+
+    def judge(self, logits: Tensor, commits: CommitRows, tokens: Tensor, tables: TreeTables) -> Verdict:
+        """Targets of all nodes, and which nodes agree with them.
+
+        logits: [num_nodes_total, vocab]; tokens: [num_commits, max_nodes] int64, the filled trees.
+        """
+        targets = torch.zeros_like(tokens)
+        targets[commits.request, commits.node] = logits.argmax(dim=1)
+        special: list[tuple[int, Tensor]] = []  # (index among commits, its adjusted float32 rows)
+        for index, scheduled in enumerate(commits.scheduled):
+            params = scheduled.request.sampling
+            if params.temperature > 0.0 or _is_adjusted(params):
+                first, count = commits.offsets[index], scheduled.num_drafts + 1
+                rows = logits[first : first + count].float()
+                special.append((index, self._adjust(rows, scheduled.request, tokens[index], tables)))
+        self._draw_special(special, commits, targets, tables)
+        edges = exact_edges(tokens, targets, tables)
+        for index, rows in special:
+            params = commits.scheduled[index].request.sampling
+            if params.speculation.acceptance == "typical" and params.temperature > 0.0:
+                count = rows.shape[0]
+                edges[index, :count] = _typical_edges(rows, params, tokens[index, :count], tables)
+        return Verdict(targets, edges)
+
+    def _adjust(self, rows: Tensor, request: Request, tokens: Tensor, tables: TreeTables) -> Tensor:
+        """Logit bias, penalties and minimum length on the rows of one request's tree."""
+        params = request.sampling
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=rows.device)
+            rows[:, ids] += torch.tensor(list(params.logit_bias.values()), device=rows.device)
+        if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
+            rows = self._penalise(rows, request, tokens, tables)
+        if request.num_output_tokens < params.min_tokens:
+            early = request.num_output_tokens + tables.depths[: rows.shape[0]] < params.min_tokens
+            ends = (*self._eos_token_ids, *params.stop_token_ids)
+            for token_id in ends:
+                rows[early, token_id] = float("-inf")
+        return rows
+
+    def _penalise(self, rows: Tensor, request: Request, tokens: Tensor, tables: TreeTables) -> Tensor:
+        params, num_nodes = request.sampling, rows.shape[0]
+        prompt = np.array(request.token_ids[: request.num_prompt_tokens])
+        output = np.array(request.token_ids[request.num_prompt_tokens :], dtype=np.int64)
+        in_prompt = torch.from_numpy(np.bincount(prompt, minlength=self._vocab_size) > 0).to(rows.device)
+        committed = torch.from_numpy(np.bincount(output, minlength=self._vocab_size)).to(rows)
+        counts = committed.repeat(num_nodes, 1)
+        # The root is committed already; what a node adds are the drafts on its path.
+        paths = tables.paths[:num_nodes]
+        depth = torch.arange(paths.shape[1], device=rows.device)
+        on_path = (depth > 0) & (depth <= tables.depths[:num_nodes].unsqueeze(1))
+        counts.scatter_add_(1, tokens[paths], on_path.to(rows))
+        return sampling.apply_penalties(
+            rows,
+            counts,
+            in_prompt | (counts > 0),
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
+
+    def _draw_special(
+        self, special: list[tuple[int, Tensor]], commits: CommitRows, targets: Tensor, tables: TreeTables
+    ) -> None:
+        """Overwrite the targets of adjusted and sampled requests, all sampled rows in one draw."""
+        sampled = []
+        for index, rows in special:
+            if commits.scheduled[index].request.sampling.temperature > 0.0:
+                sampled.append((index, rows))
+            else:
+                targets[index, : rows.shape[0]] = rows.argmax(dim=1)
+        if not sampled:
+            return
+        counts = [rows.shape[0] for _, rows in sampled]
+        requests = [commits.scheduled[index].request for index, _ in sampled]
+        params = [request.sampling for request in requests]
+        device = targets.device
+
+        def per_row(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.repeat(np.array(values), counts)).to(device=device, dtype=dtype)
+
+        temperature = per_row([p.temperature for p in params], torch.float32)
+        scaled = torch.cat([rows for _, rows in sampled]) / temperature.unsqueeze(1)
+        probs = sampling.truncate(
+            scaled,
+            per_row([p.top_k for p in params], torch.int64),
+            per_row([p.top_p for p in params], torch.float64),
+            per_row([p.min_p for p in params], torch.float32),
+        )
+        depths = tables.depths.cpu().numpy()
+        positions = np.concatenate(
+            [len(r.token_ids) + depths[:count] for r, count in zip(requests, counts, strict=True)]
+        )
+        seeds = np.repeat(np.array([r.seed % 2**64 for r in requests], dtype=np.uint64), counts)
+        uniform = torch.from_numpy(sampling.uniforms(seeds, positions.astype(np.uint64))).to(device)
+        drawn = sampling.draw(probs, uniform)
+        for (index, rows), part in zip(sampled, torch.split(drawn, counts), strict=True):
+            targets[index, : rows.shape[0]] = part
+
+
+def _typical_edges(rows: Tensor, params: SamplingParams, tokens: Tensor, tables: TreeTables) -> Tensor:
+    """rows: [num_nodes, vocab] adjusted logits; tokens: [num_nodes] -> [num_nodes] bool."""
+    log_probs = (rows / params.temperature).log_softmax(dim=1)
+    threshold = sampling.typical_threshold(log_probs, params.speculation.epsilon, params.speculation.delta)
+    parents = tables.parents[: rows.shape[0]]
+    return log_probs[parents, tokens].exp() > threshold[parents]
+
+
+def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
+    """Log-probabilities of committed tokens under the model's own, unadjusted distribution.
+
+    logits: [num_tokens, vocab], the rows the tokens were drawn from.
+    """
+    log_probs = logits.float().log_softmax(dim=1)
+    chosen = (
+        log_probs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    )
+    values, ids = log_probs.topk(num_top, dim=1)
+    return [
+        TokenLogprobs(token_id, logprob, list(zip(top_ids, top_values, strict=True)))
+        for token_id, logprob, top_ids, top_values in zip(
+            token_ids, chosen, ids.tolist(), values.tolist(), strict=True
+        )
+    ]

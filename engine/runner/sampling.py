@@ -1,0 +1,100 @@
+"""The arithmetic of sampling: pure functions from logits to tokens.
+
+Order: logit bias, penalties, minimum length, temperature, top-k, top-p, min-p. A draw inverts the cumulative
+distribution in vocabulary order at one uniform number, which depends on nothing but the request's seed and
+the token's position: no tree, batch or neighbour can change what is drawn.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_NUCLEUS_TRIAL = 256  # candidates tried before a whole vocabulary is sorted for top-p
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """One number in [0, 1) per pair, by the finaliser of SplitMix64 (Steele et al., 2014) over both."""
+    mixed = _mix(_mix(seeds) + positions * np.uint64(0x9E3779B97F4A7C15))
+    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) / 2.0**53)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def apply_penalties(
+    logits: Tensor, output_counts: Tensor, seen: Tensor, repetition: float, frequency: float, presence: float
+) -> Tensor:
+    """Penalties of one request's rows, as OpenAI (frequency, presence) and CTRL (repetition) define them.
+
+    logits: [num_rows, vocab] float32; output_counts: [num_rows, vocab] how often each token was generated
+    before that row; seen: [num_rows, vocab] bool, prompt included.
+    """
+    if repetition != 1.0:
+        penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(seen, penalised, logits)
+    return logits - frequency * output_counts - presence * (output_counts > 0)
+
+
+def truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Probabilities after top-k, top-p and min-p; what falls away is zero, the rest is not rescaled.
+
+    logits: [num_rows, vocab] float32, temperature applied; top_k: [num_rows] int64, 0 off; top_p, min_p:
+    [num_rows]. Tokens tied with the last one kept are kept too: bfloat16 logits tie often, and which of
+    them a sort puts first must not matter.
+    """
+    vocab = logits.shape[1]
+    largest_k = int(top_k.max())
+    if largest_k:
+        k = torch.where(top_k == 0, vocab, top_k.clamp(max=vocab))
+        best = logits.topk(min(largest_k, vocab), dim=1).values
+        kth = best.gather(1, (k.clamp(max=best.shape[1]) - 1).unsqueeze(1))
+        kth = torch.where((top_k == 0).unsqueeze(1), float("-inf"), kth)
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probs = logits.softmax(dim=1)
+    if bool((top_p < 1.0).any()):
+        floor = _nucleus_floor(probs, top_p)
+        probs = torch.where(probs >= floor, probs, 0.0)
+    if bool((min_p > 0.0).any()):
+        floor = probs.amax(dim=1, keepdim=True) * min_p.unsqueeze(1)
+        probs = torch.where(probs >= floor, probs, 0.0)
+    return probs
+
+
+def _nucleus_floor(probs: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest probability inside each row's nucleus, [num_rows, 1]; 0 where top_p is 1."""
+    candidates = min(_NUCLEUS_TRIAL, probs.shape[1])
+    best = probs.topk(candidates, dim=1).values
+    mass = best.cumsum(dim=1, dtype=torch.float64)
+    limited = top_p < 1.0
+    if bool((limited & (mass[:, -1] < top_p)).any()):
+        best = probs.sort(dim=1, descending=True).values
+        mass = best.cumsum(dim=1, dtype=torch.float64)
+    last = (mass < top_p.unsqueeze(1)).sum(dim=1, keepdim=True).clamp(max=best.shape[1] - 1)
+    return torch.where(limited.unsqueeze(1), best.gather(1, last), 0.0)
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """One token per row, [num_rows] int64: the first whose cumulative share exceeds the uniform number.
+
+    probs: [num_rows, vocab], need not sum to 1; uniform: [num_rows] float64 in [0, 1).
+    """
+    cumulative = probs.cumsum(dim=1, dtype=torch.float64)
+    threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+def typical_threshold(log_probs: Tensor, epsilon: float, delta: float) -> Tensor:
+    """Medusa's typical acceptance, min(epsilon, delta * exp(-entropy)) per row (arXiv 2401.10774, 2.3.1).
+
+    log_probs: [num_rows, vocab] -> [num_rows]
+    """
+    # -inf * 0 would be NaN: masked tokens add nothing to the entropy.
+    entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(dim=1)
+    return torch.clamp(delta * torch.exp(-entropy), max=epsilon)

@@ -1,0 +1,261 @@
+"""Decides what each step computes and takes in what it brought. Plain Python; never sees a tensor.
+
+There is no prefill mode and no decode mode: a step advances computed tokens toward known tokens, for every
+request as far as the token budget goes. Requests whose known tokens end in the pass get draft tokens too.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.messages import RequestOutput, SamplingParams
+from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.request import Request
+from engine.scheduling.speculation import Acceptance, Candidate, SpeculationPolicy
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_drafts: int  # draft tokens of one request in one step
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, prefix reuse and preemption by recompute.
+
+    The pool must hold at least one request of `max_model_len`, so that the oldest can always go on.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        pool: BlockPool,
+        policy: SpeculationPolicy,
+        eos_token_ids: Sequence[int],
+        seed: int = 0,
+    ) -> None:
+        self.limits = limits
+        self.pool = pool
+        self._policy = policy
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._seed = seed
+        self._num_arrived = 0
+        self._requests: dict[str, Request] = {}
+        self._waiting: deque[Request] = deque()  # preempted ones in front
+        self._running: list[Request] = []  # oldest first
+        self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the blocks that requests hold, 0 to 1."""
+        return self.pool.num_held / self.pool.num_blocks
+
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams) -> None:
+        """Queue a request. The caller has validated it against the model."""
+        # An unseeded request still gets a seed of its own: a preempted one must draw the same tokens again.
+        seed = sampling.seed if sampling.seed is not None else hash((self._seed, self._num_arrived))
+        request = Request(
+            request_id=request_id,
+            arrival=self._num_arrived,
+            token_ids=list(prompt_token_ids),
+            num_prompt_tokens=len(prompt_token_ids),
+            sampling=sampling,
+            seed=seed,
+            acceptance=Acceptance(),
+        )
+        self._num_arrived += 1
+        self._requests[request_id] = request
+        self._waiting.append(request)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request wherever it is; unknown ones are ignored, they may just have finished."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.finish_reason = "abort"
+            self._remove(request)
+
+    # --- schedule
+
+    def schedule(self) -> Batch:
+        batch = Batch()
+        budget = self._schedule_running(batch)
+        budget = self._admit_waiting(batch, budget)
+        self._add_drafts(batch, budget)
+        return batch
+
+    def _schedule_running(self, batch: Batch) -> int:
+        """Give every running request its pending tokens, preempting the youngest where blocks run out."""
+        budget = self.limits.max_num_batched_tokens
+        position = 0
+        while position < len(self._running) and budget > 0:
+            request = self._running[position]
+            num_tokens = min(request.num_pending, budget)
+            while not self._reserve(request, request.num_computed + num_tokens):
+                self._preempt(self._running[-1])
+                batch.num_preemptions += 1
+                if request.slot is None:  # it was the youngest itself
+                    return budget
+            batch.scheduled.append(ScheduledRequest(request, num_tokens))
+            budget -= num_tokens
+            position += 1
+        return budget
+
+    def _admit_waiting(self, batch: Batch, budget: int) -> int:
+        while self._waiting and self._slots and budget > 0 and not batch.num_preemptions:
+            request = self._waiting[0]
+            request.extend_hashes(self.pool.block_size)
+            # The root is always computed anew: its pass is what the first tokens are drawn from.
+            reusable = (len(request.token_ids) - 1) // self.pool.block_size
+            prefix = self.pool.find_prefix(request.block_hashes[:reusable])
+            self.pool.share(prefix)
+            request.block_table = list(prefix)
+            # All its known tokens must fit, not only the first chunk: half a prompt helps nobody.
+            if not self._reserve(request, len(request.token_ids)):
+                self.pool.release(prefix)
+                request.block_table = []
+                break
+            self._waiting.popleft()
+            insort(self._running, request, key=lambda r: r.arrival)
+            request.slot = self._slots.pop()
+            request.num_registered = len(prefix)
+            request.num_computed = len(prefix) * self.pool.block_size
+            batch.prefix_queries += len(request.token_ids)
+            batch.prefix_hits += request.num_computed
+            if request.decode_steps == 0:
+                request.cached_tokens = request.num_computed
+            num_tokens = min(request.num_pending, budget)
+            batch.scheduled.append(ScheduledRequest(request, num_tokens))
+            budget -= num_tokens
+        return budget
+
+    def _add_drafts(self, batch: Batch, budget: int) -> None:
+        committing = [scheduled for scheduled in batch.scheduled if scheduled.commits]
+        drafting = [scheduled for scheduled in committing if self._draft_limit(scheduled.request) > 0]
+        candidates = [Candidate(s.request.acceptance, self._draft_limit(s.request)) for s in drafting]
+        sizes = self._policy.plan(len(committing), batch.num_tokens, candidates)
+        for scheduled, size in zip(drafting, sizes, strict=True):
+            request = scheduled.request
+            size = min(size, budget)
+            if not self._reserve(request, len(request.token_ids) + size):
+                # Drafts never push another request out: they make do with the room there is.
+                size = len(request.block_table) * self.pool.block_size - len(request.token_ids)
+            scheduled.num_drafts = size
+            budget -= size
+
+    def _draft_limit(self, request: Request) -> int:
+        speculation = request.sampling.speculation
+        if not (speculation.enabled and request.has_hidden):
+            return 0
+        # One token comes without a draft, and a draft's logical position must exist.
+        room = min(request.num_remaining - 1, self.limits.max_model_len - len(request.token_ids))
+        limit = self.limits.max_drafts if room > 0 else 0
+        limit = min(limit, self.limits.max_model_len - len(request.token_ids))
+        return limit if speculation.max_nodes is None else min(limit, speculation.max_nodes)
+
+    def _reserve(self, request: Request, num_positions: int) -> bool:
+        """Grow the block table to `num_positions` logical positions; False where blocks are short."""
+        missing = -(-num_positions // self.pool.block_size) - len(request.block_table)
+        if missing > self.pool.num_available:
+            return False
+        if missing > 0:
+            request.block_table.extend(self.pool.allocate(missing))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._release(request)
+        request.num_computed = 0
+        request.has_hidden = False
+        self._waiting.appendleft(request)
+
+    def _release(self, request: Request) -> None:
+        """Give back what a running request holds on the device."""
+        self._running.remove(request)
+        self.pool.release(request.block_table)
+        request.block_table = []
+        if request.slot is not None:
+            self._slots.append(request.slot)
+            request.slot = None
+
+    def _remove(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        if request.slot is not None:
+            self._release(request)
+        else:
+            self._waiting.remove(request)
+
+    # --- update
+
+    def update(self, batch: Batch, results: Sequence[CommittedTokens]) -> list[RequestOutput]:
+        """Take in a pass: `results[i]` belongs to `batch.scheduled[i]`."""
+        outputs = []
+        for scheduled, result in zip(batch.scheduled, results, strict=True):
+            request = scheduled.request
+            if request.finish_reason is not None:  # aborted while the pass ran
+                continue
+            if scheduled.commits:
+                outputs.append(self._commit(scheduled, result))
+            else:
+                request.num_computed += scheduled.num_tokens
+            self._register_blocks(request)
+            if request.finish_reason is not None:
+                self._remove(request)
+        return outputs
+
+    def _commit(self, scheduled: ScheduledRequest, result: CommittedTokens) -> RequestOutput:
+        request = scheduled.request
+        base = len(request.token_ids) - 1
+        appended: list[int] = []
+        for token_id in result.token_ids:
+            appended.append(token_id)
+            if request.append(token_id, self._eos_token_ids, self.limits.max_model_len):
+                break
+        num_accepted = min(len(result.token_ids) - 1, len(appended))
+        # Of root and accepted tokens the KV is final; the bonus token is the next root.
+        request.num_computed = base + 1 + num_accepted
+        request.has_hidden = True
+        scheduled.num_committed, scheduled.num_accepted = len(appended), num_accepted
+        request.decode_steps += 1
+        request.drafted_tokens += scheduled.num_drafts
+        request.accepted_tokens += num_accepted
+        if scheduled.num_drafts:
+            self._policy.observe(request.acceptance, scheduled.num_drafts, num_accepted)
+        return RequestOutput(
+            request_id=request.request_id,
+            token_ids=appended,
+            usage=request.usage(),
+            logprobs=None if result.logprobs is None else result.logprobs[: len(appended)],
+            finish_reason=request.finish_reason,
+            stop_token_id=request.stop_token_id,
+        )
+
+    def _register_blocks(self, request: Request) -> None:
+        num_full = request.num_computed // self.pool.block_size
+        if num_full > request.num_registered:
+            request.extend_hashes(self.pool.block_size)
+            for block in range(request.num_registered, num_full):
+                self.pool.register(request.block_table[block], request.block_hashes[block])
+            request.num_registered = num_full
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError where pool, tables and slots disagree. For tests and fault finding."""
+        self.pool.check_integrity(request.block_table for request in self._running)
