@@ -1,0 +1,103 @@
+"""`gorgon train medusa1|calibrate`: make a head set for a model from its own text, and measure one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cli.parser import Subparsers
+from cli.serve import DEFAULT_MODEL
+
+
+def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("train", help="train and calibrate head sets")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    parser = commands.add_parser("medusa1", help="train Medusa heads on a frozen model, then calibrate them")
+    _add_common(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the head set is written"
+    )
+    parser.add_argument("--heads", type=_positive, default=4, metavar="N", help="tokens guessed ahead (4)")
+    parser.add_argument("--layers", type=_positive, default=2, metavar="N", help="blocks of each head (2)")
+    parser.add_argument(
+        "--vocab", type=_positive, default=12288, metavar="N", help="most frequent tokens kept (12288)"
+    )
+    parser.add_argument("--epochs", type=float, default=4.0, metavar="X", help="passes over the text (4)")
+    parser.add_argument(
+        "--max-positions", type=_positive, default=1_300_000, metavar="N", help="answer tokens used (1300000)"
+    )
+    parser.add_argument(
+        "--batch", type=_positive, default=1024, metavar="N", help="positions in a step (1024)"
+    )
+    parser.add_argument(
+        "--lr", type=float, default=1.5e-3, metavar="X", help="highest learning rate (0.0015)"
+    )
+    parser.set_defaults(run=run_medusa1)
+
+    parser = commands.add_parser("calibrate", help="measure a head set on held-out text, rewrite its tree")
+    _add_common(parser)
+    parser.add_argument("--heads", type=Path, required=True, metavar="DIR", help="the head set")
+    parser.set_defaults(run=run_calibrate)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="MODEL", help=f"base model (default: {DEFAULT_MODEL})"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="conversations, .jsonl or .jsonl.gz; best what the model itself wrote",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where hidden states are kept between runs (default: a folder in the head set's)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="order of the text (0)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def run_medusa1(args: argparse.Namespace) -> int:
+    from training.medusa1 import Medusa1Config
+    from training.recipe import report, train_medusa1
+
+    _check_data(args.data)
+    config = Medusa1Config(
+        heads=args.heads,
+        layers=args.layers,
+        vocab=args.vocab,
+        epochs=args.epochs,
+        batch=args.batch,
+        lr=args.lr,
+        seed=args.seed,
+    )
+    cache = args.cache or args.out / "cache"
+    result = train_medusa1(args.model, args.data, args.out, cache, args.max_positions, config)
+    print("\n".join(report(result)))
+    return 0
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    from training.recipe import calibrate_heads, report
+
+    _check_data(args.data)
+    cache = args.cache or args.heads / "cache"
+    print("\n".join(report(calibrate_heads(args.heads, args.model, args.data, cache, args.seed))))
+    return 0
+
+
+def _check_data(data: Path) -> None:
+    from engine.errors import ConfigError
+
+    if not data.is_file():
+        raise ConfigError("data", f"{data} is no file")

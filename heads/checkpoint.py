@@ -1,0 +1,219 @@
+"""Head sets on disk: `heads.safetensors` and `config.json`, read without trusting either.
+
+What the weights hold counts: a config that says otherwise, a key that is not used, one that is missing and a
+wrong shape are errors. A few embedding rows of the base go with the heads, so that another base model is an
+error too instead of an acceptance of zero.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from heads.errors import HeadsError
+from heads.medusa import MedusaHeads
+
+FORMAT_VERSION = 1
+ARCHITECTURE = "medusa"
+FINGERPRINT_ROWS = 8
+# A Q4 copy of the base stays above 0.99, another model's rows lie near 0.
+FINGERPRINT_COSINE = 0.95
+_CONFIG_KEYS = {
+    "format_version",
+    "architecture",
+    "base_model",
+    "hidden_size",
+    "vocab_size",
+    "num_heads",
+    "num_layers",
+    "projection",
+}
+
+
+@dataclass(frozen=True)
+class HeadSet:
+    """Heads as loaded, not yet bound to a base model."""
+
+    name: str  # the directory's
+    base_model: str  # registry name or hub id, for people
+    module: MedusaHeads
+    fingerprint_tokens: Tensor  # [FINGERPRINT_ROWS] int64
+    fingerprint: Tensor  # [FINGERPRINT_ROWS, hidden] float16, the base's embedding of these tokens
+
+    @property
+    def kind(self) -> str:
+        """What these heads are, in words."""
+        m = self.module
+        tokens = f", {len(m.token_map)} tokens" if m.token_map is not None else ""
+        return f"{m.num_heads} Medusa heads x {m.num_layers} layers, {_projection_kind(m)} projection{tokens}"
+
+    def similarity(self, embedding: Tensor) -> float:
+        """Mean cosine between the recorded rows and the same rows of embedding [vocab, hidden].
+
+        Raises HeadsError where the embedding has another shape.
+        """
+        expected = (self.module.vocab_size, self.module.hidden_size)
+        if tuple(embedding.shape) != expected:
+            raise HeadsError(
+                f"head set {self.name} belongs to {self.base_model} with embeddings of {expected}; "
+                f"this model's are {tuple(embedding.shape)}"
+            )
+        rows = embedding.detach()[self.fingerprint_tokens.to(embedding.device)].float().cpu()
+        return float(F.cosine_similarity(rows, self.fingerprint.float(), dim=1).mean())
+
+    def bind(self, embedding: Tensor, lm_head_weight: Tensor) -> MedusaHeads:
+        """The heads on the base's device, in its dtype and with its projection, ready to draft.
+
+        embedding, lm_head_weight: [vocab, hidden]. Raises HeadsError where the base is another model.
+        """
+        similarity = self.similarity(embedding)
+        if not similarity > FINGERPRINT_COSINE:
+            raise HeadsError(
+                f"head set {self.name} was trained for {self.base_model}; this is another model (its "
+                f"embeddings agree to {similarity:.2f}, those of a quantized copy to 0.99). Use heads made "
+                "for this model, or --heads none"
+            )
+        self.module.bind(lm_head_weight)
+        return self.module
+
+
+def _projection_kind(module: MedusaHeads) -> str:
+    return "shared" if module.projection is None else "own"
+
+
+def _config(module: MedusaHeads, base_model: str) -> dict[str, object]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "architecture": ARCHITECTURE,
+        "base_model": base_model,
+        "hidden_size": module.hidden_size,
+        "vocab_size": module.vocab_size,
+        "num_heads": module.num_heads,
+        "num_layers": module.num_layers,
+        "projection": _projection_kind(module),
+    }
+
+
+def save_heads(
+    directory: Path,
+    module: MedusaHeads,
+    base_model: str,
+    embedding: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write the head set, each file whole or not at all. embedding: the base's, [vocab, hidden]."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokens = (torch.arange(FINGERPRINT_ROWS) * 2 + 1) * module.vocab_size // (2 * FINGERPRINT_ROWS)
+    tensors = {
+        "fingerprint.tokens": tokens,
+        "fingerprint.rows": embedding.detach()[tokens.to(embedding.device)].to("cpu", torch.float16),
+    }
+    for name, tensor in module.state_dict().items():
+        tensors[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+    partial = directory / "heads.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, directory / "heads.safetensors")
+    partial = directory / "config.json.partial"
+    partial.write_text(json.dumps(_config(module, base_model), indent=1) + "\n")
+    os.replace(partial, directory / "config.json")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise HeadsError(f"{path.parent} is no head set: it has no config.json") from error
+    except ValueError as error:
+        raise HeadsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise HeadsError(f"{path} must hold an object")
+    if config.get("format_version") != FORMAT_VERSION or config.get("architecture") != ARCHITECTURE:
+        raise HeadsError(
+            f"{path}: format version {config.get('format_version')} of {config.get('architecture')!r} heads "
+            f"is not known; this version reads {FORMAT_VERSION} of {ARCHITECTURE!r}"
+        )
+    for name in sorted(_CONFIG_KEYS ^ config.keys()):
+        raise HeadsError(f"{path}: {name!r} is {'missing' if name in _CONFIG_KEYS else 'not a known key'}")
+    for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise HeadsError(f"{path}: {name!r} must be a whole number of at least 1, not {config[name]!r}")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError as error:
+        raise HeadsError(f"{path.parent} is no head set: it has no {path.name}") from error
+    except (SafetensorError, OSError) as error:
+        raise HeadsError(f"{path} is damaged or truncated: {error}") from error
+    return tensors
+
+
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:
+    if name not in tensors:
+        raise HeadsError(f"{path}: {name!r} is missing")
+    tensor = tensors.pop(name)
+    if tuple(tensor.shape) != shape:
+        raise HeadsError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+    return tensor
+
+
+def load_heads(directory: Path) -> HeadSet:
+    """Read a head set. Raises HeadsError naming the file and the key at fault."""
+    config = _read_config(directory / "config.json")
+    path = directory / "heads.safetensors"
+    tensors = _read_tensors(path)
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+
+    num_layers = sum(re.fullmatch(r"weights\.\d+", name) is not None for name in tensors)
+    first = tensors.get("weights.0")
+    num_heads = 0 if first is None or first.ndim != 3 else first.shape[0]
+    own = "projection" in tensors
+    found = {"num_heads": num_heads, "num_layers": num_layers, "projection": "own" if own else "shared"}
+    for name, value in found.items():
+        if config[name] != value:
+            raise HeadsError(f"{path}: the weights hold {name} {value}, but config.json says {config[name]}")
+
+    token_map = tensors.get("token_map")
+    if token_map is not None:
+        if token_map.dtype != torch.int64 or token_map.ndim != 1 or not len(token_map):
+            raise HeadsError(f"{path}: 'token_map' must be a row of int64 token ids")
+        if int(token_map.min()) < 0 or int(token_map.max()) >= vocab:
+            raise HeadsError(f"{path}: 'token_map' names tokens outside the vocabulary of {vocab}")
+    module = MedusaHeads(num_heads, num_layers, hidden, vocab, token_map, own)
+    rows = (FINGERPRINT_ROWS, hidden)
+    fingerprint = _take(tensors, "fingerprint.rows", rows, path)
+    fingerprint_tokens = _take(tensors, "fingerprint.tokens", rows[:1], path)
+    if int(fingerprint_tokens.min()) < 0 or int(fingerprint_tokens.max()) >= vocab:
+        raise HeadsError(f"{path}: 'fingerprint.tokens' lie outside the vocabulary of {vocab}")
+    state = {name: _take(tensors, name, tuple(t.shape), path) for name, t in module.state_dict().items()}
+    for name in tensors:
+        raise HeadsError(f"{path}: {name!r} is not used by {ARCHITECTURE!r} heads")
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise HeadsError(f"{path}: {name!r} holds values that are not finite")
+    module.load_state_dict(state)
+    module.requires_grad_(False)
+    return HeadSet(directory.name, config["base_model"], module, fingerprint_tokens, fingerprint)
+
+
+def describe(directory: Path) -> dict[str, object]:
+    """Facts of a head set for people: its config, counted from the weights, and what it weighs on disk."""
+    heads = load_heads(directory)
+    module = heads.module
+    facts = {"name": heads.name, **_config(module, heads.base_model)}
+    facts["tokens"] = module.vocab_size if module.token_map is None else len(module.token_map)
+    facts["parameters"] = sum(p.numel() for p in module.parameters())
+    facts["bytes"] = (directory / "heads.safetensors").stat().st_size
+    return facts

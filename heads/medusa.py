@@ -1,0 +1,109 @@
+"""Medusa heads: several guesses at the tokens after the next one, each from the same hidden row.
+
+A head is n residual blocks `x + SiLU(Wx + b)` followed by a vocabulary projection: its own, or the base
+model's `lm_head`, whole or cut to the most frequent tokens (the token map). The blocks of all heads are
+stacked, so that a pass over every head is one batched product per layer and one product for the projection.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heads.errors import HeadsError
+
+
+class MedusaHeads(nn.Module):
+    """`num_heads` heads of `num_layers` blocks over rows of `hidden_size`.
+
+    token_map: [num_tokens] int64, the tokens the projection's rows stand for; None for the whole vocabulary.
+    own_projection: each head brings its projection, [num_heads, num_tokens, hidden]; otherwise `bind` takes
+    the base's.
+    """
+
+    token_map: Tensor | None  # [num_tokens] int64
+    shared_projection: Tensor | None  # [num_tokens, hidden], there once bound
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_layers: int,
+        hidden_size: int,
+        vocab_size: int,
+        token_map: Tensor | None = None,
+        own_projection: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_layers = num_heads, num_layers
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        # Zero weights make a fresh head guess what the base model itself guesses.
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size)) for _ in range(num_layers)
+        )  # [layer][num_heads, out, in]
+        self.biases = nn.ParameterList(
+            nn.Parameter(torch.zeros(num_heads, hidden_size)) for _ in range(num_layers)
+        )
+        num_tokens = vocab_size if token_map is None else len(token_map)
+        self.projection = (
+            nn.Parameter(torch.zeros(num_heads, num_tokens, hidden_size)) if own_projection else None
+        )
+        self.register_buffer("token_map", token_map)
+        self.register_buffer("shared_projection", None, persistent=False)
+
+    def bind(self, lm_head_weight: Tensor) -> None:
+        """Move to the base's device and dtype and take over its projection, lm_head_weight [vocab, hidden].
+
+        Raises HeadsError where the base has another shape.
+        """
+        expected = (self.vocab_size, self.hidden_size)
+        if tuple(lm_head_weight.shape) != expected:
+            raise HeadsError(
+                f"the heads were made for a projection of {expected[0]} tokens by {expected[1]}, "
+                f"but the model's is {' by '.join(map(str, lm_head_weight.shape))}"
+            )
+        self.to(device=lm_head_weight.device, dtype=lm_head_weight.dtype)
+        if self.projection is None:
+            weight = lm_head_weight.detach()
+            self.shared_projection = weight if self.token_map is None else weight[self.token_map].contiguous()
+
+    def features(self, hidden: Tensor, num_heads: int) -> Tensor:
+        """What the first heads project: hidden [num_rows, hidden] -> [num_heads, num_rows, hidden]."""
+        x = hidden.expand(num_heads, -1, -1)
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            y = torch.baddbmm(bias[:num_heads, None], x, weight[:num_heads].transpose(1, 2))
+            x = x + F.silu(y)
+        return x
+
+    def logits(self, hidden: Tensor, num_heads: int) -> Tensor:
+        """hidden [num_rows, hidden] -> [num_heads, num_rows, num_tokens], columns in token map order."""
+        x = self.features(hidden, num_heads)
+        if self.projection is not None:
+            return torch.bmm(x, self.projection[:num_heads].transpose(1, 2))
+        if self.shared_projection is None:
+            raise HeadsError("these heads share the base's projection; call bind() first")
+        return F.linear(x, self.shared_projection)
+
+    @torch.inference_mode()
+    def fill_tree(
+        self, hidden: Tensor, roots: Tensor, parents: Tensor, depths: Tensor, ranks: Tensor
+    ) -> Tensor:
+        """The tokens of one draft tree shape for each request.
+
+        hidden: [num_requests, hidden], the row of each request's last computed token.
+        roots: [num_requests] int64, the token committed after it, which the tree hangs on.
+        parents, depths, ranks: [num_nodes] int64, the root first; best on the CPU, where reading how deep
+        they go costs no synchronisation.
+        Returns [num_requests, num_nodes] int64 token ids, column 0 the roots. A Medusa head sees neither its
+        path nor the root, so that parents are not read.
+        """
+        if len(depths) == 1:
+            return roots.unsqueeze(1)
+        num_heads, num_ranks = int(depths.max()), int(ranks.max()) + 1
+        if num_heads > self.num_heads:
+            raise HeadsError(f"the tree is {num_heads} deep, but there are {self.num_heads} heads")
+        guesses = self.logits(hidden, num_heads).topk(num_ranks, dim=-1).indices
+        if self.token_map is not None:
+            guesses = self.token_map[guesses]
+        drafts = guesses[depths[1:] - 1, :, ranks[1:]]  # [num_drafts, num_requests]
+        return torch.cat((roots.unsqueeze(1), drafts.t()), dim=1)

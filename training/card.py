@@ -1,0 +1,45 @@
+"""The card of a head set: what it was made from, how, and what was measured, as a README.md beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from heads.checkpoint import load_heads
+from training.calibrate import Calibration
+from training.hidden_states import HiddenCache
+
+
+def write_card(
+    directory: Path, result: Calibration, data_name: str, cache: HiddenCache, settings: Mapping[str, object]
+) -> None:
+    """Write README.md into the head set's directory. Where the data come from and under which licence has to
+    be added by hand: the data do not say.
+    """
+    heads = load_heads(directory)
+    sizes = list(result.tokens_per_step)
+    ranks = (1, 2, 3, 5, 10)
+    lines = [
+        f"# Heads for {heads.base_model}",
+        "",
+        f"{heads.kind}. The backbone is frozen; text does not change.",
+        "",
+        f"Trained on `{data_name}`: {len(cache.next_tokens)} answer tokens in {len(cache.segments)} answers, "
+        f"{int(cache.held_out.sum())} of them held out.",
+        "",
+        "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+        "",
+        "## Measured",
+        "",
+        f"On {result.num_positions} held-out positions, greedy text where there is any.",
+        "",
+        "| nodes besides the root | " + " | ".join(map(str, sizes)) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+        "| tokens per step | " + " | ".join(f"{result.tokens_per_step[n]:.2f}" for n in sizes) + " |",
+        "",
+        "| hit rate (%) | " + " | ".join(f"top-{n}" for n in ranks) + " |",
+        "|---" * (len(ranks) + 1) + "|",
+    ]
+    for head, rates in enumerate(result.hit_rates):
+        lines.append(f"| head {head} | " + " | ".join(f"{100 * sum(rates[:n]):.1f}" for n in ranks) + " |")
+    (directory / "README.md").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,85 @@
+"""The whole way from conversations to a head set that can be served, for the `gorgon train` commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from engine.model.decoder import Decoder
+from engine.model.loader import load_decoder
+from engine.model.tokenizer import load_chat_tokenizer
+from heads.checkpoint import load_heads
+from heads.registry import resolve_model
+from training.calibrate import Calibration, calibrate
+from training.card import write_card
+from training.dataset import DataError, Document, digest, load_documents
+from training.hidden_states import HiddenCache, extract
+from training.medusa1 import Medusa1Config, Medusa1Trainer
+
+MAX_LENGTH = 1024  # tokens of a conversation, prompt included; longer ones are left out
+MAX_HELD_OUT_POSITIONS = 200_000
+
+
+def _load(model_name: str, data: Path, max_positions: int, seed: int) -> tuple[Decoder, list[Document]]:
+    model = resolve_model(model_name)
+    tokenizer = load_chat_tokenizer(model.model_dir)
+    if tokenizer.eos_token is None:
+        raise DataError(f"{model_name} has no end-of-turn token, so that its answers have no end to learn")
+    length = MAX_LENGTH
+    documents = load_documents(data, tokenizer, tokenizer.eos_token, max_positions, length, seed)
+    answers = sum(d.num_answer_tokens for d in documents)
+    print(f"{len(documents)} conversations, {answers} answer tokens", flush=True)
+    return load_decoder(model.model_dir, torch.bfloat16, torch.device("cpu")), documents
+
+
+def train_medusa1(
+    model_name: str, data: Path, out: Path, cache_dir: Path, max_positions: int, config: Medusa1Config
+) -> Calibration:
+    """Extract, train, calibrate, write the head set to `out`; a killed run goes on where it stopped."""
+    decoder, documents = _load(model_name, data, max_positions, config.seed)
+    cache = _extract(decoder, documents, cache_dir, model_name)
+    trainer = Medusa1Trainer(config, cache, decoder.embedding, decoder.lm_head.weight, model_name, out)
+    trainer.run()
+    result = _calibrate(out, decoder, cache)
+    write_card(out, result, data.name, cache, {**asdict(config), "max_positions": max_positions})
+    return result
+
+
+def calibrate_heads(heads_dir: Path, model_name: str, data: Path, cache_dir: Path, seed: int) -> Calibration:
+    """Measure a head set on the held-out share of the data and rewrite its tree.json."""
+    decoder, documents = _load(model_name, data, 2**62, seed)
+    held_out = [document for document in documents if document.held_out]
+    if not held_out:
+        raise DataError(f"none of the conversations of {data.name} falls into the held-out share")
+    return _calibrate(heads_dir, decoder, _extract(decoder, held_out, cache_dir, model_name))
+
+
+def _extract(decoder: Decoder, documents: list[Document], cache_dir: Path, model_name: str) -> HiddenCache:
+    return extract(decoder, documents, cache_dir, {"model": model_name, "documents": digest(documents)})
+
+
+def _calibrate(heads_dir: Path, decoder: Decoder, cache: HiddenCache) -> Calibration:
+    heads = load_heads(heads_dir).bind(decoder.embedding, decoder.lm_head.weight)
+    # What is served most is greedy; sampled text is measured only where there is nothing else.
+    chosen = cache.held_out & cache.greedy if bool((cache.held_out & cache.greedy).any()) else cache.held_out
+    if not bool(chosen.any()):
+        raise DataError("no conversation fell into the held-out share; give more data")
+    result = calibrate(heads, cache.hidden, cache.targets(heads.num_heads), cache.segments[chosen])
+    measured_on = "held-out greedy answers" if bool(cache.greedy[chosen].all()) else "held-out answers"
+    result.family.save(heads_dir / "tree.json", measured_on=measured_on, **result.facts())
+    return result
+
+
+def report(result: Calibration) -> Sequence[str]:
+    """Lines for people: hit rates per head, tokens per step by tree size."""
+    lines = [f"measured on {result.num_positions} held-out positions"]
+    for head, rates in enumerate(result.hit_rates):
+        top = (
+            f"top-1 {100 * rates[0]:.1f}%, top-5 {100 * sum(rates[:5]):.1f}%, top-10 {100 * sum(rates):.1f}%"
+        )
+        lines.append(f"head {head}: {top}")
+    sizes = ", ".join(f"{n}: {tokens:.2f}" for n, tokens in result.tokens_per_step.items())
+    return [*lines, f"tokens per step by draft nodes: {sizes}"]
