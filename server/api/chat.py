@@ -1,0 +1,123 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+
+from engine.messages import TokenLogprobs
+from server.api.bodies import json_response, read_json
+from server.generation import Generation, Piece
+from server.logprobs import TokenTexts, finite, token_bytes
+from server.protocol.chat import (
+    AnswerMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatRequest,
+    TokenLogprob,
+    TopLogprob,
+)
+from server.sampling import check_model, resolve_max_tokens, sampling_params
+from server.services import services
+from server.streaming import ChunkWriter, collect, stream
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation, at once or as a stream."""
+    arrived = time.monotonic()
+    service = services(request)
+    chat = await read_json(request, ChatRequest)
+    check_model(chat.model, service.settings.served_model_name)
+    messages = [message.for_template() for message in chat.messages]
+    # Long conversations take a while; other requests' streams must not wait for it.
+    prompt = await asyncio.to_thread(service.tokenizer.encode_chat, messages)
+
+    newer = chat.max_completion_tokens is not None
+    max_tokens = resolve_max_tokens(
+        service.engine.info,
+        len(prompt),
+        chat.max_completion_tokens if newer else chat.max_tokens,
+        prompt_param="messages",
+        limit_param="max_completion_tokens" if newer else "max_tokens",
+    )
+    logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
+    sampling = sampling_params(chat, service.engine.info, max_tokens, logprobs)
+    request_id = f"chatcmpl-{uuid.uuid4().hex}"
+    generation = Generation(service, request_id, chat, prompt, sampling, arrived)
+    created = int(time.time())
+    if chat.stream:
+        include_usage = chat.stream_options is not None and bool(chat.stream_options.include_usage)
+        writer = _Chunks(request_id, created, chat, service.token_texts, include_usage)
+        return await stream(request, generation, writer)
+
+    pieces = await collect(request, generation)
+    assert generation.finish_reason is not None  # collect read to the end
+    entries = [entry for piece in pieces for _, entry in piece.logprobs]
+    choice = ChatChoice(
+        message=AnswerMessage(content="".join(piece.text for piece in pieces)),
+        logprobs=_logprobs(entries, service.token_texts) if chat.logprobs else None,
+        finish_reason=generation.finish_reason,
+    )
+    return json_response(
+        ChatCompletion(
+            id=request_id, created=created, model=chat.model, choices=[choice], usage=generation.usage
+        )
+    )
+
+
+class _Chunks(ChunkWriter):
+    def __init__(
+        self, request_id: str, created: int, chat: ChatRequest, texts: TokenTexts, include_usage: bool
+    ) -> None:
+        self._id = request_id
+        self._created = created
+        self._chat = chat
+        self._texts = texts
+        self._include_usage = include_usage
+
+    def first(self) -> list[BaseModel]:
+        return [self._chunk(ChatChunkChoice(delta={"role": "assistant", "content": ""}))]
+
+    def piece(self, piece: Piece) -> BaseModel:
+        entries = [entry for _, entry in piece.logprobs]
+        logprobs = _logprobs(entries, self._texts) if self._chat.logprobs else None
+        return self._chunk(ChatChunkChoice(delta={"content": piece.text}, logprobs=logprobs))
+
+    def last(self, generation: Generation) -> list[BaseModel]:
+        chunks: list[BaseModel] = [
+            self._chunk(ChatChunkChoice(delta={}, finish_reason=generation.finish_reason))
+        ]
+        if self._include_usage:
+            usage_only = self._chunk()
+            usage_only.usage = generation.usage
+            chunks.append(usage_only)
+        return chunks
+
+    def _chunk(self, *choices: ChatChunkChoice) -> ChatChunk:
+        return ChatChunk(id=self._id, created=self._created, model=self._chat.model, choices=list(choices))
+
+
+def _logprobs(entries: list[TokenLogprobs], texts: TokenTexts) -> ChatLogprobs:
+    def named(token_id: int, logprob: float) -> TopLogprob:
+        text = texts[token_id]
+        return TopLogprob(token=text, logprob=finite(logprob), bytes=token_bytes(text))
+
+    return ChatLogprobs(
+        content=[
+            TokenLogprob(
+                **named(entry.token_id, entry.logprob).model_dump(),
+                top_logprobs=[named(*alternative) for alternative in entry.top],
+            )
+            for entry in entries
+        ]
+    )

@@ -1,0 +1,119 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+
+from server.api.bodies import json_response, read_json
+from server.generation import Generation, Piece
+from server.logprobs import TokenTexts, finite
+from server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from server.sampling import check_model, check_token_ids, resolve_max_tokens, sampling_params
+from server.services import Services, services
+from server.streaming import ChunkWriter, collect, stream
+
+router = APIRouter()
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+@router.post("/v1/completions", response_model=None)
+async def create_completion(request: Request) -> Response:
+    """Continue a text, at once or as a stream."""
+    arrived = time.monotonic()
+    service = services(request)
+    body = await read_json(request, CompletionRequest)
+    check_model(body.model, service.settings.served_model_name)
+    info = service.engine.info
+    prompt, prompt_text = await _prompt(body, service)
+    max_tokens = resolve_max_tokens(
+        info, len(prompt), body.max_tokens, prompt_param="prompt", default=DEFAULT_MAX_TOKENS
+    )
+    sampling = sampling_params(body, info, max_tokens, body.logprobs)
+    request_id = f"cmpl-{uuid.uuid4().hex}"
+    generation = Generation(service, request_id, body, prompt, sampling, arrived)
+    created = int(time.time())
+    echo = prompt_text if body.echo else ""
+    if body.stream:
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        writer = _Chunks(request_id, created, body, service.token_texts, include_usage, echo)
+        return await stream(request, generation, writer)
+
+    pieces = await collect(request, generation)
+    choice = CompletionChoice(
+        text=echo + "".join(piece.text for piece in pieces),
+        logprobs=None if body.logprobs is None else _logprobs(pieces, service.token_texts),
+        finish_reason=generation.finish_reason,
+    )
+    return json_response(
+        Completion(id=request_id, created=created, model=body.model, choices=[choice], usage=generation.usage)
+    )
+
+
+async def _prompt(body: CompletionRequest, service: Services) -> tuple[list[int], str]:
+    """Token ids and text of the prompt; the text only where it is echoed."""
+    tokenizer = service.tokenizer
+    if isinstance(body.prompt, str):
+        return await asyncio.to_thread(tokenizer.encode, body.prompt, add_special_tokens=True), body.prompt
+    check_token_ids("prompt", body.prompt, service.engine.info)
+    text = ""
+    if body.echo:
+        text = await asyncio.to_thread(tokenizer.decode, body.prompt, skip_special_tokens=True)
+    return body.prompt, text
+
+
+class _Chunks(ChunkWriter):
+    def __init__(
+        self,
+        request_id: str,
+        created: int,
+        body: CompletionRequest,
+        texts: TokenTexts,
+        include_usage: bool,
+        echo: str,
+    ) -> None:
+        self._id = request_id
+        self._created = created
+        self._body = body
+        self._texts = texts
+        self._include_usage = include_usage
+        self._echo = echo
+
+    def first(self) -> list[BaseModel]:
+        return [self._chunk(CompletionChoice(text=self._echo))] if self._echo else []
+
+    def piece(self, piece: Piece) -> BaseModel:
+        logprobs = None if self._body.logprobs is None else _logprobs([piece], self._texts)
+        return self._chunk(CompletionChoice(text=piece.text, logprobs=logprobs))
+
+    def last(self, generation: Generation) -> list[BaseModel]:
+        chunks: list[BaseModel] = [
+            self._chunk(CompletionChoice(text="", finish_reason=generation.finish_reason))
+        ]
+        if self._include_usage:
+            usage_only = self._chunk()
+            usage_only.usage = generation.usage
+            chunks.append(usage_only)
+        return chunks
+
+    def _chunk(self, *choices: CompletionChoice) -> Completion:
+        return Completion(id=self._id, created=self._created, model=self._body.model, choices=list(choices))
+
+
+def _logprobs(pieces: list[Piece], texts: TokenTexts) -> CompletionLogprobs:
+    placed = [entry for piece in pieces for entry in piece.logprobs]
+    return CompletionLogprobs(
+        tokens=[texts[entry.token_id] for _, entry in placed],
+        token_logprobs=[finite(entry.logprob) for _, entry in placed],
+        top_logprobs=[
+            {texts[token_id]: finite(logprob) for token_id, logprob in reversed(entry.top)}
+            | {texts[entry.token_id]: finite(entry.logprob)}
+            for _, entry in placed
+        ],
+        text_offset=[offset for offset, _ in placed],
+    )

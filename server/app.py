@@ -1,0 +1,39 @@
+"""Puts the HTTP application together: gates, routes, error answers. Never imports torch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastapi import FastAPI
+
+from server import errors
+from server.api import chat, completions, health, metrics, models
+from server.logprobs import TokenTexts
+from server.metrics import Metrics
+from server.middleware import BodyGate, KeyGate, LifecycleGate
+from server.services import Engine, Services, Tokenizer
+from server.settings import ServerSettings
+
+
+def create_app(
+    settings: ServerSettings, engine: Engine, tokenizer: Tokenizer, metrics_: Metrics | None = None
+) -> FastAPI:
+    """The application over a started engine. `metrics_` is the object that the engine's steps feed."""
+    counters = metrics_ or Metrics(settings.served_model_name)
+    texts = TokenTexts(
+        partial(tokenizer.encode, add_special_tokens=False),
+        partial(tokenizer.decode, skip_special_tokens=False),
+    )
+    services = Services(settings, engine, tokenizer, counters, texts)
+
+    # The documentation pages load scripts from elsewhere, and a redirected slash would trust the Host header.
+    app = FastAPI(title="Gorgon", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.services = services
+    for module in (chat, completions, models, health, metrics):
+        app.include_router(module.router)
+    errors.install(app)
+    # The last one added is the first that a request meets.
+    app.add_middleware(BodyGate, max_bytes=settings.max_body_bytes)
+    app.add_middleware(KeyGate, api_key=settings.api_key)
+    app.add_middleware(LifecycleGate, lifecycle=services.lifecycle, metrics=counters)
+    return app

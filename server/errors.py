@@ -1,0 +1,136 @@
+"""Turns everything that can go wrong with a request into one OpenAI-shaped answer that leaks nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request, Response
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from starlette.exceptions import HTTPException
+
+from engine.errors import EngineDeadError, OverloadedError, RequestError
+from server.protocol.errors import ErrorDetail, ErrorResponse
+
+logger = logging.getLogger("gorgon.server")
+
+MAX_ECHO = 200  # characters of a client's own text that a message repeats
+RESTART_SECONDS = 10  # a guess at how long a dead engine takes to come back
+
+_KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+
+
+class ApiError(Exception):
+    """An answer other than success. `param` is the dotted path of the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+        super().__init__(message)
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type` of the error."""
+        return _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+    def body(self) -> str:
+        detail = ErrorDetail(message=self.message, type=self.kind, param=self.param, code=self.code)
+        return ErrorResponse(error=detail).model_dump_json()
+
+    def response(self) -> Response:
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
+
+
+class GenerationError(Exception):
+    """The engine gave up one request; the message is the engine's and for the log, not for the client."""
+
+
+class ClientDisconnectedError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
+    """A 400 that names the parameter."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def _message(path: str, error: ErrorDetails) -> str:
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return f"Unrecognized request argument supplied: '{path}'"
+    if kind == "missing":
+        return f"Missing required parameter: '{path}'"
+    if kind == "not_supported":
+        return f"'{path}' {error['msg']}"
+    return f"Invalid value for '{path}': {error['msg'][:MAX_ECHO]}" if path else error["msg"][:MAX_ECHO]
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first fault pydantic found, in words, with the dotted path of its field."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    steps = [str(step) for step in first["loc"]]
+    path = ".".join(step for step in steps if not (step.startswith("<") or step == "[key]"))[:MAX_ECHO]
+    path = path or str(first.get("ctx", {}).get("param", ""))
+    return invalid(path or None, _message(path, first))
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """The answer for any failure; what nobody foresaw becomes a 500 without details."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return invalid(error.parameter, str(error))
+    if isinstance(error, OverloadedError):
+        return ApiError(429, str(error), code="overloaded", headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, EngineDeadError):
+        return ApiError(
+            503,
+            "The engine died while the request was in it and is being restarted; send the request again.",
+            code="engine_dead",
+            headers={"Retry-After": str(RESTART_SECONDS)},
+        )
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    return ApiError(500, "The server failed to answer this request; its log says why.", code="internal_error")
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnectedError):
+        return Response(status_code=499)
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        what = "not found" if error.status_code == 404 else "does not allow this method"
+        path = repr(request.scope["path"][:MAX_ECHO])[1:-1]
+        return ApiError(
+            error.status_code, f"{request.method} {path}: {what}.", headers=error.headers
+        ).response()
+    if isinstance(error, GenerationError):
+        logger.error("request failed in the engine: %s", error)
+    return to_api_error(error).response()
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of `app` in OpenAI's shape."""
+    handled: tuple[type[Exception], ...] = (
+        ApiError,
+        RequestError,
+        OverloadedError,
+        EngineDeadError,
+        GenerationError,
+        ClientDisconnectedError,
+        HTTPException,
+        Exception,
+    )
+    for kind in handled:
+        app.add_exception_handler(kind, _answer)

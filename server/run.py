@@ -1,0 +1,174 @@
+"""Runs a server from start to end: engine up, HTTP up, signals, drain, everything down."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from engine.client import EngineClient
+from engine.config import EngineConfig
+from engine.errors import GorgonError
+from engine.model.tokenizer import load_chat_tokenizer
+from server.app import create_app
+from server.metrics import Metrics
+from server.services import Engine, Services, Tokenizer
+from server.settings import ServerSettings
+
+logger = logging.getLogger("gorgon.server")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+BACKLOG = 2048
+
+
+class StopSignals:
+    """The first SIGTERM or SIGINT asks to stop, a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self.asked.is_set():
+            os._exit(128 + number)  # the engine process ends when its pipe to this one closes
+        logger.info("%s: stopping; a second one exits at once", number.name)
+        self.asked.set()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: they close running streams."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def serve(settings: ServerSettings, engine_config: EngineConfig) -> int:
+    """Serve until a signal; returns the exit status. What cannot start is told in one line on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        with _listen(settings) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_serve(settings, engine_config, listener))
+    except GorgonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed."""
+    if importlib.util.find_spec("uvloop") is None:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = importlib.import_module("uvloop").new_event_loop
+    return factory
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    """Take the port before the model loads, so that one in use is known at once."""
+    try:
+        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise GorgonError(
+            f"cannot listen on {settings.host} port {settings.port}: {reason}; try another --host or --port"
+        ) from error
+    return listener
+
+
+async def _serve(settings: ServerSettings, engine_config: EngineConfig, listener: socket.socket) -> int:
+    stop = StopSignals()
+    metrics = Metrics(settings.served_model_name)
+    engine = EngineClient(engine_config, on_step=metrics.on_step)
+    starting = asyncio.ensure_future(engine.start())
+    asked = asyncio.ensure_future(stop.asked.wait())
+    try:
+        tokenizer = await asyncio.to_thread(load_chat_tokenizer, Path(engine_config.model_dir))
+        await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.asked.is_set():
+            return 0
+        await starting
+        await serve_http(settings, engine, tokenizer, metrics, listener, stop)
+    finally:
+        starting.cancel()
+        asked.cancel()
+        await asyncio.gather(starting, asked, return_exceptions=True)
+        await engine.stop()
+    return 0
+
+
+async def serve_http(
+    settings: ServerSettings,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    listener: socket.socket,
+    stop: StopSignals,
+) -> None:
+    """Answer HTTP over a started engine until `stop` asks, then finish what runs within the grace period."""
+    AppStatus.enable_automatic_graceful_drain = False  # streams end by themselves, or with the grace period
+    app = create_app(settings, engine, tokenizer, metrics)
+    services: Services = app.state.services
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http="h11",  # it bounds the size of headers; httptools does not
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    running = asyncio.ensure_future(server.serve(sockets=[listener]))
+    asked = asyncio.ensure_future(stop.asked.wait())
+    while not (server.started or running.done()):
+        await asyncio.sleep(0.01)
+    print(banner(settings, listener.getsockname()[1]), flush=True)
+
+    await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
+    services.lifecycle.stopping = True
+    try:
+        await asyncio.wait_for(services.lifecycle.wait_idle(), settings.shutdown_grace_period)
+    except TimeoutError:
+        logger.warning("the grace period is over; requests still running are cut off")
+    asked.cancel()
+    server.should_exit = True
+    await running
+
+
+def banner(settings: ServerSettings, port: int) -> str:
+    """Where the server is, and a chat request to paste into a shell."""
+    host = settings.host
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    address = f"[{reachable}]" if ":" in reachable else reachable
+    body = {
+        "model": settings.served_model_name,
+        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+    }
+    key = ' -H "Authorization: Bearer $GORGON_API_KEY"' if settings.api_key else ""
+    return (
+        f"{settings.served_model_name} is ready. Try:\n"
+        f"curl http://{address}:{port}/v1/chat/completions{key} "
+        f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    )

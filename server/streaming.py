@@ -1,0 +1,131 @@
+"""Server-sent events, and noticing that a client has gone, streamed to or not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable
+from typing import TypeVar
+
+import anyio
+from fastapi import Request
+from pydantic import BaseModel
+from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+from server.errors import ClientDisconnectedError, GenerationError, to_api_error
+from server.generation import Generation, Piece
+
+logger = logging.getLogger("gorgon.server")
+
+T = TypeVar("T")
+
+SEND_TIMEOUT = 60.0  # seconds a client may leave its socket full before its request is given up
+DONE = b"data: [DONE]\n\n"
+
+# Valid inside JSON, but readers that split lines as Unicode does would break an event there.
+_LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+
+
+def event(data: str) -> bytes:
+    """One event of a stream; `data` is JSON on one line."""
+    return b"data: " + data.translate(_LINE_BREAKS).encode() + b"\n\n"
+
+
+async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """Result of `work`, which is cancelled when the client goes. Raises ClientDisconnectedError then.
+
+    The body must have been read: whatever the client sends now is taken for its going.
+    """
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnectedError
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def collect(request: Request, generation: Generation) -> list[Piece]:
+    """All pieces of an answer that is not streamed."""
+
+    async def read() -> list[Piece]:
+        return [piece async for piece in generation.pieces()]
+
+    return await until_disconnect(request, read())
+
+
+class _EventStream(EventSourceResponse):
+    """Closes the pieces however the response ends, even when a client goes before the first event."""
+
+    def __init__(self, content: AsyncGenerator[bytes, None], pieces: AsyncGenerator[Piece, None]) -> None:
+        super().__init__(content, sep="\n", send_timeout=SEND_TIMEOUT)
+        self._content = content
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            logger.warning("client stopped reading its stream; request given up")
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._content.aclose()
+                await self._pieces.aclose()
+
+
+class ChunkWriter:
+    """What the two endpoints do differently about a stream. Chunks are pydantic models."""
+
+    def first(self) -> list[BaseModel]:
+        """Chunks that come before any text."""
+        raise NotImplementedError
+
+    def piece(self, piece: Piece) -> BaseModel:
+        raise NotImplementedError
+
+    def last(self, generation: Generation) -> list[BaseModel]:
+        """The chunk with the finish reason, and the one with the usage where it was asked for."""
+        raise NotImplementedError
+
+
+async def stream(request: Request, generation: Generation, writer: ChunkWriter) -> EventSourceResponse:
+    """A streamed answer. Waits for the first piece, so that what fails before it is a plain error."""
+    pieces = generation.pieces()
+
+    async def first_piece() -> Piece:
+        return await anext(pieces)
+
+    first = await until_disconnect(request, first_piece())
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        for chunk in writer.first():
+            yield event(chunk.model_dump_json())
+        piece: Piece | None = first
+        try:
+            while piece is not None:
+                if piece.text or piece.logprobs:
+                    yield event(writer.piece(piece).model_dump_json())
+                piece = await anext(pieces, None)
+        except Exception as error:
+            if isinstance(error, GenerationError):
+                logger.error("request %s failed in the engine: %s", generation.request_id, error)
+            else:
+                logger.exception("request %s failed in its stream", generation.request_id)
+            yield event(to_api_error(error).body())
+            return
+        for chunk in writer.last(generation):
+            yield event(chunk.model_dump_json())
+        yield DONE
+
+    return _EventStream(events(), pieces)
