@@ -1,0 +1,156 @@
+"""The command answers fast, reports errors in one line, and hands resolved settings to the server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cli import serve
+from cli.main import main
+from cli.settings import ENV_PREFIX
+from engine.config import EngineConfig
+from engine.errors import EngineStartError
+from heads.errors import RegistryError
+from server.settings import ServerSettings
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith(ENV_PREFIX):
+            monkeypatch.delenv(name)
+
+
+class Served:
+    """Stands in for `server.run.serve`."""
+
+    settings: ServerSettings
+    config: EngineConfig
+    error: Exception | None = None
+
+    def serve(self, settings: ServerSettings, config: EngineConfig) -> int:
+        self.settings, self.config = settings, config
+        if self.error is not None:
+            raise self.error
+        return 0
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    served = Served()
+    module = ModuleType("server.run")
+    module.serve = served.serve  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "server.run", module)
+    return served
+
+
+def test_help_is_fast_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom cli.main import build_parser\nbuild_parser().format_help()\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'httpx', 'huggingface_hub', 'numpy'}\n"
+        "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"imported for --help: {done.stderr}"
+    assert time.perf_counter() - start < 3  # 0.1 s on an idle machine
+
+
+def test_version(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out.startswith("gorgon 0.")
+
+
+def test_default_model_is_the_registrys() -> None:
+    from heads import registry
+
+    assert registry.list_models()[0].name == serve.DEFAULT_MODEL
+
+
+def test_serve_hands_over_what_was_asked(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GORGON_API_KEY", "secret")
+    monkeypatch.setenv("GORGON_MAX_NUM_SEQS", "8")
+    model = tmp_path / "my-model"
+    model.mkdir()
+    argv = ["serve", str(model), "--port", "9000", "--max-num-seqs", "4", "--kv-cache-memory", "1G"]
+    assert main([*argv, "--speculation", "off", "--heads", "none"]) == 0
+    assert served.settings == ServerSettings(served_model_name="my-model", port=9000, api_key="secret")
+    assert served.config == EngineConfig(
+        model_dir=str(model), max_num_seqs=4, kv_cache_memory=2**30, speculation="off"
+    )
+
+
+def test_model_and_its_name_from_variables(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GORGON_MODEL", str(tmp_path))
+    monkeypatch.setenv("GORGON_SERVED_MODEL_NAME", "mine")
+    assert main(["serve"]) == 0
+    assert served.config.model_dir == str(tmp_path)
+    assert served.settings.served_model_name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max-tree-nodes", "65"], "--max-tree-nodes: must be 1 to 64, not 65"),
+        (["--port", "70000"], "--port: must be 0 to 65535"),
+        (["--max-num-batched-tokens", "4", "--max-num-seqs", "8"], "raise it or lower --max-num-seqs"),
+        (["--max-num-seqs", "0"], "--max-num-seqs: must be at least 1"),
+    ],
+)
+def test_impossible_settings_exit_2_before_anything_is_fetched(
+    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("heads.registry.resolve_model", lambda name: pytest.fail("fetched"))
+    assert main(["serve", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gorgon: error: ") and message in error
+    assert error.count("\n") == 1
+
+
+def test_unknown_variable_exits_2(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("GORGON_PROT", "80")
+    assert main(["serve"]) == 2
+    assert "did you mean GORGON_PORT?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [EngineStartError("no such weights"), RegistryError("no such name")])
+def test_errors_for_people_are_one_line(
+    error: Exception, served: Served, tmp_path: Path, capsys: Any
+) -> None:
+    served.error = error
+    assert main(["serve", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"gorgon: error: {error}\n"
+
+
+def test_unknown_model_is_one_line(capsys: Any) -> None:
+    assert main(["serve", "no-such-model"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("gorgon: error: ") and "no-such-model" in error
+    assert error.count("\n") == 1
+
+
+def test_interrupt_is_clean(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heads.registry.resolve_model", interrupt)
+    assert main(["serve", str(tmp_path)]) == 130
+
+
+def test_pull_prints_where_the_model_is(tmp_path: Path, capsys: Any) -> None:
+    assert main(["pull", str(tmp_path)]) == 0
+    assert str(tmp_path) in capsys.readouterr().out

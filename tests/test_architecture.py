@@ -1,0 +1,132 @@
+"""The shape of the house, read from the imports: one-way directions, and no torch where it must not be."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAX_LINES = 350
+# Places that exist on one machine only. In classes of one letter, so that this file passes its own test.
+FORBIDDEN = re.compile(r"/[w]ork/|/[r]oot/|/[h]ome/(?!gorgon)\w|pypi[.]org|pythonhosted[.]org")
+
+# What each package may import of ours, besides itself.
+ALLOWED = {
+    "cli": {"server", "training", "bench", "engine", "heads", "trees"},
+    "server": {"engine", "heads", "trees"},
+    "training": {"engine", "heads", "trees"},
+    "bench": {"engine", "heads", "trees"},
+    "engine": {"heads", "trees"},
+    "heads": set(),
+    "trees": set(),
+}
+SOURCES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
+WITHOUT_TORCH = ("server/", "engine/scheduling/", "engine/messages", "engine/client", "trees/family")
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
+    """Modules that a file imports, by full name. Blocks under `if TYPE_CHECKING` do not run and do not count
+    where only the top level is asked for."""
+    tree = ast.parse(path.read_text())
+    nodes: list[ast.stmt] | Iterator[ast.AST] = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield f"{'.' * node.level}{node.module or ''}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    for module in imports(path):
+        top = module.split(".")[0]
+        assert not module.startswith("."), f"relative import of {module}"
+        assert top != "tests"
+        if top in ALLOWED and top != package:
+            assert top in ALLOWED[package], f"{package} must not import {module}"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name_of)
+def test_tests_import_absolutely(path: Path) -> None:
+    assert not [module for module in imports(path) if module.startswith(".")]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if name_of(p).startswith(WITHOUT_TORCH)], ids=name_of)
+def test_no_torch_beside_the_device(path: Path) -> None:
+    assert not {module for module in imports(path) if module.split(".")[0] in ("torch", "transformers")}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if name_of(p).startswith("cli/")], ids=name_of)
+def test_commands_import_nothing_heavy_at_the_top(path: Path) -> None:
+    light = {"cli", "engine.errors", "heads.errors", "trees.family", *sys.stdlib_module_names}
+    for module in imports(path, top_level_only=True):
+        assert module in light or module.split(".")[0] in light, f"{module} belongs into the handler"
+
+
+@pytest.mark.parametrize("package", ["server", "engine.scheduling"])
+def test_no_torch_gets_in_through_others(package: str) -> None:
+    folder = ROOT / package.replace(".", "/")
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted(folder.rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    code = f"""
+import importlib, sys
+for module in {modules!r}:
+    importlib.import_module(module)
+sys.exit("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr or f"importing {package} imports torch"
+
+
+@pytest.mark.parametrize("path", [p for p in [*SOURCES, *TESTS] if p.name == "__init__.py"], ids=name_of)
+def test_package_files_are_empty(path: Path) -> None:
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "__init__.py"], ids=name_of)
+def test_every_module_says_why_it_exists(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=name_of)
+def test_files_stay_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_packages_are_listed_and_tests_are_not_shipped() -> None:
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(document["tool"]["setuptools"]["packages"])
+    found = {".".join(p.parent.relative_to(ROOT).parts) for p in SOURCES if p.name == "__init__.py"}
+    assert listed == found
+    assert set(document["tool"]["mypy"]["files"]) == set(ALLOWED)
+
+
+def tracked_files() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name.decode() for name in done.stdout.split(b"\0") if name]
+
+
+def test_no_machine_paths_or_index_hosts_in_tracked_files() -> None:
+    for path in tracked_files():
+        if path.suffix in (".safetensors",) or not path.is_file():
+            continue
+        match = FORBIDDEN.search(path.read_text(encoding="utf-8"))
+        assert match is None, f"{name_of(path)} names {match and match[0]}"
