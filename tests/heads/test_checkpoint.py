@@ -1,0 +1,166 @@
+"""Head sets on disk: they come back as they were, and whatever is wrong with one is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from heads.checkpoint import describe, load_heads, save_heads
+from heads.errors import HeadsError
+from heads.medusa import MedusaHeads
+
+HEADS, LAYERS, HIDDEN, VOCAB = 3, 2, 16, 40
+
+
+@pytest.fixture
+def embedding() -> Tensor:
+    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def directory(tmp_path: Path, embedding: Tensor) -> Path:
+    """A good head set with a token map and a shared projection."""
+    save_heads(tmp_path / "set", _random(torch.tensor([1, 4, 9])), "base", embedding, torch.float32)
+    return tmp_path / "set"
+
+
+def _random(token_map: Tensor | None = None, own_projection: bool = False) -> MedusaHeads:
+    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, token_map, own_projection)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter)
+    return heads
+
+
+def _edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    path = directory / "heads.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    edit(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("own_projection", [False, True])
+@pytest.mark.parametrize("token_map", [None, torch.tensor([1, 4, 9])])
+def test_a_head_set_comes_back_as_it_was(
+    tmp_path: Path, embedding: Tensor, own_projection: bool, token_map: Tensor | None
+) -> None:
+    saved = _random(token_map, own_projection)
+    save_heads(tmp_path / "mine", saved, "base", embedding, torch.float32)
+    heads = load_heads(tmp_path / "mine")
+    assert (heads.name, heads.base_model) == ("mine", "base")
+    hidden = torch.randn(2, HIDDEN)
+    saved.bind(embedding)
+    torch.testing.assert_close(
+        heads.bind(embedding, embedding).logits(hidden, HEADS), saved.logits(hidden, HEADS)
+    )
+
+
+def test_description_counts_from_the_weights(directory: Path) -> None:
+    facts = describe(directory)
+    assert (facts["num_heads"], facts["num_layers"], facts["tokens"]) == (HEADS, LAYERS, 3)
+    assert facts["projection"] == "shared"
+    assert "3 Medusa heads x 2 layers" in load_heads(directory).kind
+
+
+def test_a_quantized_copy_of_the_base_passes(directory: Path, embedding: Tensor) -> None:
+    step = embedding.abs().amax(dim=1, keepdim=True) / 7  # four bits a weight
+    load_heads(directory).bind((embedding / step).round() * step, embedding)
+
+
+def test_another_base_model_is_an_error_that_says_so(directory: Path, embedding: Tensor) -> None:
+    with pytest.raises(HeadsError, match="trained for base; this is another model"):
+        load_heads(directory).bind(torch.randn(VOCAB, HIDDEN), embedding)
+    with pytest.raises(HeadsError, match="another model"):
+        load_heads(directory).bind(torch.full((VOCAB, HIDDEN), float("nan")), embedding)
+    with pytest.raises(HeadsError, match=r"\(40, 16\); this model's are \(41, 16\)"):
+        load_heads(directory).bind(torch.randn(VOCAB + 1, HIDDEN), embedding)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 2}, "hold num_heads 3, but config.json says 2"),
+        ({"num_layers": 5}, "hold num_layers 2, but config.json says 5"),
+        ({"projection": "own"}, "hold projection shared, but config.json says own"),
+        ({"hidden_size": 32}, "'fingerprint.rows' has shape"),
+        ({"vocab_size": 5}, "'token_map' names tokens outside the vocabulary of 5"),
+        ({"vocab_size": "40"}, "'vocab_size' must be a whole number"),
+        ({"architecture": "hydra"}, "'hydra'"),
+        ({"format_version": 9}, "format version 9"),
+        ({"speed": "fast"}, "'speed' is not a known key"),
+    ],
+)
+def test_a_config_that_disagrees_with_the_weights_is_an_error(
+    directory: Path, changes: dict[str, Any], message: str
+) -> None:
+    _edit_config(directory, **changes)
+    with pytest.raises(HeadsError, match=message):
+        load_heads(directory)
+
+
+def _drop(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+def _put(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_drop("biases.1"), "'biases.1' is missing"),
+        (_drop("weights.0"), "hold num_heads 0"),
+        (_drop("fingerprint.rows"), "'fingerprint.rows' is missing"),
+        (_put("extra", torch.zeros(1)), "'extra' is not used"),
+        (_put("biases.0", torch.zeros(HEADS, HIDDEN + 1)), "'biases.0' has shape"),
+        (_put("weights.1", torch.zeros(HEADS + 1, HIDDEN, HIDDEN)), "'weights.1' has shape"),
+        (_put("weights.1", torch.full((HEADS, HIDDEN, HIDDEN), torch.nan)), "'weights.1' holds values"),
+        (_put("token_map", torch.tensor([-1])), "'token_map' names tokens outside"),
+        (_put("token_map", torch.tensor([1.0])), "'token_map' must be"),
+        (_put("fingerprint.tokens", torch.full((8,), VOCAB)), "'fingerprint.tokens' lie outside"),
+    ],
+)
+def test_wrong_tensors_are_named(
+    directory: Path, edit: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    _edit_tensors(directory, edit)
+    with pytest.raises(HeadsError, match=message):
+        load_heads(directory)
+
+
+def test_a_truncated_file_is_an_error(directory: Path) -> None:
+    path = directory / "heads.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(HeadsError, match="damaged or truncated"):
+        load_heads(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "heads.safetensors"])
+def test_a_missing_file_is_an_error(directory: Path, name: str) -> None:
+    (directory / name).unlink()
+    with pytest.raises(HeadsError, match=name):
+        load_heads(directory)
+
+
+def test_a_config_without_a_key_or_of_no_json_is_an_error(directory: Path) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    del config["base_model"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(HeadsError, match="'base_model' is missing"):
+        load_heads(directory)
+    path.write_text("{")
+    with pytest.raises(HeadsError, match="is not JSON"):
+        load_heads(directory)

@@ -1,0 +1,107 @@
+"""Medusa heads: the batched pass equals the formula, and a filled tree holds the guesses it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from heads.errors import HeadsError
+from heads.medusa import MedusaHeads
+from trees.family import TreeFamily
+
+HEADS, LAYERS, HIDDEN, VOCAB = 3, 2, 16, 40
+FAMILY = TreeFamily(((0,), (1,), (0, 0), (0, 2), (1, 1), (0, 0, 3)), (0.5, 0.4, 0.3, 0.2, 0.1, 0.05))
+
+
+def random_heads(token_map: Tensor | None = None, own_projection: bool = False) -> MedusaHeads:
+    torch.manual_seed(0)
+    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, token_map, own_projection)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return heads
+
+
+def tree_of(family: TreeFamily) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.tensor(family.parents), torch.tensor(family.depths), torch.tensor(family.ranks)
+
+
+@pytest.mark.parametrize("own_projection", [False, True])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_logits_equal_the_formula_head_by_head(own_projection: bool, reduced: bool) -> None:
+    token_map = torch.tensor([3, 5, 8, 30]) if reduced else None
+    heads = random_heads(token_map, own_projection)
+    lm_head, hidden = torch.randn(VOCAB, HIDDEN), torch.randn(5, HIDDEN)
+    heads.bind(lm_head)
+    logits = heads.logits(hidden, HEADS)
+    for k in range(HEADS):
+        x = hidden
+        for layer in range(LAYERS):
+            x = x + F.silu(x @ heads.weights[layer][k].t() + heads.biases[layer][k])
+        if heads.projection is not None:
+            projection = heads.projection[k]
+        else:
+            projection = lm_head if token_map is None else lm_head[token_map]
+        torch.testing.assert_close(logits[k], x @ projection.t())
+
+
+def test_fresh_heads_guess_what_the_base_guesses() -> None:
+    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB)
+    lm_head, hidden = torch.randn(VOCAB, HIDDEN), torch.randn(5, HIDDEN)
+    heads.bind(lm_head)
+    torch.testing.assert_close(heads.logits(hidden, HEADS), (hidden @ lm_head.t()).expand(HEADS, -1, -1))
+
+
+@pytest.mark.parametrize("token_map", [None, torch.tensor([3, 5, 8, 30, 31, 39])])
+def test_a_node_is_the_guess_of_its_rank_of_the_head_of_its_depth(token_map: Tensor | None) -> None:
+    heads = random_heads(token_map)
+    heads.bind(torch.randn(VOCAB, HIDDEN))
+    hidden, roots = torch.randn(4, HIDDEN), torch.tensor([7, 0, 39, 1])
+    filled = heads.fill_tree(hidden, roots, *tree_of(FAMILY))
+    order = heads.logits(hidden, HEADS).argsort(dim=-1, descending=True)
+    assert filled.dtype == torch.int64
+    assert filled.shape == (4, len(FAMILY.paths) + 1)
+    assert filled[:, 0].tolist() == roots.tolist()
+    for request in range(4):
+        for node, path in enumerate(FAMILY.paths, start=1):
+            column = int(order[len(path) - 1, request, path[-1]])
+            expected = column if token_map is None else int(token_map[column])
+            assert filled[request, node] == expected
+
+
+def test_only_the_heads_that_the_tree_is_deep_run() -> None:
+    heads = random_heads()
+    heads.bind(torch.randn(VOCAB, HIDDEN))
+    with torch.no_grad():
+        heads.weights[0][1:] = float("nan")
+    filled = heads.fill_tree(torch.randn(2, HIDDEN), torch.tensor([1, 2]), *tree_of(FAMILY.prefix(2)))
+    assert filled.shape == (2, 3)
+
+
+def test_a_tree_of_the_root_alone_runs_no_head() -> None:
+    filled = random_heads().fill_tree(
+        torch.randn(2, HIDDEN), torch.tensor([1, 2]), *tree_of(FAMILY.prefix(0))
+    )
+    assert filled.tolist() == [[1], [2]]
+
+
+def test_a_tree_deeper_than_the_heads_is_an_error() -> None:
+    heads = random_heads()
+    heads.bind(torch.randn(VOCAB, HIDDEN))
+    deep = TreeFamily(((0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)), (0.5, 0.4, 0.3, 0.2))
+    with pytest.raises(HeadsError, match="4 deep, but there are 3 heads"):
+        heads.fill_tree(torch.randn(1, HIDDEN), torch.tensor([1]), *tree_of(deep))
+
+
+def test_binding_takes_over_the_dtype_and_refuses_another_shape() -> None:
+    heads = random_heads()
+    with pytest.raises(HeadsError, match="40 tokens by 16"):
+        heads.bind(torch.randn(VOCAB, HIDDEN * 2))
+    heads.bind(torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16))
+    assert heads.logits(torch.randn(1, HIDDEN, dtype=torch.bfloat16), 1).dtype == torch.bfloat16
+
+
+def test_shared_heads_that_were_not_bound_say_so() -> None:
+    with pytest.raises(HeadsError, match="bind"):
+        random_heads().logits(torch.randn(1, HIDDEN), 1)
