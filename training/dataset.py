@@ -76,9 +76,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 raise DataError(f"{path.name} line {number} is not JSON: {error}") from error
             messages = row.get("messages") if isinstance(row, dict) else None
-            if not isinstance(messages, list) or not all(
-                isinstance(m, dict) and "role" in m for m in messages
-            ):
+            if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
                 raise DataError(f"{path.name} line {number} has no list of messages with role and content")
             yield row
 

@@ -1,0 +1,78 @@
+"""The cache of hidden rows: batching changes nothing, a killed run goes on, targets line up with serving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.tiny import PROMPT, tiny_decoder, tiny_documents
+from training import hidden_states
+from training.hidden_states import DenseCausalAttention, extract, open_cache
+
+KEY: dict[str, object] = {"model": "tiny"}
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden_states, "GROUP_SIZE", 4)
+    monkeypatch.setattr(hidden_states, "TOKENS_PER_PASS", 64)
+
+
+def test_rows_are_those_before_each_answer_token_whatever_the_batch(tmp_path: Path) -> None:
+    decoder, documents = tiny_decoder(), tiny_documents(11)
+    cache = extract(decoder, documents, tmp_path, KEY)
+    for document, (start, end) in zip(documents, cache.segments.tolist(), strict=True):
+        tokens = torch.tensor(document.token_ids)
+        with torch.inference_mode():
+            hidden = decoder(tokens, torch.arange(len(tokens)), DenseCausalAttention(1, len(tokens)))
+        torch.testing.assert_close(
+            cache.hidden[start:end], hidden[PROMPT - 1 : -1].bfloat16(), rtol=0.02, atol=0.01
+        )
+        assert cache.next_tokens[start:end].tolist() == document.token_ids[PROMPT:]
+    assert cache.greedy.tolist() == [d.greedy for d in documents]
+    assert cache.held_out.tolist() == [d.held_out for d in documents]
+
+
+def test_head_k_is_to_guess_the_token_after_the_root_by_k_within_the_answer(tmp_path: Path) -> None:
+    documents = tiny_documents(3)
+    cache = extract(tiny_decoder(), documents, tmp_path, KEY)
+    targets = cache.targets(3)
+    for document, (start, end) in zip(documents, cache.segments.tolist(), strict=True):
+        answer = document.token_ids[PROMPT:]
+        for place in range(end - start):
+            guesses = (answer[place + 1 : place + 4] + [-1] * 3)[:3]
+            assert targets[start + place].tolist() == guesses
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, documents = tiny_decoder(), tiny_documents(11)
+    whole = extract(decoder, documents, tmp_path / "whole", KEY)
+    real, passes = hidden_states._answer_rows, 0
+
+    def count(*args: object) -> object:
+        nonlocal passes
+        passes += 1
+        if passes == 3:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hidden_states, "_answer_rows", count)
+    with pytest.raises(KeyboardInterrupt):
+        extract(decoder, documents, tmp_path / "killed", KEY)
+    extract(decoder, documents, tmp_path / "killed", KEY)
+    done = passes
+    resumed = open_cache(tmp_path / "killed")
+    assert torch.equal(resumed.hidden, whole.hidden)
+    extract(decoder, documents, tmp_path / "killed", KEY)
+    assert passes == done, "a finished cache is not computed again"
+
+
+def test_a_cache_of_another_model_is_started_afresh(tmp_path: Path) -> None:
+    decoder, documents = tiny_decoder(), tiny_documents(5)
+    before = extract(decoder, documents, tmp_path, KEY).hidden.clone()
+    torch.nn.init.constant_(decoder.norm.weight, 2.0)
+    assert torch.equal(extract(decoder, documents, tmp_path, KEY).hidden, before)
+    after = extract(decoder, documents, tmp_path, {"model": "other"}).hidden
+    torch.testing.assert_close(after.float(), before.float() * 2, rtol=0.02, atol=0.02)

@@ -1,0 +1,166 @@
+"""The trainer: it learns, an interrupted run ends like an unbroken one, and a run gone wrong stops."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.model.decoder import Decoder
+from heads.checkpoint import load_heads
+from heads.medusa import MedusaHeads
+from tests.training.tiny import VOCAB, tiny_decoder, tiny_documents
+from training.calibrate import calibrate
+from training.hidden_states import HiddenCache, extract
+from training.medusa1 import Medusa1Config, Medusa1Trainer, TrainingError, token_map
+from training.vocabulary_loss import vocabulary_loss
+
+CONFIG = Medusa1Config(
+    heads=3, layers=2, vocab=VOCAB, epochs=20, batch=128, lr=2e-2, warmup=5, checkpoint_every=20
+)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return tiny_decoder()
+
+
+@pytest.fixture(scope="module")
+def cache(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> HiddenCache:
+    return extract(decoder, tiny_documents(120), tmp_path_factory.mktemp("cache"), {})
+
+
+def trainer(
+    cache: HiddenCache, decoder: Decoder, directory: Path, config: Medusa1Config = CONFIG
+) -> Medusa1Trainer:
+    return Medusa1Trainer(config, cache, decoder.embedding, decoder.lm_head.weight, "tiny", directory)
+
+
+def weights(directory: Path) -> list[Tensor]:
+    return list(load_heads(directory).module.parameters())
+
+
+def test_trained_heads_beat_random_ones_by_far(cache: HiddenCache, decoder: Decoder, tmp_path: Path) -> None:
+    trainer(cache, decoder, tmp_path).run()
+    trained = load_heads(tmp_path).bind(decoder.embedding, decoder.lm_head.weight)
+    torch.manual_seed(0)
+    random = MedusaHeads(3, 2, trained.hidden_size, VOCAB)
+    for parameter in random.parameters():
+        torch.nn.init.normal_(parameter)
+    random.bind(decoder.lm_head.weight)
+
+    def top1(heads: MedusaHeads) -> float:
+        segments = cache.segments[cache.held_out]
+        return calibrate(heads, cache.hidden, cache.targets(3), segments).hit_rates[0][0]
+
+    assert top1(trained) > 0.9
+    assert top1(random) < 0.2
+
+
+def test_an_interrupted_run_ends_like_an_unbroken_one(
+    cache: HiddenCache, decoder: Decoder, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, epochs=5)
+    whole = trainer(cache, decoder, tmp_path / "whole", config)
+    whole.run()
+
+    broken = trainer(cache, decoder, tmp_path / "broken", config)
+    real_step = broken.train_step
+
+    def killed() -> list[float]:
+        if broken.step == 33:  # past the checkpoint of step 20, whose later steps are lost
+            raise KeyboardInterrupt
+        return real_step()
+
+    broken.train_step = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = trainer(cache, decoder, tmp_path / "broken", config)
+    assert resumed.step == 20
+    resumed.run()
+
+    assert resumed.num_steps == whole.num_steps > 40
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "whole"), weights(tmp_path / "broken"), strict=True)
+    )
+    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("whole", "broken")]
+    assert [line.split(",")[0] for line in logs[0]] == [line.split(",")[0] for line in logs[1]]
+
+
+def test_a_finished_run_changes_nothing(cache: HiddenCache, decoder: Decoder, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, epochs=1)
+    trainer(cache, decoder, tmp_path, config).run()
+    before = weights(tmp_path)
+    trainer(cache, decoder, tmp_path, config).run()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(tmp_path), strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
+    cache: HiddenCache, decoder: Decoder, tmp_path: Path
+) -> None:
+    run = trainer(cache, decoder, tmp_path)
+    for _ in range(3):
+        run.train_step()
+    run.save()
+    before = weights(tmp_path)
+    run.hidden = torch.full_like(run.hidden, torch.nan)
+    with pytest.raises(TrainingError, match="step 3; the last good checkpoint"):
+        run.run()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(tmp_path), strict=True))
+
+
+def test_other_settings_do_not_take_up_a_run(cache: HiddenCache, decoder: Decoder, tmp_path: Path) -> None:
+    trainer(cache, decoder, tmp_path).save()
+    with pytest.raises(TrainingError, match="other settings"):
+        trainer(cache, decoder, tmp_path, dataclasses.replace(CONFIG, lr=1e-4))
+
+
+def test_too_little_text_is_an_error(cache: HiddenCache, decoder: Decoder, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="do not fill one batch"):
+        trainer(cache, decoder, tmp_path, dataclasses.replace(CONFIG, batch=10**6))
+
+
+def test_nothing_held_out_is_trained_on(cache: HiddenCache, decoder: Decoder, tmp_path: Path) -> None:
+    held_out = set(cache.rows(cache.held_out).tolist())
+    run = trainer(cache, decoder, tmp_path)
+    trained = {row for step in range(run.steps_per_epoch) for row in run._batch(step).tolist()}
+    assert held_out and trained and not held_out & trained
+
+
+def test_the_token_map_keeps_the_most_frequent_tokens(cache: HiddenCache) -> None:
+    counts = torch.bincount(cache.next_tokens[cache.rows(~cache.held_out)], minlength=VOCAB)
+    chosen = token_map(cache, 8, VOCAB)
+    assert chosen is not None
+    others = [token for token in range(VOCAB) if token not in chosen.tolist()]
+    assert chosen.tolist() == sorted(chosen.tolist())
+    assert counts[chosen].min() >= counts[others].max()
+    assert token_map(cache, VOCAB, VOCAB) is None
+
+
+def test_targets_outside_the_token_map_do_not_count(
+    cache: HiddenCache, decoder: Decoder, tmp_path: Path
+) -> None:
+    run = trainer(cache, decoder, tmp_path, dataclasses.replace(CONFIG, vocab=8))
+    tokens = cache.targets(3)
+    assert run.module.token_map is not None
+    inside = torch.isin(tokens, run.module.token_map)
+    assert torch.equal(run.targets >= 0, inside)
+    assert torch.equal(run.module.token_map[run.targets[inside]], tokens[inside])
+
+
+def test_the_blockwise_loss_and_its_gradient_equal_cross_entropy() -> None:
+    torch.manual_seed(0)
+    projection, targets = torch.randn(50, 16), torch.randint(0, 50, (700,))
+    features = torch.randn(700, 16, requires_grad=True)
+    reference = features.detach().clone().requires_grad_()
+    loss = vocabulary_loss(features, projection, targets)
+    expected = F.cross_entropy(reference @ projection.t(), targets, reduction="sum")
+    (loss / 7).backward()
+    (expected / 7).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(features.grad, reference.grad)

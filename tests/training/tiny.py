@@ -1,0 +1,55 @@
+"""A tiny random backbone and text that heads can learn: each token decides the one after it."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.model.config import DecoderConfig
+from engine.model.decoder import Decoder
+from training.dataset import Document
+
+VOCAB = 32
+PROMPT = 4  # tokens before each answer
+
+
+def tiny_decoder() -> Decoder:
+    decoder = Decoder(
+        DecoderConfig(
+            architecture="LlamaForCausalLM",
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            norm_eps=1e-5,
+            rope_theta=10_000.0,
+            rope_scaling=None,
+            max_positions=128,
+            tie_embeddings=True,
+            qkv_bias=False,
+            o_bias=False,
+            mlp_bias=False,
+            qk_norm=False,
+            bos_token_id=None,
+            eos_token_ids=(0,),
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in decoder.named_parameters():
+        if "norm" in name:
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=1.0 if name == "embedding" else 0.1, generator=generator)
+    return decoder
+
+
+def tiny_documents(number: int) -> list[Document]:
+    """Counting upwards from some token, of several lengths; every tenth is held out, every fourth sampled."""
+    documents = []
+    for i in range(number):
+        length = PROMPT + 6 + i * 7 % 20
+        tokens = [(i * 5 + place) % VOCAB for place in range(length)]
+        documents.append(Document(tokens, [(PROMPT, length)], greedy=i % 4 != 3, held_out=i % 10 == 0))
+    return documents
