@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import anyio
 from fastapi import Request
@@ -84,19 +84,18 @@ class _EventStream(EventSourceResponse):
                 await self._pieces.aclose()
 
 
-class ChunkWriter:
+class ChunkWriter(Protocol):
     """What the two endpoints do differently about a stream. Chunks are pydantic models."""
 
     def first(self) -> list[BaseModel]:
         """Chunks that come before any text."""
-        raise NotImplementedError
+        ...
 
-    def piece(self, piece: Piece) -> BaseModel:
-        raise NotImplementedError
+    def piece(self, piece: Piece) -> BaseModel: ...
 
     def last(self, generation: Generation) -> list[BaseModel]:
         """The chunk with the finish reason, and the one with the usage where it was asked for."""
-        raise NotImplementedError
+        ...
 
 
 async def stream(request: Request, generation: Generation, writer: ChunkWriter) -> EventSourceResponse:

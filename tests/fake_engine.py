@@ -1,4 +1,4 @@
-"""A stand-in for the engine process and a tokenizer of bytes, so that the server is tested without a model."""
+"""A stand-in for the engine process and a tokenizer of bytes: the server is tested without a model."""
 
 from __future__ import annotations
 

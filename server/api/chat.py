@@ -26,7 +26,7 @@ from server.protocol.chat import (
 )
 from server.sampling import check_model, resolve_max_tokens, sampling_params
 from server.services import services
-from server.streaming import ChunkWriter, collect, stream
+from server.streaming import collect, stream
 
 router = APIRouter()
 
@@ -75,7 +75,7 @@ async def create_chat_completion(request: Request) -> Response:
     )
 
 
-class _Chunks(ChunkWriter):
+class _Chunks:
     def __init__(
         self, request_id: str, created: int, chat: ChatRequest, texts: TokenTexts, include_usage: bool
     ) -> None:

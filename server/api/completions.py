@@ -15,7 +15,7 @@ from server.logprobs import TokenTexts, finite
 from server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from server.sampling import check_model, check_token_ids, resolve_max_tokens, sampling_params
 from server.services import Services, services
-from server.streaming import ChunkWriter, collect, stream
+from server.streaming import collect, stream
 
 router = APIRouter()
 
@@ -67,7 +67,7 @@ async def _prompt(body: CompletionRequest, service: Services) -> tuple[list[int]
     return body.prompt, text
 
 
-class _Chunks(ChunkWriter):
+class _Chunks:
     def __init__(
         self,
         request_id: str,

@@ -1,0 +1,119 @@
+"""The API key is asked for everywhere but on the open paths, whatever the request pretends."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from tests.fake_engine import FakeEngine
+from tests.server.support import CHAT, KEY, ROUTES, app_for, body_for, client_for, live
+
+GUARDED = [*ROUTES, "/v1/models", "/v1/models/fake-model", "/", "/v1", "/docs", "/openapi.json", "/no-such"]
+TRICKS = [
+    "//v1/models",
+    "/v1//models",
+    "/v1/models/",
+    "/V1/models",
+    "/v1/../health",
+    "/health/../v1/models",
+    "/health/",
+    "/HEALTH",
+    "//health",
+    "/health;v1/models",
+    "/health%2f..%2fv1/models",
+    "/health%00",
+    "/metrics/",
+    "/v1/models?x=/health",
+    "/v1/models#/health",
+]
+
+
+def app_with_key() -> httpx.AsyncClient:
+    return client_for(app_for(FakeEngine(), api_key=KEY))
+
+
+@pytest.mark.parametrize("path", GUARDED)
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {KEY}x", f"Basic {KEY}", KEY, f"bearer  {KEY}"],
+)
+async def test_every_path_but_the_open_ones_needs_the_key(path: str, authorization: str | None) -> None:
+    headers = {} if authorization is None else {"Authorization": authorization}
+    async with app_with_key() as client:
+        for method in ("GET", "POST", "OPTIONS", "DELETE", "HEAD"):
+            response = await client.request(method, path, headers=headers)
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
+            if method != "HEAD":
+                assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+async def test_the_key_opens_every_route() -> None:
+    async with app_with_key() as client:
+        client.headers["Authorization"] = f"Bearer {KEY}"
+        assert (await client.get("/v1/models")).status_code == 200
+        for route in ROUTES:
+            assert (await client.post(route, json=body_for(route))).status_code == 200
+
+
+async def test_health_and_metrics_are_open() -> None:
+    async with app_with_key() as client:
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/metrics")).status_code == 200
+
+
+async def test_a_wrong_key_of_other_bytes_is_no_server_error() -> None:
+    async with app_with_key() as client:
+        response = await client.get("/v1/models", headers={b"Authorization": "Bearer schlüssel".encode()})
+    assert response.status_code == 401
+
+
+async def test_two_keys_are_none() -> None:
+    async with app_with_key() as client:
+        headers = [("Authorization", f"Bearer {KEY}"), ("Authorization", "Bearer x")]
+        assert (await client.get("/v1/models", headers=headers)).status_code == 401
+
+
+async def test_without_a_key_set_none_is_asked() -> None:
+    async with client_for(app_for(FakeEngine())) as client:
+        assert (await client.post(CHAT, json=body_for(CHAT))).status_code == 200
+
+
+@pytest.mark.parametrize("path", TRICKS)
+async def test_odd_paths_open_nothing(path: str) -> None:
+    """Over a socket, because clients tidy paths up."""
+    async with live(app_for(FakeEngine(), api_key=KEY)) as url:
+        assert await raw_status(url, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") in (
+            401,
+            400,
+        )
+
+
+@pytest.mark.parametrize(
+    "host", ["x/health", "x/health?", "/health", "x#/health", "health", "x:80/metrics?a=", "[::1]/health"]
+)
+async def test_odd_host_headers_open_nothing(host: str) -> None:
+    async with live(app_for(FakeEngine(), api_key=KEY)) as url:
+        head = f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        assert await raw_status(url, head) in (401, 400)
+        absolute = f"GET http://{host}/v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        assert await raw_status(url, absolute) in (401, 400)
+
+
+async def test_huge_headers_are_refused() -> None:
+    async with live(app_for(FakeEngine())) as url:
+        head = f"GET /health HTTP/1.1\r\nHost: x\r\nX: {'a' * 200_000}\r\n\r\n"
+        assert await raw_status(url, head) in (400, 431)
+
+
+async def raw_status(url: str, request: str) -> int:
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(request.encode())
+        return int((await reader.readline()).split()[1])
+    finally:
+        writer.close()
+        await writer.wait_closed()

@@ -1,0 +1,322 @@
+"""What a good request brings, streamed or not, on both routes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.messages import SpeculationParams
+from tests.fake_engine import CONTEXT, EOS, FakeEngine
+from tests.server.support import (
+    CHAT,
+    COMPLETIONS,
+    MODEL,
+    ROUTES,
+    app_for,
+    body_for,
+    client_for,
+    events,
+    full_text,
+    streamed_text,
+)
+
+
+async def ask(engine: FakeEngine, route: str, **fields: Any) -> httpx.Response:
+    async with client_for(app_for(engine)) as client:
+        response = await client.post(route, json=body_for(route, **fields))
+    assert response.status_code == 200, response.text
+    return response
+
+
+async def whole(engine: FakeEngine, route: str, **fields: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = (await ask(engine, route, **fields)).json()
+    return answer
+
+
+async def streamed(engine: FakeEngine, route: str, **fields: Any) -> list[dict[str, Any]]:
+    response = await ask(engine, route, stream=True, **fields)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return events(response.text)
+
+
+async def test_a_chat_completion_has_openai_s_shape() -> None:
+    answer = await whole(FakeEngine(), CHAT)
+    assert answer["object"] == "chat.completion"
+    assert answer["model"] == MODEL
+    assert answer["id"].startswith("chatcmpl-")
+    [choice] = answer["choices"]
+    assert choice == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "Hello, world!", "refusal": None},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+
+
+async def test_a_text_completion_has_openai_s_shape() -> None:
+    answer = await whole(FakeEngine(), COMPLETIONS)
+    assert answer["object"] == "text_completion"
+    assert answer["id"].startswith("cmpl-")
+    assert answer["choices"] == [
+        {"index": 0, "text": "Hello, world!", "logprobs": None, "finish_reason": "stop"}
+    ]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_usage_counts_what_was_committed(route: str) -> None:
+    engine = FakeEngine()  # 13 bytes and EOS, three a step: 5 steps, 35 drafted, 9 accepted
+    usage = (await whole(engine, route))["usage"]
+    prompt = len(engine.prompts[0])
+    assert usage == {
+        "prompt_tokens": prompt,
+        "completion_tokens": 14,
+        "total_tokens": prompt + 14,
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 9,
+            "rejected_prediction_tokens": 26,
+            "reasoning_tokens": 0,
+        },
+        "decode_steps": 5,
+    }
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_tokens_behind_a_stop_string_are_not_counted(route: str) -> None:
+    engine = FakeEngine(tokens_per_step=5)
+    answer = await whole(engine, route, stop="ll")
+    assert full_text(answer) == "He"
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["usage"]["decode_steps"] == 1
+    # All four are accepted drafts; the step's fifth token would have been the bonus.
+    assert answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] == 4
+    assert len(engine.aborted) == 1
+    assert engine.num_in_flight() == 0
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_a_stop_string_may_be_kept(route: str) -> None:
+    answer = await whole(FakeEngine(), route, stop=["zz", "lo,"], include_stop_str_in_output=True)
+    assert full_text(answer) == "Hello,"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_length_is_the_reason_where_tokens_run_out(route: str) -> None:
+    answer = await whole(FakeEngine(), route, max_tokens=4)
+    assert (full_text(answer), answer["choices"][0]["finish_reason"]) == ("Hell", "length")
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_a_character_cut_by_the_length_limit_becomes_a_replacement(route: str) -> None:
+    engine = FakeEngine(answer="ab😀")
+    assert full_text(await whole(engine, route, max_tokens=4)) == "ab\ufffd"
+    assert streamed_text(await streamed(engine, route, max_tokens=4)) == "ab\ufffd"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_a_stream_begins_and_ends_as_openai_s(route: str) -> None:
+    chunks = await streamed(FakeEngine(), route, stream_options={"include_usage": True})
+    *texts, usage = chunks
+    assert usage["choices"] == []
+    assert usage["usage"] == (await whole(FakeEngine(), route))["usage"]
+    assert all(chunk["usage"] is None for chunk in texts)
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in texts]
+    assert reasons == [None] * (len(texts) - 1) + ["stop"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    if route == CHAT:
+        assert texts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert texts[-1]["choices"][0]["delta"] == {}
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_a_stream_without_usage_has_none(route: str) -> None:
+    assert all(chunk["choices"] and chunk["usage"] is None for chunk in await streamed(FakeEngine(), route))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@settings(max_examples=40, deadline=None)
+@given(
+    answer=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("ab😀中"), max_size=20),
+    stops=st.lists(st.text("ab😀中", min_size=1, max_size=3), max_size=3),
+    size=st.integers(1, 9),
+    limit=st.integers(1, 60),
+)
+async def test_the_joined_stream_is_the_text_that_is_not_streamed(
+    route: str, answer: str, stops: list[str], size: int, limit: int
+) -> None:
+    engine = FakeEngine(answer=answer, tokens_per_step=size)
+    logprobs: dict[str, Any] = {"logprobs": True} if route == CHAT else {"logprobs": 0}
+    fields = {"stop": stops, "max_tokens": limit, **logprobs}
+    once = await whole(engine, route, **fields)
+    chunks = await streamed(engine, route, **fields, stream_options={"include_usage": True})
+    assert streamed_text(chunks) == full_text(once)
+    assert not any(stop in full_text(once) for stop in stops)
+    cut = answer.encode()[:limit].decode(errors="replace")
+    assert cut.startswith(full_text(once))
+    assert chunks[-2]["choices"][0]["finish_reason"] == once["choices"][0]["finish_reason"]
+    assert chunks[-1]["usage"] == once["usage"]
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"]]
+    key = "content" if route == CHAT else "tokens"
+    joined = [entry for part in parts if part is not None for entry in part[key]]
+    assert joined == once["choices"][0]["logprobs"][key]
+    assert engine.num_in_flight() == 0
+
+
+async def test_line_separators_inside_text_do_not_break_events() -> None:
+    text = "a\u2028b\u2029c\x85d\ne\r\nf"
+    response = await ask(FakeEngine(answer=text), CHAT, stream=True)
+    lines = [line for line in response.text.splitlines() if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines)
+    assert streamed_text(events(response.text)) == text
+
+
+async def test_chat_logprobs_match_the_tokens_of_the_answer() -> None:
+    answer = await whole(FakeEngine(), CHAT, logprobs=True, top_logprobs=2)
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == "Hello, world!"
+    assert content[0] == {
+        "token": "H",
+        "logprob": -0.5,
+        "bytes": [72],
+        "top_logprobs": [
+            {"token": "H", "logprob": -0.5, "bytes": [72]},
+            {"token": "I", "logprob": -1.5, "bytes": [73]},
+        ],
+    }
+
+
+async def test_logprobs_end_with_the_text_at_a_stop_string() -> None:
+    answer = await whole(FakeEngine(), CHAT, logprobs=True, stop="o, w")
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == full_text(answer) == "Hell"
+    assert content[0]["top_logprobs"] == []
+
+
+async def test_completion_logprobs_are_parallel_lists() -> None:
+    logprobs = (await whole(FakeEngine(answer="aé"), COMPLETIONS, logprobs=1))["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "\ufffd", "\ufffd"]
+    assert logprobs["text_offset"] == [0, 1, 1]
+    assert logprobs["token_logprobs"] == [-0.5] * 3
+    assert logprobs["top_logprobs"][0] == {"a": -0.5}
+
+
+async def test_echo_puts_the_prompt_first() -> None:
+    assert full_text(await whole(FakeEngine(), COMPLETIONS, prompt="Say: ", echo=True)).startswith("Say: H")
+    engine = FakeEngine()
+    ids = list(b"Say: ")
+    assert full_text(await whole(engine, COMPLETIONS, prompt=ids, echo=True)) == "Say: Hello, world!"
+    assert engine.prompts == [ids]
+    assert streamed_text(await streamed(engine, COMPLETIONS, prompt=ids, echo=True)) == "Say: Hello, world!"
+
+
+async def test_special_tokens_are_shown_when_asked_for() -> None:
+    answer = await whole(
+        FakeEngine(), COMPLETIONS, skip_special_tokens=False, include_stop_str_in_output=True
+    )
+    assert full_text(answer) == "Hello, world!</s>"
+
+
+async def test_every_sampling_field_reaches_the_engine() -> None:
+    engine = FakeEngine()
+    await whole(
+        engine,
+        CHAT,
+        temperature=0,
+        top_p=0.5,
+        top_k=7,
+        min_p=0.1,
+        seed=-1,
+        frequency_penalty=0.5,
+        presence_penalty=-0.5,
+        repetition_penalty=1.2,
+        logit_bias={"65": -100, "66": 2.5},
+        min_tokens=3,
+        max_completion_tokens=9,
+        stop_token_ids=[5],
+        ignore_eos=True,
+        logprobs=True,
+        top_logprobs=4,
+        speculation={"enabled": True, "max_nodes": 5, "acceptance": "typical", "epsilon": 0.2, "delta": 0.4},
+    )
+    [sampling] = engine.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0, 0.5, 7, 0.1)
+    assert sampling.seed == 2**64 - 1
+    assert (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty) == (
+        0.5,
+        -0.5,
+        1.2,
+    )
+    assert sampling.logit_bias == {65: -100, 66: 2.5}
+    assert (sampling.min_tokens, sampling.max_tokens, sampling.logprobs) == (3, 9, 4)
+    assert (sampling.stop_token_ids, sampling.ignore_eos) == ((5,), True)
+    assert sampling.speculation == SpeculationParams(
+        max_nodes=5, acceptance="typical", epsilon=0.2, delta=0.4
+    )
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_null_means_the_default(route: str) -> None:
+    engine = FakeEngine()
+    names = "temperature top_p n stop stream stream_options seed logit_bias user frequency_penalty"
+    more = "presence_penalty logprobs max_tokens speculation top_k min_p"
+    nulls = dict.fromkeys([*names.split(), *more.split()])
+    if route == CHAT:
+        nulls |= dict.fromkeys(["tools", "tool_choice", "response_format", "functions", "top_logprobs"])
+    await whole(engine, route, **nulls)
+    [sampling] = engine.sampling
+    room = CONTEXT - len(engine.prompts[0])
+    assert sampling.max_tokens == (room if route == CHAT else 16)
+    assert (sampling.temperature, sampling.top_p, sampling.seed) == (1.0, 1.0, None)
+    assert sampling.speculation == SpeculationParams()
+
+
+async def test_what_changes_nothing_is_accepted() -> None:
+    await whole(
+        FakeEngine(),
+        CHAT,
+        tool_choice="none",
+        response_format={"type": "text"},
+        modalities=["text"],
+        store=False,
+        n=1,
+        user="someone",
+        top_k=-1,
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {
+                "role": "user",
+                "name": "ann",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            },
+            {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "audio": None},
+            {"role": "user", "content": ""},
+        ],
+    )
+
+
+async def test_several_text_parts_become_lines() -> None:
+    engine = FakeEngine()
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    await whole(engine, CHAT, messages=[{"role": "user", "content": parts}])
+    assert bytes(engine.prompts[0]) == b"user: a\nb\n"
+
+
+async def test_a_prompt_of_token_ids_is_taken_as_it_is() -> None:
+    engine = FakeEngine()
+    await whole(engine, COMPLETIONS, prompt=[1, EOS, 3])
+    assert engine.prompts == [[1, EOS, 3]]
+
+
+async def test_models_are_listed_with_their_context() -> None:
+    async with client_for(app_for(FakeEngine())) as client:
+        listed = (await client.get("/v1/models")).json()
+        card = (await client.get(f"/v1/models/{MODEL}")).json()
+    assert listed == {"object": "list", "data": [card]}
+    assert (card["id"], card["object"], card["max_model_len"]) == (MODEL, "model", CONTEXT)
