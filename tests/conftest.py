@@ -20,10 +20,10 @@ def default_model_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference_model(default_model_dir: Path, pytestconfig: pytest.Config) -> Any:
-    """The default model in transformers, float32 and eval, read from the same GGUF file by its own reader.
+def reference_dir(default_model_dir: Path, pytestconfig: pytest.Config) -> Path:
+    """The default model and its tokenizer as transformers' own reader of GGUF files understands them.
 
-    That reader takes 20 s, so what it read is kept in pytest's cache for later runs.
+    That reader takes half a minute, so what it read is kept in pytest's cache for later runs.
     """
     import torch
     import transformers
@@ -31,17 +31,38 @@ def reference_model(default_model_dir: Path, pytestconfig: pytest.Config) -> Any
     assert pytestconfig.cache is not None
     [gguf] = default_model_dir.glob("*.gguf")
     name = f"{gguf.stem}-transformers-{transformers.__version__}"
-    kept = pytestconfig.cache.mkdir("reference_model") / name
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if not kept.exists():
-            model = load(default_model_dir, gguf_file=gguf.name, dtype=torch.float32)
+    kept = pytestconfig.cache.mkdir("reference") / name
+    if not kept.exists():
+        source = {"pretrained_model_name_or_path": default_model_dir, "gguf_file": gguf.name}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             # Both say that the weights are still those of the GGUF file, and forbid to save them.
             del model.config.quantization_config
             model.hf_quantizer = None
             with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
                 model.save_pretrained(Path(scratch) / name)
+                tokenizer.save_pretrained(Path(scratch) / name)
                 with contextlib.suppress(OSError):  # another run was first
                     (Path(scratch) / name).rename(kept)
-        return load(kept, dtype=torch.float32).eval()
+    return kept
+
+
+@pytest.fixture(scope="session")
+def reference_model(reference_dir: Path) -> Any:
+    """The default model in transformers, float32 and eval."""
+    import torch
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.AutoModelForCausalLM.from_pretrained(reference_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def reference_tokenizer(reference_dir: Path) -> Any:
+    """The default model's tokenizer in transformers."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(reference_dir)
