@@ -83,7 +83,7 @@ def _open(path: Path, _modified: int) -> GGUFFile:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return _Header(data).read(path)
-    except (struct.error, ValueError, IndexError, KeyError, OverflowError) as error:
+    except (OSError, struct.error, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise ModelError(f"{path.name} is not a readable GGUF file: {error}") from error
 
 
@@ -135,4 +135,6 @@ class _Header:
             raise ValueError("an array runs past the end of the file")
         if item in _SCALARS:
             return list(self.unpack(f"{count}{_SCALARS[item]}"))
-        return [self.value(item) for _ in range(count)]
+        if item != _STRING:
+            raise ValueError(f"an array of values of type {item}")
+        return [self.string() for _ in range(count)]

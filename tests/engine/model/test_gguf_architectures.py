@@ -92,6 +92,8 @@ def write_gguf(path: Path, arch: str, model: Any, extra: dict[str, np.ndarray] |
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_eos_token_id(7)
     writer.add_eot_token_id(8)
+    writer.add_token_list([*(f"t{i}" for i in range(VOCAB - 1)), "<|im_end|>"])
+    writer.add_chat_template("{{ messages[0].content }}<|im_end|>")
     for name, tensor in model.state_dict().items():
         values = tensor.numpy()
         if arch == "llama" and "q_proj" in name:
@@ -131,7 +133,7 @@ def test_logits_equal_transformers(tmp_path: Path, arch: str, family: str, setti
     model = build(family, **settings)
     write_gguf(tmp_path / "model.gguf", arch, model)
     assert_same_logits(model, tmp_path)
-    assert load_config(tmp_path).eos_token_ids == (7, 8)
+    assert load_config(tmp_path).eos_token_ids == (7, 8, VOCAB - 1)  # EOS, EOT, the template's end of turn
 
 
 def test_llama3_rope_scaling_travels_as_a_tensor(tmp_path: Path) -> None:
