@@ -42,7 +42,7 @@ def run(options: EngineBenchOptions) -> int:
     from engine.model.tokenizer import load_chat_tokenizer
     from heads.registry import resolve_heads, resolve_model
 
-    if options.num_prompts < options.concurrency * options.rounds:
+    if options.concurrency > 1 and options.num_prompts < options.concurrency * options.rounds:
         raise ConfigError(
             "num_prompts",
             f"{options.rounds} rounds of {options.concurrency} requests at once need at least "
@@ -78,7 +78,7 @@ def run(options: EngineBenchOptions) -> int:
     if options.concurrency == 1:
         document |= one_at_a_time([*engines, *others], prompts, token_ids, options.max_tokens)
     else:
-        document |= side_by_side(engines, token_ids, options)
+        document |= side_by_side(engines, token_ids, options.max_tokens, options.concurrency, options.rounds)
     print_json(document)
     return 0
 
@@ -131,30 +131,34 @@ def one_at_a_time(
 
 
 def side_by_side(
-    modes: Sequence[EngineMode], token_ids: Sequence[list[int]], options: EngineBenchOptions
+    modes: Sequence[EngineMode],
+    token_ids: Sequence[list[int]],
+    max_tokens: int,
+    concurrency: int,
+    rounds: int,
 ) -> dict[str, Any]:
     """Rounds of prompts in a closed loop of `concurrency` requests, each round by every mode in turn."""
-    rounds: dict[str, list[Run]] = {mode.name: [] for mode in modes}
-    for number in range(options.rounds):
+    runs: dict[str, list[Run]] = {mode.name: [] for mode in modes}
+    for number in range(rounds):
         # Each round has prompts of its own: a second time, the prefix cache would know them.
-        prompts = token_ids[number :: options.rounds]
+        prompts = token_ids[number::rounds]
         first = number % len(modes)
         for mode in [*modes[first:], *modes[:first]]:
-            rounds[mode.name].append(mode.run_many(prompts, options.max_tokens, options.concurrency))
-            _progress(f"round {number + 1}/{options.rounds}, {mode.name}")
+            runs[mode.name].append(mode.run_many(prompts, max_tokens, concurrency))
+            _progress(f"round {number + 1}/{rounds}, {mode.name}")
     figures = {
         name: {
-            "tokens_per_second": quartiles([run.tokens_per_second for run in runs]),
-            "tokens_per_step": summarize(runs, ["all"] * len(runs))["tokens_per_step"],
-            "drafts_per_step": round(sum(r.drafted for r in runs) / sum(r.steps for r in runs), 2),
+            "tokens_per_second": quartiles([run.tokens_per_second for run in mode_runs]),
+            "tokens_per_step": summarize(mode_runs, ["all"] * len(mode_runs))["tokens_per_step"],
+            "drafts_per_step": round(sum(r.drafted for r in mode_runs) / sum(r.steps for r in mode_runs), 2),
         }
-        for name, runs in rounds.items()
+        for name, mode_runs in runs.items()
     }
     ratios = {
         f"{name}/off": quartiles(
-            [a.tokens_per_second / b.tokens_per_second for a, b in zip(runs, rounds["off"], strict=True)]
+            [a.tokens_per_second / b.tokens_per_second for a, b in zip(mode_runs, runs["off"], strict=True)]
         )
-        for name, runs in rounds.items()
+        for name, mode_runs in runs.items()
         if name != "off"
     }
     print_table(
@@ -165,7 +169,7 @@ def side_by_side(
         ],
     )
     print_table(["ratio over rounds", "q1", "median", "q3"], [[n, *r.values()] for n, r in ratios.items()])
-    return {"rounds": options.rounds, "modes": figures, "ratios": ratios}
+    return {"rounds": rounds, "modes": figures, "ratios": ratios}
 
 
 def _progress(text: str) -> None:

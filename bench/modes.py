@@ -10,9 +10,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.errors import ConfigError
 from engine.messages import AddRequest, ModelInfo, SamplingParams, StepOutput
 
 
@@ -117,12 +119,18 @@ class TransformersMode:
 
     def __init__(self, model_dir: Path, info: ModelInfo) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GgufConfig
 
         self._torch = torch
         self._eos_token_ids = list(info.eos_token_ids)
+        if find_spec("accelerate") is None:
+            raise ConfigError("transformers", "needs accelerate to load models: pip install accelerate")
         ggufs = sorted(model_dir.glob("*.gguf"))
-        options: dict[str, Any] = {"gguf_file": ggufs[0].name} if ggufs else {}
+        options: dict[str, Any] = {}
+        if ggufs:
+            # Left packed, as is the default, every matrix would be unpacked anew in each pass.
+            options["gguf_file"] = ggufs[0].name
+            options["quantization_config"] = GgufConfig(dequantize=True)
         options["dtype"] = getattr(torch, info.dtype.removeprefix("torch."))
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, **options).to(info.device).eval()
 
