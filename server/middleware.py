@@ -31,21 +31,29 @@ class LifecycleGate:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
         async def counting_send(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                self._metrics.http_rejections.labels(message["status"]).inc()
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if message["status"] >= 400:
+                    self._metrics.http_rejections.labels(message["status"]).inc()
             await send(message)
 
+        headers = {"Retry-After": str(RETRY_AFTER_STOP), "Connection": "close"}
+        stopping = ApiError(503, "The server is stopping; try again soon.", code="stopping", headers=headers)
         if self._lifecycle.stopping and scope["path"] not in OPEN_PATHS:
-            headers = {"Retry-After": str(RETRY_AFTER_STOP), "Connection": "close"}
-            error = ApiError(503, "The server is stopping; try again soon.", code="stopping", headers=headers)
-            await error.response()(scope, receive, counting_send)
+            await stopping.response()(scope, receive, counting_send)
             return
-        self._lifecycle.enter()
-        try:
-            await self._app(scope, receive, counting_send)
-        finally:
-            self._lifecycle.leave()
+        with self._lifecycle.request():
+            try:
+                await self._app(scope, receive, counting_send)
+            except asyncio.CancelledError:
+                if not self._lifecycle.cutting_off:
+                    raise
+                if not started:
+                    await stopping.response()(scope, receive, counting_send)
 
 
 class KeyGate:

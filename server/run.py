@@ -31,6 +31,7 @@ logger = logging.getLogger("gorgon.server")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKLOG = 2048
+CUT_OFF_SECONDS = 2.0  # that requests get to end once they are cancelled
 
 
 class StopSignals:
@@ -61,7 +62,7 @@ def serve(settings: ServerSettings, engine_config: EngineConfig) -> int:
     """Serve until a signal; returns the exit status. What cannot start is told in one line on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        with _listen(settings) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with listen(settings) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_serve(settings, engine_config, listener))
     except GorgonError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,14 +79,17 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def _listen(settings: ServerSettings) -> socket.socket:
+def listen(settings: ServerSettings) -> socket.socket:
     """Take the port before the model loads, so that one in use is known at once."""
+    listener: socket.socket | None = None
     try:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
     except OSError as error:
+        if listener is not None:
+            listener.close()
         reason = error.strerror or str(error)
         raise GorgonError(
             f"cannot listen on {settings.host} port {settings.port}: {reason}; try another --host or --port"
@@ -148,10 +152,10 @@ async def serve_http(
 
     await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
     services.lifecycle.stopping = True
-    try:
-        await asyncio.wait_for(services.lifecycle.wait_idle(), settings.shutdown_grace_period)
-    except TimeoutError:
+    if not await services.lifecycle.wait_idle(settings.shutdown_grace_period):
         logger.warning("the grace period is over; requests still running are cut off")
+        services.lifecycle.cut_off()
+        await services.lifecycle.wait_idle(CUT_OFF_SECONDS)
     asked.cancel()
     server.should_exit = True
     await running

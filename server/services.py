@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,25 +48,42 @@ class Tokenizer(Protocol):
 
 
 class Lifecycle:
-    """Counts requests in flight and says when the server has begun to stop."""
+    """Knows the requests in flight, and whether the server has begun to stop or has lost its patience."""
 
     def __init__(self) -> None:
         self.stopping = False
-        self._in_flight = 0
+        self.cutting_off = False
+        self._in_flight: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def enter(self) -> None:
-        self._in_flight += 1
+    @contextmanager
+    def request(self) -> Generator[None, None, None]:
+        """Count the current task among those in flight."""
+        task = asyncio.current_task()
+        assert task is not None  # ASGI servers run each request in a task
+        self._in_flight.add(task)
         self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight.discard(task)
+            if not self._in_flight:
+                self._idle.set()
 
-    def leave(self) -> None:
-        self._in_flight -= 1
-        if self._in_flight == 0:
-            self._idle.set()
+    async def wait_idle(self, seconds: float) -> bool:
+        """Wait until nothing is in flight; False where that took longer than `seconds`."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
 
-    async def wait_idle(self) -> None:
-        await self._idle.wait()
+    def cut_off(self) -> None:
+        """End every request in flight."""
+        self.cutting_off = True
+        for task in self._in_flight:
+            task.cancel()
 
 
 @dataclass(frozen=True)
