@@ -154,3 +154,9 @@ def test_interrupt_is_clean(served: Served, tmp_path: Path, monkeypatch: pytest.
 def test_pull_prints_where_the_model_is(tmp_path: Path, capsys: Any) -> None:
     assert main(["pull", str(tmp_path)]) == 0
     assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_the_readme_lists_every_flag() -> None:
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    missing = [s.flag for s in serve.all_settings() if s is not serve.MODEL and f"`{s.flag}`" not in readme]
+    assert not missing
