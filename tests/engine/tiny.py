@@ -1,0 +1,264 @@
+"""A tiny random Llama, its plain causal pass as the reference, and an engine without a process around it."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.messages import RequestOutput, SamplingParams
+from engine.model.config import DecoderConfig
+from engine.model.decoder import Decoder
+from engine.runner.drafter import Drafter
+from engine.runner.kv_cache import KVCache
+from engine.runner.runner import Runner
+from engine.scheduling.batch import Batch
+from engine.scheduling.speculation import FixedSpeculation, SpeculationPolicy
+from tests.engine.helpers import make_scheduler
+from tests.fakes import DenseCausalAttention
+from trees.family import TreeFamily
+
+CPU = torch.device("cpu")
+VOCAB, EOS, POSITIONS = 128, 2, 256
+NO_TREE = TreeFamily((), ())
+
+CONFIG = DecoderConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    norm_eps=1e-5,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    max_positions=POSITIONS,
+    tie_embeddings=False,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    bos_token_id=1,
+    eos_token_ids=(EOS,),
+)
+
+
+def _randomize(module: nn.Module) -> None:
+    torch.manual_seed(0)
+    for name, parameter in sorted(module.named_parameters()):
+        parameter.data.normal_(mean=1.0 if "norm" in name else 0.0, std=0.15)
+
+
+@functools.cache
+def tiny_decoder() -> Decoder:
+    decoder = Decoder(CONFIG)
+    _randomize(decoder)
+    return decoder.eval()
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A checkpoint of the same shape, written by transformers."""
+    import transformers
+
+    c = CONFIG
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        max_position_embeddings=c.max_positions,
+        bos_token_id=c.bos_token_id,
+        eos_token_id=EOS,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    _randomize(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder)
+
+
+class _RecordingAttention(DenseCausalAttention):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.k.append(k)
+        self.v.append(v)
+        return super().__call__(layer, q, k, v)
+
+
+@dataclass(frozen=True)
+class PlainPass:
+    logits: Tensor  # [num_tokens, vocab]
+    k: Tensor  # [num_layers, num_tokens, num_kv_heads, head_dim]
+    v: Tensor
+
+
+@torch.inference_mode()
+def plain_pass(token_ids: Sequence[int]) -> PlainPass:
+    """One causal pass over the whole sequence: no cache, no tree, no batch."""
+    decoder = tiny_decoder()
+    attention = _RecordingAttention(CONFIG)
+    hidden = decoder(torch.tensor(token_ids), torch.arange(len(token_ids)), attention)
+    return PlainPass(decoder.logits(hidden), torch.stack(attention.k), torch.stack(attention.v))
+
+
+@functools.cache
+def greedy(prompt: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """The plain greedy continuation, EOS a token like others."""
+    if length == 0:
+        return ()
+    before = greedy(prompt, length - 1)
+    return (*before, int(plain_pass((*prompt, *before)).logits[-1].argmax()))
+
+
+class RandomDrafter:
+    """Guesses that have nothing to do with anything, token 0 and EOS among them; siblings differ."""
+
+    def __init__(self, seed: int = 0, vocab_size: int = VOCAB) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._vocab_size = vocab_size
+
+    def propose(self, hidden: Tensor, roots: Tensor, tree: object) -> Tensor:
+        ranks: Tensor = tree.ranks  # type: ignore[attr-defined]
+        shape = (len(roots), len(ranks))
+        guesses = torch.randint(0, self._vocab_size, shape, generator=self._generator)
+        # The same offset for one parent's children keeps them apart.
+        parents: Tensor = tree.parents  # type: ignore[attr-defined]
+        tokens = (guesses[:, parents] + ranks) % self._vocab_size
+        tokens[:, 0] = roots
+        return tokens
+
+
+class ScriptedDrafter:
+    """Knows how every request goes on, and tells the truth with probability `hit_rate` a node: 1 is an
+    oracle, 0 is always wrong. Which of a node's children is the right one is left to chance.
+
+    `script(request_id)` gives all tokens of that request, prompt included. `batch` is set by the harness.
+    """
+
+    def __init__(self, script: Callable[[str], Sequence[int]], hit_rate: float, seed: int = 0) -> None:
+        self.batch = Batch()
+        self._script = script
+        self._hit_rate = hit_rate
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def propose(self, hidden: Tensor, roots: Tensor, tree: object) -> Tensor:
+        parents: list[int] = tree.parents.tolist()  # type: ignore[attr-defined]
+        depths: list[int] = tree.depths.tolist()  # type: ignore[attr-defined]
+        children: list[list[int]] = [[] for _ in parents]
+        for node in range(1, len(parents)):
+            children[parents[node]].append(node)
+        drafting = [s.request for s in self.batch.scheduled if s.num_drafts]
+        assert [r.token_ids[-1] for r in drafting] == roots.tolist()
+        rows = []
+        for request in drafting:
+            script, known = self._script(request.request_id), len(request.token_ids)
+            row = [request.token_ids[-1]] + [0] * (len(parents) - 1)
+            for node, below in enumerate(children):
+                place = known + depths[node]
+                truth = script[place] if place < len(script) else 0
+                for offset, child in enumerate(below):
+                    row[child] = (truth + 1 + offset) % VOCAB
+                if below and float(torch.rand((), generator=self._generator)) < self._hit_rate:
+                    chosen = int(torch.randint(len(below), (), generator=self._generator))
+                    row[below[chosen]] = truth
+            rows.append(row)
+        return torch.tensor(rows)
+
+
+@dataclass
+class Arrival:
+    """A request and the step before which it comes."""
+
+    request_id: str
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    step: int = 0
+
+
+@dataclass
+class Result:
+    tokens: list[int] = field(default_factory=list)
+    outputs: list[RequestOutput] = field(default_factory=list)
+
+
+class TinyEngine:
+    """Scheduler and runner over the tiny model, with every size open to the test."""
+
+    def __init__(
+        self,
+        family: TreeFamily = NO_TREE,
+        drafter: Drafter | None = None,
+        *,
+        drafts: int | None = None,
+        policy: SpeculationPolicy | None = None,
+        num_blocks: int = 64,
+        block_size: int = 16,
+        max_num_seqs: int = 8,
+        budget: int = 256,
+        max_model_len: int = POSITIONS,
+    ) -> None:
+        self.scheduler = make_scheduler(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            max_model_len=max_model_len,
+            max_drafts=len(family.paths),
+            policy=policy or FixedSpeculation(len(family.paths) if drafts is None else drafts),
+        )
+        cache = KVCache(CONFIG, num_blocks, block_size, torch.float32, CPU)
+        self.drafter = drafter
+        self.runner = Runner(tiny_decoder(), cache, family, drafter, max_num_seqs)
+        self.num_preemptions = 0
+        self.num_accepted = 0
+
+    def step(self) -> list[RequestOutput]:
+        batch = self.scheduler.schedule()
+        self.num_preemptions += batch.num_preemptions
+        if isinstance(self.drafter, ScriptedDrafter):
+            self.drafter.batch = batch
+        outputs = self.scheduler.update(batch, self.runner.execute(batch))
+        self.num_accepted += sum(s.num_accepted for s in batch.scheduled)
+        self.scheduler.check_integrity()
+        return outputs
+
+    def run(
+        self, arrivals: Sequence[Arrival], each_step: Callable[[], None] = lambda: None
+    ) -> dict[str, Result]:
+        results = {arrival.request_id: Result() for arrival in arrivals}
+        step = 0
+        while self.scheduler.has_work() or step <= max(a.step for a in arrivals):
+            for arrival in arrivals:
+                if arrival.step == step:
+                    self.scheduler.add(arrival.request_id, list(arrival.prompt), arrival.sampling)
+            for output in self.step():
+                results[output.request_id].tokens += output.token_ids
+                results[output.request_id].outputs.append(output)
+            each_step()
+            step += 1
+            assert step < 5000
+        return results
+
+    def cached(self, block_table: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
+        """K and V of the first `length` positions, each [num_layers, length, num_kv_heads, head_dim]."""
+        size = self.runner.cache.block_size
+        slots = torch.tensor([block_table[p // size] * size + p % size for p in range(length)])
+        return self.runner.cache.k[:, slots], self.runner.cache.v[:, slots]
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits.float(), dim=-1)
