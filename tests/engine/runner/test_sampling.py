@@ -1,0 +1,158 @@
+"""The arithmetic of sampling against naive references, one row and one token at a time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from engine.runner import sampling
+
+logit_rows = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=20)
+
+
+def truncate_one(logits: list[float], top_k: int, top_p: float, min_p: float) -> list[float]:
+    return sampling.truncate(
+        torch.tensor([logits]), torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p])
+    )[0].tolist()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    logits=logit_rows,
+    top_k=st.integers(0, 25),
+    top_p=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.3]),
+)
+def test_truncation_keeps_what_a_plain_reading_keeps(
+    logits: list[float], top_k: int, top_p: float, min_p: float
+) -> None:
+    kept = truncate_one(logits, top_k, top_p, min_p)
+    probs = np.exp(np.array(logits, dtype=np.float64) - max(logits))
+    kth = sorted(logits)[-min(top_k or len(logits), len(logits))]
+    probs = np.where(np.array(logits) >= kth, probs, 0.0)
+    probs /= probs.sum()
+    best = np.sort(probs)[::-1]
+    mass = np.cumsum(best)
+    if np.abs(mass - top_p).min() < 1e-5 or np.abs(probs - min_p * probs.max()).min() < 1e-6 < min_p:
+        return  # on the edge float32 may round to the other side
+    floor = best[int((mass < top_p).sum())] if top_p < 1.0 else 0.0
+    expected = np.where((probs >= floor * (1 - 1e-6)) & (probs >= min_p * probs.max()), probs, 0.0)
+    assert kept == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [value > 0 for value in kept] == [value > 0 for value in expected]
+
+
+def test_rows_of_one_call_do_not_touch_each_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 1000, generator=generator) * 2
+    top_k = torch.tensor([0, 5, 0, 40, 0, 2000])
+    top_p = torch.tensor([1.0, 1.0, 0.9, 0.5, 0.999, 0.2])
+    min_p = torch.tensor([0.0, 0.1, 0.0, 0.0, 0.02, 0.0])
+    together = sampling.truncate(logits, top_k, top_p, min_p)
+    for row in range(6):
+        alone = sampling.truncate(
+            logits[row : row + 1], top_k[row : row + 1], top_p[row : row + 1], min_p[row : row + 1]
+        )
+        assert torch.equal(together[row], alone[0])
+
+
+def test_nucleus_wider_than_the_first_candidates_is_still_exact() -> None:
+    probs = truncate_one([0.0] * 300 + [-20.0] * 300, 0, 0.99, 0.0)
+    assert [p > 0 for p in probs] == [True] * 300 + [False] * 300
+
+
+def test_tokens_tied_with_the_last_kept_one_are_kept() -> None:
+    assert [p > 0 for p in truncate_one([1.0, 3.0, 2.0, 2.0], 2, 1.0, 0.0)] == [False, True, True, True]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    logits=logit_rows,
+    repetition=st.sampled_from([0.5, 1.0, 1.3]),
+    frequency=st.sampled_from([-0.5, 0.0, 0.7]),
+    presence=st.sampled_from([-1.0, 0.0, 0.4]),
+    data=st.data(),
+)
+def test_penalties_equal_a_plain_reading(
+    logits: list[float], repetition: float, frequency: float, presence: float, data: st.DataObject
+) -> None:
+    count = len(logits)
+    counts = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
+    prompt = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    expected = []
+    for value, times, asked in zip(logits, counts, prompt, strict=True):
+        if times or asked:
+            value = value / repetition if value > 0 else value * repetition
+        expected.append(value - frequency * times - (presence if times else 0.0))
+    seen = torch.tensor([prompt]) | (torch.tensor([counts]) > 0)
+    got = sampling.apply_penalties(
+        torch.tensor([logits]), torch.tensor([counts]).float(), seen, repetition, frequency, presence
+    )
+    assert got[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def splitmix(x: int) -> int:
+    """One output of SplitMix64, in Python's own integers."""
+    mask = 2**64 - 1
+    x = (x + 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 100_000))
+def test_uniform_number_is_a_function_of_seed_and_position(seed: int, position: int) -> None:
+    [number] = sampling.uniforms(np.array([seed], np.uint64), np.array([position], np.uint64))
+    state = (splitmix(seed) + position * 0x9E3779B97F4A7C15) % 2**64
+    assert number == (splitmix(state) >> 11) / 2**53
+    assert 0.0 <= number < 1.0
+
+
+@pytest.mark.parametrize("by", ["seed", "position"])
+def test_uniform_numbers_are_uniform_and_independent_of_their_neighbours(by: str) -> None:
+    running, fixed = np.arange(20_000, dtype=np.uint64), np.full(20_000, 12, dtype=np.uint64)
+    numbers = sampling.uniforms(*((running, fixed) if by == "seed" else (fixed, running)))
+    assert stats.kstest(numbers, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.03
+
+
+@given(
+    st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30).filter(lambda p: sum(p) > 1e-3),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_draw_is_the_first_token_whose_share_exceeds_the_number(probs: list[float], uniform: float) -> None:
+    [token] = sampling.draw(torch.tensor([probs]), torch.tensor([uniform], dtype=torch.float64)).tolist()
+    total = math.fsum(probs)
+    assert probs[token] > 0
+    assert math.fsum(probs[:token]) <= uniform * total + 1e-9
+    assert math.fsum(probs[: token + 1]) >= uniform * total - 1e-9
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
+def test_draw_never_gives_an_impossible_token(uniform: float) -> None:
+    probs = torch.tensor([[0.0, 0.1, 0.2, 0.0, 0.7, 0.0]])
+    [token] = sampling.draw(probs, torch.tensor([uniform], dtype=torch.float64)).tolist()
+    assert token == (1 if uniform == 0.0 else 4)
+
+
+@settings(deadline=None)
+@given(logit_rows, st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_typical_threshold_is_epsilon_or_what_the_entropy_allows(
+    logits: list[float], epsilon: float, delta: float
+) -> None:
+    log_probs = torch.tensor([logits], dtype=torch.float64).log_softmax(dim=1)
+    probs = log_probs.exp()[0].tolist()
+    entropy = -sum(p * math.log(p) for p in probs if p > 0)
+    [threshold] = sampling.typical_threshold(log_probs, epsilon, delta).tolist()
+    assert threshold == pytest.approx(min(epsilon, delta * math.exp(-entropy)), rel=1e-6)
+
+
+def test_typical_threshold_with_impossible_tokens() -> None:
+    log_probs = torch.tensor([[0.0, 0.0, float("-inf")]]).log_softmax(dim=1)
+    [threshold] = sampling.typical_threshold(log_probs, 0.9, 0.3).tolist()
+    assert threshold == pytest.approx(0.15)
