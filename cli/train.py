@@ -19,7 +19,7 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="where the head set is written"
     )
     parser.add_argument("--heads", type=_positive, default=4, metavar="N", help="tokens guessed ahead (4)")
-    parser.add_argument("--layers", type=_positive, default=2, metavar="N", help="blocks of each head (2)")
+    parser.add_argument("--layers", type=_positive, default=3, metavar="N", help="blocks of each head (3)")
     parser.add_argument(
         "--vocab", type=_positive, default=12288, metavar="N", help="most frequent tokens kept (12288)"
     )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from heads.errors import HeadsError
@@ -121,7 +121,8 @@ def save_heads(
     for name, tensor in module.state_dict().items():
         tensors[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
     partial = directory / "heads.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
+    # save_file would leave it readable by its owner alone.
+    partial.write_bytes(save(tensors, metadata={"format": "pt"}))
     os.replace(partial, directory / "heads.safetensors")
     partial = directory / "config.json.partial"
     partial.write_text(json.dumps(_config(module, base_model), indent=1) + "\n")

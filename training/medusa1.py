@@ -40,7 +40,7 @@ class Medusa1Config:
     """What is trained, and how. `vocab` is the size of the token map, at most the whole vocabulary."""
 
     heads: int = 4
-    layers: int = 2
+    layers: int = 3
     vocab: int = 12288
     epochs: float = 4.0
     batch: int = 1024
@@ -186,10 +186,19 @@ class Medusa1Trainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self._clip_gradients()
         self.optimizer.step()
         self.step += 1
         return [loss.item() for loss in losses]
+
+    @torch.no_grad()
+    def _clip_gradients(self) -> None:
+        """Each head's gradient to a norm of at most 1: by head, so that heads never influence each other."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norms = torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients]).sum(dim=0).sqrt()
+        factors = (1 / norms.clamp_min(1e-12)).clamp_max(1)  # [num_heads]
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
     @torch.no_grad()
     def held_out_hits(self) -> list[float]:

@@ -20,7 +20,6 @@ from training.hidden_states import HiddenCache, extract
 from training.medusa1 import Medusa1Config, Medusa1Trainer
 
 MAX_LENGTH = 1024  # tokens of a conversation, prompt included; longer ones are left out
-MAX_HELD_OUT_POSITIONS = 200_000
 
 
 def _load(model_name: str, data: Path, max_positions: int, seed: int) -> tuple[Decoder, list[Document]]:
