@@ -12,6 +12,7 @@ from engine.errors import ConfigError, RequestError
 from engine.messages import AddRequest, ModelInfo, SamplingParams, StepOutput, StepStats
 from engine.model.config import DecoderConfig
 from engine.model.loader import load_config, load_decoder
+from engine.model.packing import pack_linears
 from engine.runner import device as hardware
 from engine.runner.drafter import Drafter, HeadsDrafter
 from engine.runner.kv_cache import KVCache, bytes_per_token
@@ -57,6 +58,7 @@ class Engine:
         if drafter is None or config.speculation == "off":
             drafter, family = None, _NO_TREE
         family = family.prefix(config.max_tree_nodes - 1)
+        pack_linears(decoder)
 
         num_blocks = _resolve_num_blocks(config, model, dtype, device, max_model_len)
         max_tokens = config.max_num_batched_tokens or max(
