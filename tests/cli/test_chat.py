@@ -39,6 +39,7 @@ class Handler(BaseHTTPRequestHandler):
             self._event({"choices": [{"delta": {"content": word + " "}}]})
         if text == "break":
             self._event({"error": {"message": "the engine died"}})
+            return
         self._event({"choices": [], "usage": {"completion_tokens": 12, "decode_steps": 5}})
         self.wfile.write(b"data: [DONE]\n\n")
 
