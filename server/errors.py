@@ -97,7 +97,7 @@ def to_api_error(error: BaseException) -> ApiError:
     if isinstance(error, EngineDeadError):
         return ApiError(
             503,
-            "The engine died while the request was in it and is being restarted; send the request again.",
+            "The engine died and is being restarted; send the request again in a moment.",
             code="engine_dead",
             headers={"Retry-After": str(RESTART_SECONDS)},
         )

@@ -14,6 +14,7 @@ from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Receive, Scope, Send
 
+from engine.errors import GorgonError
 from server.errors import ClientDisconnectedError, GenerationError, to_api_error
 from server.generation import Generation, Piece
 
@@ -117,10 +118,8 @@ async def stream(request: Request, generation: Generation, writer: ChunkWriter) 
                     yield event(writer.piece(piece).model_dump_json())
                 piece = await anext(pieces, None)
         except Exception as error:
-            if isinstance(error, GenerationError):
-                logger.error("request %s failed in the engine: %s", generation.request_id, error)
-            else:
-                logger.exception("request %s failed in its stream", generation.request_id)
+            foreseen = isinstance(error, (GenerationError, GorgonError))
+            logger.error("%s failed: %s", generation.request_id, error, exc_info=not foreseen)
             yield event(to_api_error(error).body())
             return
         for chunk in writer.last(generation):

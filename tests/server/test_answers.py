@@ -314,6 +314,14 @@ async def test_a_prompt_of_token_ids_is_taken_as_it_is() -> None:
     assert engine.prompts == [[1, EOS, 3]]
 
 
+async def test_the_user_is_logged_with_the_request(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="gorgon.server"):
+        answer = await whole(FakeEngine(), CHAT, user="ann\nforged line")
+    [record] = [r for r in caplog.records if r.name == "gorgon.server"]
+    assert answer["id"] in record.getMessage()
+    assert r"user 'ann\nforged line'" in record.getMessage()
+
+
 async def test_models_are_listed_with_their_context() -> None:
     async with client_for(app_for(FakeEngine())) as client:
         listed = (await client.get("/v1/models")).json()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from engine.model.tokenizer import ChatTokenizer, load_chat_tokenizer
 from server.text import REPLACEMENT, IncrementalDecoder, StopMatcher, TextAssembler
 
 SPECIAL = -1  # a token that decodes to nothing
@@ -97,6 +102,22 @@ def test_sentencepiece_with_byte_fallback_joins_to_the_whole_decoding(words: lis
     pieces = [decoder.push(i) for i in ids]
     assert "".join([*pieces, decoder.finish()]) == tokenizer.decode(ids)
     assert not any(REPLACEMENT in piece for piece in pieces)
+
+
+@pytest.fixture(scope="module")
+def default_tokenizer(default_model_dir: Path) -> ChatTokenizer:
+    return load_chat_tokenizer(default_model_dir)
+
+
+@given(text=texts)
+def test_the_default_model_s_tokens_join_to_their_text(default_tokenizer: ChatTokenizer, text: str) -> None:
+    ids = default_tokenizer.encode(text, add_special_tokens=False)
+    decoder = IncrementalDecoder(partial(default_tokenizer.decode, skip_special_tokens=True))
+    pieces = [decoder.push(i) for i in ids]
+    expected = default_tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join([*pieces, decoder.finish()]) == expected
+    if REPLACEMENT not in expected:  # its vocabulary lacks a few bytes of rare planes
+        assert not any(REPLACEMENT in piece for piece in pieces)
 
 
 stop_strings = st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4)
