@@ -46,13 +46,14 @@ class Sampler:
         logits: [num_nodes_total, vocab]; tokens: [num_commits, max_nodes] int64, the filled trees.
         """
         targets = torch.zeros_like(tokens)
-        targets[commits.request, commits.node] = logits.argmax(dim=1)
+        targets[commits.request, commits.node] = sampling.argmax(logits)
         special: list[tuple[int, Tensor]] = []  # (index among commits, its adjusted float32 rows)
         for index, scheduled in enumerate(commits.scheduled):
             params = scheduled.request.sampling
             if params.temperature > 0.0 or _is_adjusted(params):
                 first, count = commits.offsets[index], scheduled.num_drafts + 1
-                rows = logits[first : first + count].float()
+                # A copy even in float32: adjustments must not reach the logits that logprobs are taken from.
+                rows = logits[first : first + count].to(torch.float32, copy=True)
                 special.append((index, self._adjust(rows, scheduled.request, tokens[index], tables)))
         self._draw_special(special, commits, targets, tables)
         edges = exact_edges(tokens, targets, tables)
@@ -108,7 +109,7 @@ class Sampler:
             if commits.scheduled[index].request.sampling.temperature > 0.0:
                 sampled.append((index, rows))
             else:
-                targets[index, : rows.shape[0]] = rows.argmax(dim=1)
+                targets[index, : rows.shape[0]] = sampling.argmax(rows)
         if not sampled:
             return
         counts = [rows.shape[0] for _, rows in sampled]
