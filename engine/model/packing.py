@@ -33,7 +33,9 @@ def pack_linears(decoder: Decoder) -> None:
     Their plain weights are freed, a tied embedding aside: take what you need of them before.
     """
     weight = decoder.embedding
-    if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or weight.dtype not in _DTYPES:
+        return
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for parent in list(decoder.modules()):
         for name, child in list(parent.named_children()):

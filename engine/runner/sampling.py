@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+_ARGMAX_BLOCKS = 64
 _NUCLEUS_TRIAL = 256  # candidates tried before a whole vocabulary is sorted for top-p
 
 
@@ -26,6 +27,20 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The first largest entry of each row: [num_rows, vocab] -> [num_rows] int64.
+
+    In two stages: on CPUs torch finds a maximum far faster than its place, ten times so in bfloat16.
+    """
+    rows, vocab = logits.shape
+    if vocab % _ARGMAX_BLOCKS:
+        return logits.max(dim=1).indices
+    blocks = logits.view(rows, _ARGMAX_BLOCKS, -1)
+    best = blocks.amax(dim=2).argmax(dim=1)
+    inside = blocks[torch.arange(rows, device=logits.device), best].argmax(dim=1)
+    return best * (vocab // _ARGMAX_BLOCKS) + inside
 
 
 def apply_penalties(

@@ -103,8 +103,8 @@ class CostModel:
 
 def _interpolate(points: tuple[tuple[int, float], ...], at: NDArray[np.int64]) -> NDArray[np.float64]:
     counts = np.array([count for count, _ in points], dtype=np.float64)
-    # A larger pass that measured faster is noise; taken at its word it would make draft tokens free.
-    seconds = np.maximum.accumulate(np.array([second for _, second in points]))
+    # More tokens never take less time: where the measurement says so, the smaller count was disturbed.
+    seconds = np.minimum.accumulate(np.array([second for _, second in points])[::-1])[::-1]
     values = np.interp(at, counts, seconds)
     if len(points) > 1:
         slope = (seconds[-1] - seconds[-2]) / (counts[-1] - counts[-2])
