@@ -18,8 +18,8 @@ from engine.model.decoder import Decoder
 from engine.runner.drafter import Drafter
 from engine.runner.kv_cache import KVCache
 from engine.runner.runner import Runner
-from engine.scheduling.batch import Batch
 from engine.scheduling.speculation import FixedSpeculation, SpeculationPolicy
+from tests.engine.drafters import watch
 from tests.engine.helpers import make_scheduler
 from tests.fakes import DenseCausalAttention
 from trees.family import TreeFamily
@@ -124,61 +124,6 @@ def greedy(prompt: tuple[int, ...], length: int) -> tuple[int, ...]:
     return (*before, int(plain_pass((*prompt, *before)).logits[-1].argmax()))
 
 
-class RandomDrafter:
-    """Guesses that have nothing to do with anything, token 0 and EOS among them; siblings differ."""
-
-    def __init__(self, seed: int = 0, vocab_size: int = VOCAB) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._vocab_size = vocab_size
-
-    def propose(self, hidden: Tensor, roots: Tensor, tree: object) -> Tensor:
-        ranks: Tensor = tree.ranks  # type: ignore[attr-defined]
-        shape = (len(roots), len(ranks))
-        guesses = torch.randint(0, self._vocab_size, shape, generator=self._generator)
-        # The same offset for one parent's children keeps them apart.
-        parents: Tensor = tree.parents  # type: ignore[attr-defined]
-        tokens = (guesses[:, parents] + ranks) % self._vocab_size
-        tokens[:, 0] = roots
-        return tokens
-
-
-class ScriptedDrafter:
-    """Knows how every request goes on, and tells the truth with probability `hit_rate` a node: 1 is an
-    oracle, 0 is always wrong. Which of a node's children is the right one is left to chance.
-
-    `script(request_id)` gives all tokens of that request, prompt included. `batch` is set by the harness.
-    """
-
-    def __init__(self, script: Callable[[str], Sequence[int]], hit_rate: float, seed: int = 0) -> None:
-        self.batch = Batch()
-        self._script = script
-        self._hit_rate = hit_rate
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def propose(self, hidden: Tensor, roots: Tensor, tree: object) -> Tensor:
-        parents: list[int] = tree.parents.tolist()  # type: ignore[attr-defined]
-        depths: list[int] = tree.depths.tolist()  # type: ignore[attr-defined]
-        children: list[list[int]] = [[] for _ in parents]
-        for node in range(1, len(parents)):
-            children[parents[node]].append(node)
-        drafting = [s.request for s in self.batch.scheduled if s.num_drafts]
-        assert [r.token_ids[-1] for r in drafting] == roots.tolist()
-        rows = []
-        for request in drafting:
-            script, known = self._script(request.request_id), len(request.token_ids)
-            row = [request.token_ids[-1]] + [0] * (len(parents) - 1)
-            for node, below in enumerate(children):
-                place = known + depths[node]
-                truth = script[place] if place < len(script) else 0
-                for offset, child in enumerate(below):
-                    row[child] = (truth + 1 + offset) % VOCAB
-                if below and float(torch.rand((), generator=self._generator)) < self._hit_rate:
-                    chosen = int(torch.randint(len(below), (), generator=self._generator))
-                    row[below[chosen]] = truth
-            rows.append(row)
-        return torch.tensor(rows)
-
-
 @dataclass
 class Arrival:
     """A request and the step before which it comes."""
@@ -221,7 +166,7 @@ class TinyEngine:
             policy=policy or FixedSpeculation(len(family.paths) if drafts is None else drafts),
         )
         cache = KVCache(CONFIG, num_blocks, block_size, torch.float32, CPU)
-        self.drafter = drafter
+        watch(self.scheduler, drafter)
         self.runner = Runner(tiny_decoder(), cache, family, drafter, max_num_seqs)
         self.num_preemptions = 0
         self.num_accepted = 0
@@ -229,8 +174,6 @@ class TinyEngine:
     def step(self) -> list[RequestOutput]:
         batch = self.scheduler.schedule()
         self.num_preemptions += batch.num_preemptions
-        if isinstance(self.drafter, ScriptedDrafter):
-            self.drafter.batch = batch
         outputs = self.scheduler.update(batch, self.runner.execute(batch))
         self.num_accepted += sum(s.num_accepted for s in batch.scheduled)
         self.scheduler.check_integrity()

@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.runner.drafter import Drafter
+from tests.engine.drafters import RandomDrafter, ScriptedDrafter
 from tests.engine.families import chain, families, full
 from tests.engine.helpers import params
 from tests.engine.tiny import (
     NO_TREE,
     VOCAB,
     Arrival,
-    RandomDrafter,
-    ScriptedDrafter,
     TinyEngine,
     greedy,
     plain_pass,

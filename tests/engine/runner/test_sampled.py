@@ -9,20 +9,20 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.messages import SamplingParams
+from engine.scheduling.batch import Batch
+from tests.engine.drafters import RandomDrafter, ScriptedDrafter
 from tests.engine.families import chain, full
 from tests.engine.helpers import params
 from tests.engine.tiny import (
     EOS,
     VOCAB,
     Arrival,
-    RandomDrafter,
-    ScriptedDrafter,
     TinyEngine,
     log_softmax,
     plain_pass,
 )
 from trees.family import TreeFamily
+from trees.verify import TreeTables
 
 PROMPTS = tuple(tuple((11 * i + 3 * p) % VOCAB for p in range(n)) for i, n in enumerate((3, 17, 30)))
 LENGTH = 40
@@ -125,7 +125,7 @@ def test_any_seed_works(seed: int) -> None:
 class OneGuess:
     """Always drafts the same two tokens below the root."""
 
-    def propose(self, hidden: torch.Tensor, roots: torch.Tensor, tree: object) -> torch.Tensor:
+    def propose(self, hidden: torch.Tensor, roots: torch.Tensor, tree: TreeTables) -> torch.Tensor:
         return torch.cat((roots.unsqueeze(1), torch.tensor([[5, 9]]).expand(len(roots), 2)), dim=1)
 
 
@@ -230,26 +230,20 @@ def test_logprobs_of_the_token_alone() -> None:
 
 
 class TestTypicalAcceptance:
-    def run(self, epsilon: float, delta: float, guess: int = 1) -> tuple[SamplingParams, list[int], int]:
+    def run(self, epsilon: float, delta: float, guess: int = 1) -> tuple[list[int], int]:
         """A drafter that guesses, at every depth, the token of that rank in the model's own distribution."""
         speculation = {"acceptance": "typical", "epsilon": epsilon, "delta": delta}
         sampling = params(30, temperature=0.8, seed=3, ignore_eos=True, speculation=speculation)
 
         class Ranked:
-            def propose(self, hidden: torch.Tensor, roots: torch.Tensor, tree: object) -> torch.Tensor:
-                [request] = [s.request for s in engine.scheduler._running_batch]
-                logits = plain_pass(request.token_ids).logits[-1]
+            batch = Batch()
+
+            def propose(self, hidden: torch.Tensor, roots: torch.Tensor, tree: TreeTables) -> torch.Tensor:
+                [scheduled] = self.batch.scheduled
+                logits = plain_pass(scheduled.request.token_ids).logits[-1]
                 return torch.tensor([[int(roots[0]), int(logits.argsort(descending=True)[guess])]])
 
         engine = TinyEngine(chain(1), Ranked())
-        schedule = engine.scheduler.schedule
-
-        def spied() -> Any:
-            batch = schedule()
-            engine.scheduler._running_batch = [s for s in batch.scheduled if s.num_drafts]  # type: ignore[attr-defined]
-            return batch
-
-        engine.scheduler.schedule = spied  # type: ignore[method-assign]
         [result] = engine.run([Arrival("0", PROMPTS[0], sampling)]).values()
         accepted = 0
         known = list(PROMPTS[0])
@@ -265,18 +259,18 @@ class TestTypicalAcceptance:
                 assert not takes or output.token_ids[0] == guessed
                 accepted += takes
             known += output.token_ids
-        return sampling, result.tokens, accepted
+        return result.tokens, accepted
 
     def test_second_best_guess_is_accepted_exactly_where_it_passes_the_threshold(self) -> None:
-        _, tokens, accepted = self.run(epsilon=0.12, delta=0.9)
+        tokens, accepted = self.run(epsilon=0.12, delta=0.9)
         assert len(tokens) == 30
         assert 2 < accepted < 25
 
     def test_threshold_of_one_accepts_nothing(self) -> None:
-        assert self.run(epsilon=1.0, delta=1e9, guess=0)[2] == 0
+        assert self.run(epsilon=1.0, delta=1e9, guess=0)[1] == 0
 
     def test_threshold_near_zero_accepts_everything(self) -> None:
-        _, _, accepted = self.run(epsilon=1e-9, delta=1.0, guess=2)
+        _, accepted = self.run(epsilon=1e-9, delta=1.0, guess=2)
         assert accepted >= 14
 
     def test_greedy_requests_stay_exact(self) -> None:

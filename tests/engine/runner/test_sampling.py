@@ -70,6 +70,14 @@ def test_tokens_tied_with_the_last_kept_one_are_kept() -> None:
     assert [p > 0 for p in truncate_one([1.0, 3.0, 2.0, 2.0], 2, 1.0, 0.0)] == [False, True, True, True]
 
 
+@pytest.mark.parametrize("vocab", [1, 63, 64, 640, 1000])
+def test_argmax_is_the_first_of_the_largest(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    few = torch.randint(0, 4, (200, vocab), generator=generator).float()
+    for logits in (few, few.bfloat16(), few.masked_fill(few < 3, float("-inf"))):
+        assert sampling.argmax(logits).tolist() == [row.index(max(row)) for row in logits.tolist()]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     logits=logit_rows,
