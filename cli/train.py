@@ -21,7 +21,13 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--heads", type=_positive, default=4, metavar="N", help="tokens guessed ahead (4)")
     parser.add_argument("--layers", type=_positive, default=3, metavar="N", help="blocks of each head (3)")
     parser.add_argument(
-        "--vocab", type=_positive, default=12288, metavar="N", help="most frequent tokens kept (12288)"
+        "--vocab", type=_positive, default=8192, metavar="N", help="most frequent tokens kept (8192)"
+    )
+    parser.add_argument(
+        "--root-input",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let heads see the token just committed (default: yes; no is Medusa as published)",
     )
     parser.add_argument("--epochs", type=float, default=4.0, metavar="X", help="passes over the text (4)")
     parser.add_argument(
@@ -76,6 +82,7 @@ def run_medusa1(args: argparse.Namespace) -> int:
         heads=args.heads,
         layers=args.layers,
         vocab=args.vocab,
+        root_input=args.root_input,
         epochs=args.epochs,
         batch=args.batch,
         lr=args.lr,

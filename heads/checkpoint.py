@@ -37,6 +37,7 @@ _CONFIG_KEYS = {
     "num_heads",
     "num_layers",
     "projection",
+    "root_input",
 }
 
 
@@ -83,7 +84,7 @@ class HeadSet:
                 f"embeddings agree to {similarity:.2f}, those of a quantized copy to 0.99). Use heads made "
                 "for this model, or --heads none"
             )
-        self.module.bind(lm_head_weight)
+        self.module.bind(lm_head_weight, embedding)
         return self.module
 
 
@@ -101,6 +102,7 @@ def _config(module: MedusaHeads, base_model: str) -> dict[str, object]:
         "num_heads": module.num_heads,
         "num_layers": module.num_layers,
         "projection": _projection_kind(module),
+        "root_input": module.root_weights is not None,
     }
 
 
@@ -181,7 +183,13 @@ def load_heads(directory: Path) -> HeadSet:
     first = tensors.get("weights.0")
     num_heads = 0 if first is None or first.ndim != 3 else first.shape[0]
     own = "projection" in tensors
-    found = {"num_heads": num_heads, "num_layers": num_layers, "projection": "own" if own else "shared"}
+    root_input = "root_weights" in tensors
+    found = {
+        "num_heads": num_heads,
+        "num_layers": num_layers,
+        "projection": "own" if own else "shared",
+        "root_input": root_input,
+    }
     for name, value in found.items():
         if config[name] != value:
             raise HeadsError(f"{path}: the weights hold {name} {value}, but config.json says {config[name]}")
@@ -192,7 +200,7 @@ def load_heads(directory: Path) -> HeadSet:
             raise HeadsError(f"{path}: 'token_map' must be a row of int64 token ids")
         if int(token_map.min()) < 0 or int(token_map.max()) >= vocab:
             raise HeadsError(f"{path}: 'token_map' names tokens outside the vocabulary of {vocab}")
-    module = MedusaHeads(num_heads, num_layers, hidden, vocab, token_map, own)
+    module = MedusaHeads(num_heads, num_layers, hidden, vocab, token_map, own, root_input)
     rows = (FINGERPRINT_ROWS, hidden)
     fingerprint = _take(tensors, "fingerprint.rows", rows, path)
     fingerprint_tokens = _take(tensors, "fingerprint.tokens", rows[:1], path)

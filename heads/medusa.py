@@ -3,6 +3,10 @@
 A head is n residual blocks `x + SiLU(Wx + b)` followed by a vocabulary projection: its own, or the base
 model's `lm_head`, whole or cut to the most frequent tokens (the token map). The blocks of all heads are
 stacked, so that a pass over every head is one batched product per layer and one product for the projection.
+
+With a root input, the first block also sees the token that was just committed, which is known when the heads
+run: `x + SiLU(Wx + Ue + b)`, e its embedding brought to unit mean square. This is the first step of Hydra
+(arXiv 2402.05109), the one that costs nothing: heads still do not depend on each other.
 """
 
 from __future__ import annotations
@@ -19,11 +23,12 @@ class MedusaHeads(nn.Module):
 
     token_map: [num_tokens] int64, the tokens the projection's rows stand for; None for the whole vocabulary.
     own_projection: each head brings its projection, [num_heads, num_tokens, hidden]; otherwise `bind` takes
-    the base's.
+    the base's. root_input: the first block sees the committed root.
     """
 
     token_map: Tensor | None  # [num_tokens] int64
     shared_projection: Tensor | None  # [num_tokens, hidden], there once bound
+    embedding: Tensor | None  # [vocab, hidden], the base's, there once bound where roots are seen
 
     def __init__(
         self,
@@ -33,6 +38,7 @@ class MedusaHeads(nn.Module):
         vocab_size: int,
         token_map: Tensor | None = None,
         own_projection: bool = False,
+        root_input: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_layers = num_heads, num_layers
@@ -44,17 +50,21 @@ class MedusaHeads(nn.Module):
         self.biases = nn.ParameterList(
             nn.Parameter(torch.zeros(num_heads, hidden_size)) for _ in range(num_layers)
         )
+        self.root_weights = (
+            nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size)) if root_input else None
+        )  # [num_heads, out, in]
         num_tokens = vocab_size if token_map is None else len(token_map)
         self.projection = (
             nn.Parameter(torch.zeros(num_heads, num_tokens, hidden_size)) if own_projection else None
         )
         self.register_buffer("token_map", token_map)
         self.register_buffer("shared_projection", None, persistent=False)
+        self.register_buffer("embedding", None, persistent=False)
 
-    def bind(self, lm_head_weight: Tensor) -> None:
-        """Move to the base's device and dtype and take over its projection, lm_head_weight [vocab, hidden].
+    def bind(self, lm_head_weight: Tensor, embedding: Tensor) -> None:
+        """Move to the base's device and dtype and take over what the heads share with it.
 
-        Raises HeadsError where the base has another shape.
+        lm_head_weight, embedding: [vocab, hidden]. Raises HeadsError where the base has another shape.
         """
         expected = (self.vocab_size, self.hidden_size)
         if tuple(lm_head_weight.shape) != expected:
@@ -66,18 +76,31 @@ class MedusaHeads(nn.Module):
         if self.projection is None:
             weight = lm_head_weight.detach()
             self.shared_projection = weight if self.token_map is None else weight[self.token_map].contiguous()
+        if self.root_weights is not None:
+            self.embedding = embedding.detach()
 
-    def features(self, hidden: Tensor, num_heads: int) -> Tensor:
-        """What the first heads project: hidden [num_rows, hidden] -> [num_heads, num_rows, hidden]."""
+    def features(self, hidden: Tensor, num_heads: int, root_rows: Tensor | None = None) -> Tensor:
+        """What the first heads project, [num_heads, num_rows, hidden].
+
+        hidden: [num_rows, hidden]; root_rows: [num_rows, hidden] embeddings of the roots, as the base has
+        them, needed with a root input.
+        """
         x = hidden.expand(num_heads, -1, -1)
-        for weight, bias in zip(self.weights, self.biases, strict=True):
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             y = torch.baddbmm(bias[:num_heads, None], x, weight[:num_heads].transpose(1, 2))
+            if layer == 0 and self.root_weights is not None and root_rows is not None:
+                roots = F.rms_norm(root_rows, (self.hidden_size,)).expand(num_heads, -1, -1)
+                y = torch.baddbmm(y, roots, self.root_weights[:num_heads].transpose(1, 2))
             x = x + F.silu(y)
         return x
 
-    def logits(self, hidden: Tensor, num_heads: int) -> Tensor:
-        """hidden [num_rows, hidden] -> [num_heads, num_rows, num_tokens], columns in token map order."""
-        x = self.features(hidden, num_heads)
+    def logits(self, hidden: Tensor, roots: Tensor, num_heads: int) -> Tensor:
+        """Guesses of bound heads, [num_heads, num_rows, num_tokens], columns in token map order.
+
+        hidden: [num_rows, hidden]; roots: [num_rows] int64, the token committed after each row.
+        """
+        root_rows = None if self.embedding is None else F.embedding(roots, self.embedding)
+        x = self.features(hidden, num_heads, root_rows)
         if self.projection is not None:
             return torch.bmm(x, self.projection[:num_heads].transpose(1, 2))
         if self.shared_projection is None:
@@ -94,15 +117,15 @@ class MedusaHeads(nn.Module):
         roots: [num_requests] int64, the token committed after it, which the tree hangs on.
         parents, depths, ranks: [num_nodes] int64, the root first; best on the CPU, where reading how deep
         they go costs no synchronisation.
-        Returns [num_requests, num_nodes] int64 token ids, column 0 the roots. A Medusa head sees neither its
-        path nor the root, so that parents are not read.
+        Returns [num_requests, num_nodes] int64 token ids, column 0 the roots. A Medusa head does not see
+        its path, so that parents are not read.
         """
         if len(depths) == 1:
             return roots.unsqueeze(1)
         num_heads, num_ranks = int(depths.max()), int(ranks.max()) + 1
         if num_heads > self.num_heads:
             raise HeadsError(f"the tree is {num_heads} deep, but there are {self.num_heads} heads")
-        guesses = self.logits(hidden, num_heads).topk(num_ranks, dim=-1).indices
+        guesses = self.logits(hidden, roots, num_heads).topk(num_ranks, dim=-1).indices
         if self.token_map is not None:
             guesses = self.token_map[guesses]
         drafts = guesses[depths[1:] - 1, :, ranks[1:]]  # [num_drafts, num_requests]

@@ -37,15 +37,16 @@ class Calibration:
 
 
 @torch.inference_mode()
-def true_ranks(heads: MedusaHeads, hidden: Tensor, targets: Tensor) -> Tensor:
+def true_ranks(heads: MedusaHeads, hidden: Tensor, roots: Tensor, targets: Tensor) -> Tensor:
     """Rank of the true token among each head's guesses, [num_rows, num_heads] int64; MAX_RANK for a miss.
 
-    heads: bound; hidden: [num_rows, hidden]; targets: [num_rows, num_heads] token ids, -1 for none.
+    heads: bound; hidden: [num_rows, hidden]; roots: [num_rows] the token after each row; targets:
+    [num_rows, num_heads] token ids, -1 for none.
     """
     ranks = torch.full(targets.shape, MAX_RANK, dtype=torch.int64)
     for begin in range(0, len(hidden), ROWS_PER_PASS):
         block = slice(begin, begin + ROWS_PER_PASS)
-        logits = heads.logits(hidden[block].to(heads.biases[0].dtype), heads.num_heads)
+        logits = heads.logits(hidden[block].to(heads.biases[0].dtype), roots[block], heads.num_heads)
         guesses = logits.topk(min(MAX_RANK, logits.shape[-1]), dim=-1).indices  # [heads, rows, MAX_RANK]
         if heads.token_map is not None:
             guesses = heads.token_map[guesses]
@@ -77,14 +78,17 @@ def walk(family: TreeFamily, segments: Sequence[Sequence[RankPath]]) -> float:
     return tokens / max(1, steps)
 
 
-def calibrate(heads: MedusaHeads, hidden: Tensor, targets: Tensor, segments: Tensor) -> Calibration:
+def calibrate(
+    heads: MedusaHeads, hidden: Tensor, roots: Tensor, targets: Tensor, segments: Tensor
+) -> Calibration:
     """Measure bound heads on the rows of the given segments.
 
-    hidden: [num_rows, hidden]; targets: [num_rows, num_heads]; segments: [num_segments, 2] row ranges.
+    hidden: [num_rows, hidden]; roots: [num_rows]; targets: [num_rows, num_heads]; segments:
+    [num_segments, 2] row ranges.
     """
     ranges = [(int(start), int(end)) for start, end in segments]
     rows = torch.cat([torch.arange(start, end) for start, end in ranges])
-    ranks = true_ranks(heads, hidden[rows], targets[rows])
+    ranks = true_ranks(heads, hidden[rows], roots[rows], targets[rows])
     paths = rank_paths(ranks)
     family = family_from_paths(paths)
     by_segment, begin = [], 0

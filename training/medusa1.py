@@ -41,7 +41,8 @@ class Medusa1Config:
 
     heads: int = 4
     layers: int = 3
-    vocab: int = 12288
+    vocab: int = 8192
+    root_input: bool = True
     epochs: float = 4.0
     batch: int = 1024
     lr: float = 1.5e-3
@@ -74,11 +75,13 @@ class Medusa1Trainer:
         self.embedding = embedding
         vocab_size, hidden_size = lm_head_weight.shape
         chosen = token_map(cache, config.vocab, vocab_size)
-        self.module = MedusaHeads(config.heads, config.layers, hidden_size, vocab_size, chosen)
+        self.module = MedusaHeads(
+            config.heads, config.layers, hidden_size, vocab_size, chosen, root_input=config.root_input
+        )
         weight = lm_head_weight.detach().to(torch.bfloat16)
         self.projection = weight if chosen is None else weight[chosen].contiguous()  # [num_tokens, hidden]
 
-        self.hidden = cache.hidden
+        self.hidden, self.roots = cache.hidden, cache.next_tokens
         self.targets = self._as_columns(cache.targets(config.heads), chosen, vocab_size)
         train_rows = cache.rows(~cache.held_out)
         self.rows = train_rows[(self.targets[train_rows] >= 0).any(dim=1)]
@@ -160,12 +163,16 @@ class Medusa1Trainer:
         size = self.config.batch
         return self.rows[self._order[place * size : (place + 1) * size]].sort().values
 
+    def _features(self, rows: Tensor) -> Tensor:
+        """[num_heads, num_rows, hidden] in bfloat16, the format heads are served in; weights stay float32."""
+        hidden, roots = self.hidden[rows], self.embedding[self.roots[rows]].to(torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.module.features(hidden, self.config.heads, roots).to(torch.bfloat16)
+
     def losses(self, rows: Tensor) -> list[Tensor]:
         """Mean cross-entropy per head over the given rows that have a target, rows: [num_rows]."""
-        hidden, targets = self.hidden[rows], self.targets[rows]
-        # Products in bfloat16, the format heads are served in; the weights themselves stay float32.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = self.module.features(hidden, self.config.heads).to(torch.bfloat16)
+        targets = self.targets[rows]
+        features = self._features(rows)
         means = []
         for head in range(self.config.heads):
             known = targets[:, head] >= 0
@@ -206,8 +213,7 @@ class Medusa1Trainer:
         right = torch.zeros(self.config.heads)
         for begin in range(0, len(self.held_out), 1024):
             rows = self.held_out[begin : begin + 1024]
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                features = self.module.features(self.hidden[rows], self.config.heads).to(torch.bfloat16)
+            features = self._features(rows)
             for head in range(self.config.heads):
                 guesses = (features[head] @ self.projection.t()).argmax(dim=1)
                 right[head] += (guesses == self.targets[rows, head]).sum()

@@ -66,7 +66,8 @@ def _calibrate(heads_dir: Path, decoder: Decoder, cache: HiddenCache) -> Calibra
     chosen = cache.held_out & cache.greedy if bool((cache.held_out & cache.greedy).any()) else cache.held_out
     if not bool(chosen.any()):
         raise DataError("no conversation fell into the held-out share; give more data")
-    result = calibrate(heads, cache.hidden, cache.targets(heads.num_heads), cache.segments[chosen])
+    targets = cache.targets(heads.num_heads)
+    result = calibrate(heads, cache.hidden, cache.next_tokens, targets, cache.segments[chosen])
     measured_on = "held-out greedy answers" if bool(cache.greedy[chosen].all()) else "held-out answers"
     result.family.save(heads_dir / "tree.json", measured_on=measured_on, **result.facts())
     return result

@@ -31,8 +31,10 @@ def directory(tmp_path: Path, embedding: Tensor) -> Path:
     return tmp_path / "set"
 
 
-def _random(token_map: Tensor | None = None, own_projection: bool = False) -> MedusaHeads:
-    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, token_map, own_projection)
+def _random(
+    token_map: Tensor | None = None, own_projection: bool = False, root_input: bool = False
+) -> MedusaHeads:
+    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, token_map, own_projection, root_input)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter)
     return heads
@@ -52,17 +54,18 @@ def _edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], object]) 
 
 @pytest.mark.parametrize("own_projection", [False, True])
 @pytest.mark.parametrize("token_map", [None, torch.tensor([1, 4, 9])])
+@pytest.mark.parametrize("root_input", [False, True])
 def test_a_head_set_comes_back_as_it_was(
-    tmp_path: Path, embedding: Tensor, own_projection: bool, token_map: Tensor | None
+    tmp_path: Path, embedding: Tensor, own_projection: bool, token_map: Tensor | None, root_input: bool
 ) -> None:
-    saved = _random(token_map, own_projection)
+    saved = _random(token_map, own_projection, root_input)
     save_heads(tmp_path / "mine", saved, "base", embedding, torch.float32)
     heads = load_heads(tmp_path / "mine")
     assert (heads.name, heads.base_model) == ("mine", "base")
-    hidden = torch.randn(2, HIDDEN)
-    saved.bind(embedding)
+    hidden, roots = torch.randn(2, HIDDEN), torch.tensor([1, 2])
+    saved.bind(embedding, embedding)
     torch.testing.assert_close(
-        heads.bind(embedding, embedding).logits(hidden, HEADS), saved.logits(hidden, HEADS)
+        heads.bind(embedding, embedding).logits(hidden, roots, HEADS), saved.logits(hidden, roots, HEADS)
     )
 
 

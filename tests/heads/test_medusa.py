@@ -15,9 +15,11 @@ HEADS, LAYERS, HIDDEN, VOCAB = 3, 2, 16, 40
 FAMILY = TreeFamily(((0,), (1,), (0, 0), (0, 2), (1, 1), (0, 0, 3)), (0.5, 0.4, 0.3, 0.2, 0.1, 0.05))
 
 
-def random_heads(token_map: Tensor | None = None, own_projection: bool = False) -> MedusaHeads:
+def random_heads(
+    token_map: Tensor | None = None, own_projection: bool = False, root_input: bool = False
+) -> MedusaHeads:
     torch.manual_seed(0)
-    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, token_map, own_projection)
+    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, token_map, own_projection, root_input)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return heads
@@ -29,16 +31,22 @@ def tree_of(family: TreeFamily) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("own_projection", [False, True])
 @pytest.mark.parametrize("reduced", [False, True])
-def test_logits_equal_the_formula_head_by_head(own_projection: bool, reduced: bool) -> None:
+@pytest.mark.parametrize("root_input", [False, True])
+def test_logits_equal_the_formula_head_by_head(own_projection: bool, reduced: bool, root_input: bool) -> None:
     token_map = torch.tensor([3, 5, 8, 30]) if reduced else None
-    heads = random_heads(token_map, own_projection)
-    lm_head, hidden = torch.randn(VOCAB, HIDDEN), torch.randn(5, HIDDEN)
-    heads.bind(lm_head)
-    logits = heads.logits(hidden, HEADS)
+    heads = random_heads(token_map, own_projection, root_input)
+    lm_head, embedding = torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN)
+    hidden, roots = torch.randn(5, HIDDEN), torch.tensor([0, 3, 39, 3, 7])
+    heads.bind(lm_head, embedding)
+    logits = heads.logits(hidden, roots, HEADS)
     for k in range(HEADS):
         x = hidden
         for layer in range(LAYERS):
-            x = x + F.silu(x @ heads.weights[layer][k].t() + heads.biases[layer][k])
+            y = x @ heads.weights[layer][k].t() + heads.biases[layer][k]
+            if layer == 0 and heads.root_weights is not None:
+                e = embedding[roots]
+                y = y + e / e.square().mean(dim=1, keepdim=True).sqrt() @ heads.root_weights[k].t()
+            x = x + F.silu(y)
         if heads.projection is not None:
             projection = heads.projection[k]
         else:
@@ -49,17 +57,23 @@ def test_logits_equal_the_formula_head_by_head(own_projection: bool, reduced: bo
 def test_fresh_heads_guess_what_the_base_guesses() -> None:
     heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB)
     lm_head, hidden = torch.randn(VOCAB, HIDDEN), torch.randn(5, HIDDEN)
-    heads.bind(lm_head)
-    torch.testing.assert_close(heads.logits(hidden, HEADS), (hidden @ lm_head.t()).expand(HEADS, -1, -1))
+    heads.bind(lm_head, lm_head)
+    torch.testing.assert_close(
+        heads.logits(hidden, torch.zeros(5, dtype=torch.int64), HEADS),
+        (hidden @ lm_head.t()).expand(HEADS, -1, -1),
+    )
 
 
 @pytest.mark.parametrize("token_map", [None, torch.tensor([3, 5, 8, 30, 31, 39])])
-def test_a_node_is_the_guess_of_its_rank_of_the_head_of_its_depth(token_map: Tensor | None) -> None:
-    heads = random_heads(token_map)
-    heads.bind(torch.randn(VOCAB, HIDDEN))
+@pytest.mark.parametrize("root_input", [False, True])
+def test_a_node_is_the_guess_of_its_rank_of_the_head_of_its_depth(
+    token_map: Tensor | None, root_input: bool
+) -> None:
+    heads = random_heads(token_map, root_input=root_input)
+    heads.bind(weight := torch.randn(VOCAB, HIDDEN), weight)
     hidden, roots = torch.randn(4, HIDDEN), torch.tensor([7, 0, 39, 1])
     filled = heads.fill_tree(hidden, roots, *tree_of(FAMILY))
-    order = heads.logits(hidden, HEADS).argsort(dim=-1, descending=True)
+    order = heads.logits(hidden, roots, HEADS).argsort(dim=-1, descending=True)
     assert filled.dtype == torch.int64
     assert filled.shape == (4, len(FAMILY.paths) + 1)
     assert filled[:, 0].tolist() == roots.tolist()
@@ -72,7 +86,7 @@ def test_a_node_is_the_guess_of_its_rank_of_the_head_of_its_depth(token_map: Ten
 
 def test_only_the_heads_that_the_tree_is_deep_run() -> None:
     heads = random_heads()
-    heads.bind(torch.randn(VOCAB, HIDDEN))
+    heads.bind(weight := torch.randn(VOCAB, HIDDEN), weight)
     with torch.no_grad():
         heads.weights[0][1:] = float("nan")
     filled = heads.fill_tree(torch.randn(2, HIDDEN), torch.tensor([1, 2]), *tree_of(FAMILY.prefix(2)))
@@ -88,7 +102,7 @@ def test_a_tree_of_the_root_alone_runs_no_head() -> None:
 
 def test_a_tree_deeper_than_the_heads_is_an_error() -> None:
     heads = random_heads()
-    heads.bind(torch.randn(VOCAB, HIDDEN))
+    heads.bind(weight := torch.randn(VOCAB, HIDDEN), weight)
     deep = TreeFamily(((0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)), (0.5, 0.4, 0.3, 0.2))
     with pytest.raises(HeadsError, match="4 deep, but there are 3 heads"):
         heads.fill_tree(torch.randn(1, HIDDEN), torch.tensor([1]), *tree_of(deep))
@@ -97,11 +111,14 @@ def test_a_tree_deeper_than_the_heads_is_an_error() -> None:
 def test_binding_takes_over_the_dtype_and_refuses_another_shape() -> None:
     heads = random_heads()
     with pytest.raises(HeadsError, match="40 tokens by 16"):
-        heads.bind(torch.randn(VOCAB, HIDDEN * 2))
-    heads.bind(torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16))
-    assert heads.logits(torch.randn(1, HIDDEN, dtype=torch.bfloat16), 1).dtype == torch.bfloat16
+        heads.bind(weight := torch.randn(VOCAB, HIDDEN * 2), weight)
+    heads.bind(weight := torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16), weight)
+    assert (
+        heads.logits(torch.randn(1, HIDDEN, dtype=torch.bfloat16), torch.tensor([0]), 1).dtype
+        == torch.bfloat16
+    )
 
 
 def test_shared_heads_that_were_not_bound_say_so() -> None:
     with pytest.raises(HeadsError, match="bind"):
-        random_heads().logits(torch.randn(1, HIDDEN), 1)
+        random_heads().logits(torch.randn(1, HIDDEN), torch.tensor([0]), 1)

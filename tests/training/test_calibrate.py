@@ -9,25 +9,26 @@ from training.calibrate import MAX_RANK, calibrate, rank_paths, true_ranks, walk
 from trees.family import TreeFamily
 
 HIDDEN = 8
+NO_ROOT = torch.tensor([0])  # these heads have no root input
 
 
 def known_heads(token_map: torch.Tensor | None = None) -> MedusaHeads:
     """Two fresh heads over an identity projection: the hidden row itself ranks the tokens."""
     heads = MedusaHeads(2, 1, HIDDEN, HIDDEN, token_map)
-    heads.bind(torch.eye(HIDDEN))
+    heads.bind(torch.eye(HIDDEN), torch.eye(HIDDEN))
     return heads
 
 
 def test_ranks_are_places_in_the_order_of_the_guesses() -> None:
     hidden = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]])
-    assert true_ranks(known_heads(), hidden, torch.tensor([[0, 3]])).tolist() == [[0, 3]]
+    assert true_ranks(known_heads(), hidden, NO_ROOT, torch.tensor([[0, 3]])).tolist() == [[0, 3]]
 
 
 def test_no_target_and_a_token_outside_the_map_are_misses() -> None:
     hidden = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]])
     heads = known_heads(torch.tensor([1, 3, 6]))
-    assert true_ranks(heads, hidden, torch.tensor([[3, -1]])).tolist() == [[1, MAX_RANK]]
-    assert true_ranks(heads, hidden, torch.tensor([[0, 6]])).tolist() == [[MAX_RANK, 2]]
+    assert true_ranks(heads, hidden, NO_ROOT, torch.tensor([[3, -1]])).tolist() == [[1, MAX_RANK]]
+    assert true_ranks(heads, hidden, NO_ROOT, torch.tensor([[0, 6]])).tolist() == [[MAX_RANK, 2]]
 
 
 def test_paths_end_at_the_first_miss() -> None:
@@ -48,7 +49,9 @@ def test_calibration_of_perfect_heads_commits_a_token_per_head_and_one() -> None
     hidden = torch.nn.functional.one_hot(tokens, HIDDEN).float()
     targets = torch.full((9, 2), 3)
     targets[-1], targets[-2, 1] = -1, -1
-    result = calibrate(known_heads(), hidden, targets, torch.tensor([[0, 9]]))
+    result = calibrate(
+        known_heads(), hidden, torch.zeros(len(hidden), dtype=torch.int64), targets, torch.tensor([[0, 9]])
+    )
     assert result.hit_rates[0][0] == result.hit_rates[1][0] == 1
     assert result.family.paths[:2] == ((0,), (0, 0))
     assert result.tokens_per_step[2] == 3

@@ -51,11 +51,11 @@ def test_trained_heads_beat_random_ones_by_far(cache: HiddenCache, decoder: Deco
     random = MedusaHeads(3, 2, trained.hidden_size, VOCAB)
     for parameter in random.parameters():
         torch.nn.init.normal_(parameter)
-    random.bind(decoder.lm_head.weight)
+    random.bind(decoder.lm_head.weight, decoder.embedding)
 
     def top1(heads: MedusaHeads) -> float:
         segments = cache.segments[cache.held_out]
-        return calibrate(heads, cache.hidden, cache.targets(3), segments).hit_rates[0][0]
+        return calibrate(heads, cache.hidden, cache.next_tokens, cache.targets(3), segments).hit_rates[0][0]
 
     assert top1(trained) > 0.9
     assert top1(random) < 0.2
