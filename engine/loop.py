@@ -12,7 +12,7 @@ from engine.errors import ConfigError, RequestError
 from engine.messages import AddRequest, ModelInfo, SamplingParams, StepOutput, StepStats
 from engine.model.config import DecoderConfig
 from engine.model.loader import load_config, load_decoder
-from engine.model.packing import pack_linears
+from engine.model.packing import fast_linear, pack_linears
 from engine.runner import device as hardware
 from engine.runner.drafter import Drafter, HeadsDrafter
 from engine.runner.kv_cache import KVCache, bytes_per_token
@@ -52,7 +52,7 @@ class Engine:
         heads_name, num_heads = None, 0
         if drafter is None and config.heads_dir is not None and config.speculation != "off":
             heads = load_heads(Path(config.heads_dir))
-            drafter = HeadsDrafter(heads.bind(decoder.embedding, decoder.lm_head.weight))
+            drafter = HeadsDrafter(heads.bind(decoder.embedding, decoder.lm_head.weight, fast_linear))
             family = TreeFamily.load(Path(config.heads_dir) / "tree.json")
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
         if drafter is None or config.speculation == "off":

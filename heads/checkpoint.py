@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from heads.errors import HeadsError
-from heads.medusa import MedusaHeads
+from heads.medusa import MedusaHeads, plain_linear
 
 FORMAT_VERSION = 1
 ARCHITECTURE = "medusa"
@@ -72,10 +73,16 @@ class HeadSet:
         rows = embedding.detach()[self.fingerprint_tokens.to(embedding.device)].float().cpu()
         return float(F.cosine_similarity(rows, self.fingerprint.float(), dim=1).mean())
 
-    def bind(self, embedding: Tensor, lm_head_weight: Tensor) -> MedusaHeads:
+    def bind(
+        self,
+        embedding: Tensor,
+        lm_head_weight: Tensor,
+        make_linear: Callable[[Tensor], Callable[[Tensor], Tensor]] = plain_linear,
+    ) -> MedusaHeads:
         """The heads on the base's device, in its dtype and with its projection, ready to draft.
 
-        embedding, lm_head_weight: [vocab, hidden]. Raises HeadsError where the base is another model.
+        embedding, lm_head_weight: [vocab, hidden]; make_linear: see `MedusaHeads.bind`. Raises HeadsError
+        where the base is another model.
         """
         similarity = self.similarity(embedding)
         if not similarity > FINGERPRINT_COSINE:
@@ -84,7 +91,7 @@ class HeadSet:
                 f"embeddings agree to {similarity:.2f}, those of a quantized copy to 0.99). Use heads made "
                 "for this model, or --heads none"
             )
-        self.module.bind(lm_head_weight, embedding)
+        self.module.bind(lm_head_weight, embedding, make_linear)
         return self.module
 
 

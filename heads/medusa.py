@@ -11,11 +11,19 @@ run: `x + SiLU(Wx + Ue + b)`, e its embedding brought to unit mean square. This 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.errors import HeadsError
+
+
+def plain_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Multiplication by weight [out, in], as torch does it."""
+    return partial(F.linear, weight=weight)
 
 
 class MedusaHeads(nn.Module):
@@ -27,7 +35,7 @@ class MedusaHeads(nn.Module):
     """
 
     token_map: Tensor | None  # [num_tokens] int64
-    shared_projection: Tensor | None  # [num_tokens, hidden], there once bound
+    project: Callable[[Tensor], Tensor] | None  # the base's projection of the mapped tokens, once bound
     embedding: Tensor | None  # [vocab, hidden], the base's, there once bound where roots are seen
 
     def __init__(
@@ -58,13 +66,19 @@ class MedusaHeads(nn.Module):
             nn.Parameter(torch.zeros(num_heads, num_tokens, hidden_size)) if own_projection else None
         )
         self.register_buffer("token_map", token_map)
-        self.register_buffer("shared_projection", None, persistent=False)
+        self.project = None
         self.register_buffer("embedding", None, persistent=False)
 
-    def bind(self, lm_head_weight: Tensor, embedding: Tensor) -> None:
+    def bind(
+        self,
+        lm_head_weight: Tensor,
+        embedding: Tensor,
+        make_linear: Callable[[Tensor], Callable[[Tensor], Tensor]] = plain_linear,
+    ) -> None:
         """Move to the base's device and dtype and take over what the heads share with it.
 
-        lm_head_weight, embedding: [vocab, hidden]. Raises HeadsError where the base has another shape.
+        lm_head_weight, embedding: [vocab, hidden]; make_linear turns the projection's weight into what
+        multiplies by it. Raises HeadsError where the base has another shape.
         """
         expected = (self.vocab_size, self.hidden_size)
         if tuple(lm_head_weight.shape) != expected:
@@ -75,7 +89,8 @@ class MedusaHeads(nn.Module):
         self.to(device=lm_head_weight.device, dtype=lm_head_weight.dtype)
         if self.projection is None:
             weight = lm_head_weight.detach()
-            self.shared_projection = weight if self.token_map is None else weight[self.token_map].contiguous()
+            weight = weight if self.token_map is None else weight[self.token_map].contiguous()
+            self.project = make_linear(weight)
         if self.root_weights is not None:
             self.embedding = embedding.detach()
 
@@ -103,9 +118,9 @@ class MedusaHeads(nn.Module):
         x = self.features(hidden, num_heads, root_rows)
         if self.projection is not None:
             return torch.bmm(x, self.projection[:num_heads].transpose(1, 2))
-        if self.shared_projection is None:
+        if self.project is None:
             raise HeadsError("these heads share the base's projection; call bind() first")
-        return F.linear(x, self.shared_projection)
+        return self.project(x)
 
     @torch.inference_mode()
     def fill_tree(
