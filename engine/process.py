@@ -31,15 +31,15 @@ def main(descriptor: int) -> int:
     # The terminal sends Ctrl-C to the whole group; when to end is the server's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
-    first = channel.receive(connection)
+    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
+    first = inbox.get()
     if not isinstance(first, Configure):
         return 1
     engine = _load(first.config, connection)
     if engine is None:
         return 1
     connection.sendall(channel.frame(EngineReady(engine.info)))
-    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
     while True:
         _take_messages(engine, connection, inbox)
         connection.sendall(channel.frame(engine.step()))
