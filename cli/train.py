@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from cli.parser import Subparsers
@@ -29,7 +30,9 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         default=True,
         help="let heads see the token just committed (default: yes; no is Medusa as published)",
     )
-    parser.add_argument("--epochs", type=float, default=4.0, metavar="X", help="passes over the text (4)")
+    parser.add_argument(
+        "--epochs", type=_positive_float, default=4.0, metavar="X", help="passes over the text (4)"
+    )
     parser.add_argument(
         "--max-positions", type=_positive, default=1_300_000, metavar="N", help="answer tokens used (1300000)"
     )
@@ -37,7 +40,7 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "--batch", type=_positive, default=1024, metavar="N", help="positions in a step (1024)"
     )
     parser.add_argument(
-        "--lr", type=float, default=1.5e-3, metavar="X", help="highest learning rate (0.0015)"
+        "--lr", type=_positive_float, default=1.5e-3, metavar="X", help="highest learning rate (0.0015)"
     )
     parser.set_defaults(run=run_medusa1)
 
@@ -71,6 +74,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def run_medusa1(args: argparse.Namespace) -> int:

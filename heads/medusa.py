@@ -103,7 +103,9 @@ class MedusaHeads(nn.Module):
         x = hidden.expand(num_heads, -1, -1)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             y = torch.baddbmm(bias[:num_heads, None], x, weight[:num_heads].transpose(1, 2))
-            if layer == 0 and self.root_weights is not None and root_rows is not None:
+            if layer == 0 and self.root_weights is not None:
+                if root_rows is None:
+                    raise HeadsError("these heads see the committed root; call bind() first")
                 roots = F.rms_norm(root_rows, (self.hidden_size,)).expand(num_heads, -1, -1)
                 y = torch.baddbmm(y, roots, self.root_weights[:num_heads].transpose(1, 2))
             x = x + F.silu(y)

@@ -119,6 +119,12 @@ def test_binding_takes_over_the_dtype_and_refuses_another_shape() -> None:
     )
 
 
+def test_heads_that_see_the_root_never_run_without_it() -> None:
+    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, own_projection=True, root_input=True)
+    with pytest.raises(HeadsError, match="bind"):
+        heads.logits(torch.randn(1, HIDDEN), torch.tensor([1]), 1)
+
+
 def test_shared_heads_that_were_not_bound_say_so() -> None:
     with pytest.raises(HeadsError, match="bind"):
         random_heads().logits(torch.randn(1, HIDDEN), torch.tensor([0]), 1)
