@@ -57,7 +57,9 @@ def references(
     assert pytestconfig.cache is not None
     kept = pytestconfig.cache.mkdir("greedy_references") / f"{digest}.json"
     if not kept.exists():
-        answers = _generate(request.getfixturevalue("reference_model"), list(prompts.values()))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            model = request.getfixturevalue("reference_model")
+            answers = _generate(model, list(prompts.values()), monkeypatch)
         kept.write_text(json.dumps(answers))
     answers = json.loads(kept.read_text())
     return {
@@ -67,26 +69,26 @@ def references(
 
 
 @torch.inference_mode()
-def _generate(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """Greedy tokens and logit gaps by transformers, eight prompts of similar length at a time."""
+def _generate(
+    model: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens and logit gaps by transformers, prompts of similar length at a time."""
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     answers: dict[int, tuple[list[int], list[float]]] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), 8):
-        part = order[start : start + 8]
+    for start in range(0, len(order), 14):
+        part = order[start : start + 14]
         width = max(len(prompts[i]) for i in part)
         ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in part])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            generation_config=type(model.generation_config)(
-                do_sample=False,
-                max_new_tokens=LENGTH,
-                eos_token_id=None,
-                pad_token_id=0,
-                return_dict_in_generate=True,
-                output_logits=True,
-            ),
+            do_sample=False,
+            max_new_tokens=LENGTH,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
         best = torch.stack(out.logits, dim=1).float().topk(2, dim=-1).values  # [num_prompts, LENGTH, 2]
         for row, index in enumerate(part):

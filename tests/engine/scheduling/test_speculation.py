@@ -1,0 +1,245 @@
+"""How many draft tokens are worth their time, in a simulated engine whose costs and luck are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from engine.scheduling.speculation import (
+    Acceptance,
+    AdaptiveSpeculation,
+    Candidate,
+    CostModel,
+    FixedSpeculation,
+)
+from trees.family import RankPath, TreeFamily
+from trees.search import family_from_hit_rates
+
+HIT_RATES = [[0.45 * 0.45**rank * 0.9**depth for rank in range(6)] for depth in range(4)]
+FAMILY = family_from_hit_rates(HIT_RATES)
+COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Seconds of a pass: `base` while memory is the limit, from `knee` tokens on `slope` for each more."""
+
+    base: float
+    knee: float
+    slope: float
+    drafting_base: float = 0.0
+    drafting_each: float = 0.0
+
+    def pass_seconds(self, num_tokens: int) -> float:
+        return self.base + self.slope * max(0.0, num_tokens - self.knee)
+
+    def drafting_seconds(self, num_requests: int) -> float:
+        return self.drafting_base + self.drafting_each * num_requests
+
+    def cost_model(self) -> CostModel:
+        return CostModel(
+            passes=tuple((n, self.pass_seconds(n)) for n in COUNTS),
+            drafting=tuple((n, self.drafting_seconds(n)) for n in (1, 4, 16, 64)),
+        )
+
+
+MACHINES = {
+    "memory bound": Machine(0.030, 64, 0.0004, 0.0005, 0.00002),
+    "early knee": Machine(0.014, 6, 0.0009, 0.0015, 0.0001),
+    "steep": Machine(0.010, 1, 0.0025, 0.001, 0.0001),
+    "linear": Machine(0.0, 0, 0.004),
+    "dear drafting": Machine(0.020, 16, 0.0005, 0.012, 0.0005),
+}
+
+
+@dataclass
+class Simulation:
+    """Requests that all decode; `ratios` scale the calibrated acceptance of each."""
+
+    machine: Machine
+    ratios: list[float]
+    seed: int = 0
+    family: TreeFamily = FAMILY
+    acceptances: list[Acceptance] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)  # of each step
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng(self.seed)
+        self.acceptances = [Acceptance() for _ in self.ratios]
+        self.gains = dict(zip(((), *self.family.paths), (1.0, *self.family.gains), strict=True))
+        self.total_gain = np.concatenate([[0.0], np.cumsum(self.family.gains)])
+
+    def accepted(self, num_drafts: int, ratio: float) -> int:
+        """One throw of the dice down the tree of that size: at most one child of a node comes true."""
+        nodes = set(self.family.paths[:num_drafts])
+        path: RankPath = ()
+        if self.random.random() > ratio:
+            return 0
+        while True:
+            luck = self.random.random() * self.gains[path] / max(1.0, ratio if path == () else 1.0)
+            child = None
+            for rank in range(len(HIT_RATES[0])):
+                gain = self.gains.get((*path, rank), 0.0)
+                if luck < gain:
+                    child = (*path, rank)
+                    break
+                luck -= gain
+            if child is None or child not in nodes:
+                return len(path)
+            path = child
+
+    def run(self, policy: AdaptiveSpeculation | FixedSpeculation, num_steps: int, warm_up: int = 0) -> float:
+        """Committed tokens per second after `warm_up` steps, luck in the counted steps averaged out."""
+        tokens = seconds = 0.0
+        count = len(self.ratios)
+        self.drafts = []
+        for step in range(num_steps + warm_up):
+            candidates = [Candidate(acceptance, len(self.family.paths)) for acceptance in self.acceptances]
+            sizes = policy.plan(count, count, candidates)
+            assert all(0 <= size <= len(self.family.paths) for size in sizes)
+            for acceptance, ratio, size in zip(self.acceptances, self.ratios, sizes, strict=True):
+                if size:
+                    policy.observe(acceptance, size, self.accepted(size, ratio))
+            duration = self.machine.pass_seconds(count + sum(sizes))
+            if any(sizes):
+                duration += self.machine.drafting_seconds(count)
+            policy.observe_step(count + sum(sizes), sum(size > 0 for size in sizes), duration)
+            self.drafts.append(sum(sizes))
+            if step >= warm_up:
+                tokens += sum(
+                    1 + ratio * self.total_gain[size] for ratio, size in zip(self.ratios, sizes, strict=True)
+                )
+                seconds += duration
+        return tokens / seconds
+
+    def expected(self, size: int) -> float:
+        """Committed tokens per second with the same number of drafts for everybody."""
+        count = len(self.ratios)
+        seconds = self.machine.pass_seconds(count * (1 + size))
+        if size:
+            seconds += self.machine.drafting_seconds(count)
+        return sum(1 + ratio * self.total_gain[size] for ratio in self.ratios) / seconds
+
+    def best(self) -> float:
+        return max(self.expected(size) for size in range(len(self.family.paths) + 1))
+
+
+def adaptive(machine: Machine) -> AdaptiveSpeculation:
+    return AdaptiveSpeculation(FAMILY, machine.cost_model())
+
+
+def test_simulated_acceptance_is_what_calibration_says() -> None:
+    simulation = Simulation(MACHINES["linear"], [1.0])
+    for size, ratio in ((1, 1.0), (10, 1.0), (63, 1.0), (20, 0.4), (9, 1.2)):
+        mean = np.mean([simulation.accepted(size, ratio) for _ in range(4000)])
+        assert mean == pytest.approx(ratio * sum(FAMILY.gains[:size]), rel=0.08)
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 64])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0, 1.2])
+@pytest.mark.parametrize("name", MACHINES)
+def test_steady_state_is_near_the_best_fixed_size_and_never_below_none(
+    name: str, ratio: float, count: int
+) -> None:
+    simulation = Simulation(MACHINES[name], [ratio] * count, seed=count)
+    steps = 300 if count < 16 else 80
+    reached = simulation.run(adaptive(MACHINES[name]), steps, warm_up=100)
+    print(f"{reached / simulation.best():.3f} of best, {reached / simulation.expected(0):.3f} of none")
+    assert reached > 0.92 * simulation.best()
+    assert reached > 0.975 * simulation.expected(0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_machines_and_requests_nobody_thought_of(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    machine = Machine(
+        base=random.uniform(0.005, 0.05),
+        knee=random.uniform(1, 80),
+        slope=random.uniform(0.00005, 0.004),
+        drafting_base=random.uniform(0, 0.004),
+        drafting_each=random.uniform(0, 0.0003),
+    )
+    simulation = Simulation(machine, list(random.uniform(0, 1.2, random.integers(1, 12))), seed)
+    reached = simulation.run(adaptive(machine), 200, warm_up=100)
+    print(f"{reached / simulation.best():.3f} of best, {reached / simulation.expected(0):.3f} of none")
+    assert reached > 0.92 * simulation.best()
+    assert reached > 0.975 * simulation.expected(0)
+
+
+def test_requests_of_different_luck_get_different_trees() -> None:
+    machine = MACHINES["early knee"]
+    simulation = Simulation(machine, [0.05] * 8 + [1.2] * 8)
+    reached = simulation.run(adaptive(machine), 300, warm_up=100)
+    assert reached > 0.98 * simulation.best()
+
+
+def test_none_where_drafts_are_never_accepted() -> None:
+    machine = MACHINES["early knee"]
+    simulation = Simulation(machine, [0.0] * 4)
+    simulation.run(adaptive(machine), 1000)
+    assert np.mean(simulation.drafts[200:]) < 0.3
+
+
+def test_none_where_every_token_costs_the_same() -> None:
+    simulation = Simulation(MACHINES["linear"], [1.0] * 4)
+    simulation.run(adaptive(MACHINES["linear"]), 50)
+    assert simulation.drafts == [0] * 50
+
+
+def test_comes_back_after_acceptance_recovers() -> None:
+    machine = MACHINES["early knee"]
+    policy = adaptive(machine)
+    simulation = Simulation(machine, [0.0])
+    simulation.run(policy, 500)
+    simulation.ratios = [1.2]
+    simulation.run(policy, 400)
+    assert simulation.run(policy, 400) > 0.95 * simulation.best()
+
+
+def test_one_unlucky_request_does_not_spoil_the_next() -> None:
+    machine = MACHINES["early knee"]
+    policy = adaptive(machine)
+    Simulation(machine, [0.0]).run(policy, 60)
+    fresh = Simulation(machine, [1.0], seed=3)
+    fresh.run(policy, 200)
+    assert fresh.run(policy, 300) > 0.9 * fresh.best()
+
+
+def test_limits_of_candidates_are_kept() -> None:
+    policy = adaptive(MACHINES["memory bound"])
+    sizes = policy.plan(3, 3, [Candidate(Acceptance(), limit) for limit in (1, 5, 63)])
+    assert sizes[0] <= 1 and sizes[1] <= 5 and sizes[2] > 5
+
+
+def test_nothing_to_plan() -> None:
+    assert adaptive(MACHINES["steep"]).plan(0, 100, []) == []
+
+
+def test_drafts_beside_a_full_prompt_chunk_cost_what_the_pass_grows_by() -> None:
+    # A pass of 2000 tokens lies far above the knee: there a draft costs its slope, which here is too much.
+    machine = Machine(0.014, 6, 0.01)
+    assert adaptive(machine).plan(1, 1, [Candidate(Acceptance(), 63)])[0] > 0
+    assert adaptive(machine).plan(1, 2000, [Candidate(Acceptance(), 63)]) == [0]
+
+
+def test_a_slow_outlier_in_the_measured_costs_makes_nothing_free() -> None:
+    costs = CostModel(passes=((1, 0.01), (2, 0.03), (4, 0.012), (8, 0.02)), drafting=((1, 0.0),))
+    seconds = costs.pass_seconds(np.array([1, 2, 3, 4, 8, 16]))
+    assert seconds.tolist() == pytest.approx([0.01, 0.012, 0.012, 0.012, 0.02, 0.036])
+
+
+def test_time_beyond_the_cost_model_makes_drafts_dearer_or_cheaper() -> None:
+    """A pass that takes longer for reasons of its own makes committed tokens dearer, so more drafts pay."""
+    machine = MACHINES["steep"]
+    policy = adaptive(machine)
+    before = policy.plan(1, 1, [Candidate(Acceptance(), 63)])[0]
+    for _ in range(200):
+        policy.observe_step(1, 0, machine.pass_seconds(1) + 0.05)
+    assert policy.plan(1, 1, [Candidate(Acceptance(), 63)])[0] > before
+
+
+def test_fixed_size_gives_everybody_the_same_within_their_limits() -> None:
+    policy = FixedSpeculation(4)
+    assert policy.plan(2, 2, [Candidate(Acceptance(), 3), Candidate(Acceptance(), 9)]) == [3, 4]
