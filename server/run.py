@@ -21,6 +21,7 @@ from sse_starlette.sse import AppStatus
 from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.errors import GorgonError
+from engine.messages import ModelInfo
 from engine.model.tokenizer import load_chat_tokenizer
 from server.app import create_app
 from server.metrics import Metrics
@@ -108,7 +109,7 @@ async def _serve(settings: ServerSettings, engine_config: EngineConfig, listener
         await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
         if stop.asked.is_set():
             return 0
-        await starting
+        logger.info("engine: %s", describe(await starting))
         await serve_http(settings, engine, tokenizer, metrics, listener, stop)
     finally:
         starting.cancel()
@@ -159,6 +160,15 @@ async def serve_http(
     asked.cancel()
     server.should_exit = True
     await running
+
+
+def describe(info: ModelInfo) -> str:
+    """What the engine made of its configuration, in one line."""
+    heads = f"{info.heads}, trees of up to {info.max_tree_nodes} nodes" if info.heads else "none"
+    return (
+        f"{info.architecture} in {info.dtype} on {info.device}; heads: {heads}; context of "
+        f"{info.max_model_len} tokens; KV cache of {info.num_blocks * info.block_size} tokens"
+    )
 
 
 def banner(settings: ServerSettings, port: int) -> str:
