@@ -72,6 +72,7 @@ class FakeRunner:
         self.scheduler = scheduler
         self._accept = accept
         self._slots: dict[int, tuple[int, ...]] = {}  # KV slot -> the tokens whose KV it is, from the start
+        self._rows: dict[int | None, tuple[str, int]] = {}  # state row -> whose hidden row, after which token
 
     def execute(self, batch: Batch) -> list[CommittedTokens]:
         limits = self.scheduler.limits
@@ -93,6 +94,7 @@ class FakeRunner:
             assert drafts == 0
             return CommittedTokens([])
         assert drafts <= self._draft_limit(request)
+        assert not drafts or self._rows[request.slot] == (request.request_id, len(known))
         base = len(known) - 1
         for node in range(1, drafts + 1):
             self._slots[self._slot(request, base + node)] = (-1,)
@@ -101,6 +103,7 @@ class FakeRunner:
             known.append(committed[-1])
             self._slots[self._slot(request, len(known) - 1)] = tuple(known)
             committed.append(next_token(known))
+        self._rows[request.slot] = (request.request_id, len(known) + 1)
         return CommittedTokens(committed)
 
     def _draft_limit(self, request: Request) -> int:

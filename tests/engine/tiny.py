@@ -101,6 +101,7 @@ class _RecordingAttention(DenseCausalAttention):
 
 @dataclass(frozen=True)
 class PlainPass:
+    hidden: Tensor  # [num_tokens, hidden]
     logits: Tensor  # [num_tokens, vocab]
     k: Tensor  # [num_layers, num_tokens, num_kv_heads, head_dim]
     v: Tensor
@@ -112,7 +113,7 @@ def plain_pass(token_ids: Sequence[int]) -> PlainPass:
     decoder = tiny_decoder()
     attention = _RecordingAttention(CONFIG)
     hidden = decoder(torch.tensor(token_ids), torch.arange(len(token_ids)), attention)
-    return PlainPass(decoder.logits(hidden), torch.stack(attention.k), torch.stack(attention.v))
+    return PlainPass(hidden, decoder.logits(hidden), torch.stack(attention.k), torch.stack(attention.v))
 
 
 @functools.cache

@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.runner.drafter import Drafter
+from engine.runner.kv_cache import KVCache
 from tests.engine.drafters import RandomDrafter, ScriptedDrafter
 from tests.engine.families import chain, families, full
 from tests.engine.helpers import params
 from tests.engine.tiny import (
+    CONFIG,
+    CPU,
     NO_TREE,
     VOCAB,
     Arrival,
@@ -21,6 +24,7 @@ from tests.engine.tiny import (
     plain_pass,
 )
 from trees.family import TreeFamily
+from trees.verify import TreeTables
 
 LENGTH = 32
 PROMPTS = tuple(
@@ -147,6 +151,37 @@ def test_cache_after_compaction_equals_a_fresh_pass(
 
     engine.run(arrivals_of(numbers, [0, 1, 2, 3], [LENGTH] * 4), compare)
     assert compared >= 8
+
+
+class Inspector(ScriptedDrafter):
+    """Right most of the time, and checks that it sees the rows the roots were drawn from."""
+
+    inspected = 0
+
+    def propose(self, hidden: torch.Tensor, roots: torch.Tensor, tree: TreeTables) -> torch.Tensor:
+        drafting = [s.request for s in self.batch.scheduled if s.num_drafts]
+        for row, request in zip(hidden, drafting, strict=True):
+            expected = plain_pass(request.token_ids[:-1]).hidden[-1]
+            torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-5)
+            self.inspected += 1
+        return super().propose(hidden, roots, tree)
+
+
+def test_drafter_sees_the_row_each_root_was_drawn_from() -> None:
+    drafter = Inspector(script, 0.7)
+    engine = TinyEngine(full(12), drafter, num_blocks=28, block_size=4, max_model_len=100)
+    check_outputs(engine, arrivals_of([7, 6, 8, 5], [0, 1, 2, 3], [LENGTH] * 4))
+    assert engine.num_preemptions > 0
+    assert drafter.inspected > 20
+
+
+def test_moved_slots_are_all_read_before_any_is_written() -> None:
+    cache = KVCache(CONFIG, 2, 4, torch.float32, CPU)
+    cache.k.copy_(torch.arange(8.0).view(1, 8, 1, 1).expand_as(cache.k))
+    cache.v.copy_(-cache.k)
+    cache.move(torch.tensor([5, 1, 2]), torch.tensor([1, 2, 5]))
+    assert cache.k[:, :, 0, 0].tolist() == [[0, 5, 1, 3, 4, 2, 6, 7]] * CONFIG.num_layers
+    assert torch.equal(cache.v, -cache.k)
 
 
 def test_nodes_that_lie_scattered_are_moved_at_once() -> None:
