@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -11,12 +12,13 @@ from engine.messages import SamplingParams
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import Acceptance, CostModel
+from engine.scheduling.speculation import Acceptance, CostModel, Curve
 
 _TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _REQUESTS = (1, 4, 16, 64)
-_CONTEXT = 128  # computed tokens of each request in a measured pass
+_CONTEXT = 128  # computed tokens of each request in a measured pass, where the cache has room for them
 _REPEATS = 3
+_TIME_LIMIT = 4.0  # seconds for either curve: on a slow or busy machine the largest sizes are extrapolated
 
 
 def measure_costs(runner: Runner, max_num_seqs: int, max_num_tokens: int) -> CostModel:
@@ -25,37 +27,49 @@ def measure_costs(runner: Runner, max_num_seqs: int, max_num_tokens: int) -> Cos
     Writes into the cache and the per-request state; run it before the first request.
     """
     drafter, runner.drafter = runner.drafter, None
-    passes = []
-    for count in (n for n in _TOKENS if n <= max_num_tokens):
-        batch = _batch(runner, count, max_num_seqs)
-        if batch is not None:
-            passes.append((count, _seconds(lambda batch=batch: runner.execute(batch))))  # type: ignore[misc]
+    batches = {n: _batch(runner, n, max_num_seqs) for n in _TOKENS if n <= max_num_tokens}
+    passes = _curve({n: partial(runner.execute, batch) for n, batch in batches.items() if batch is not None})
     runner.drafter = drafter
-    drafting = [(1, 0.0)]
+    drafting: Curve = ((1, 0.0),)
     if drafter is not None:
-        counts = [n for n in _REQUESTS if n <= max_num_seqs]
-        drafting = [(n, _seconds(lambda n=n: runner.draft_for(n))) for n in counts]  # type: ignore[misc]
-    return CostModel(passes=tuple(passes), drafting=tuple(drafting))
+        drafting = _curve({n: partial(runner.draft_for, n) for n in _REQUESTS if n <= max_num_seqs})
+    return CostModel(passes=passes, drafting=drafting)
+
+
+def _curve(runs: dict[int, Callable[[], object]]) -> Curve:
+    """Seconds of each run, in rising order of size for as long as the time limit allows; at least two."""
+    points: list[tuple[int, float]] = []
+    deadline = time.perf_counter() + _TIME_LIMIT
+    for size, run in runs.items():
+        points.append((size, _seconds(run)))
+        if time.perf_counter() > deadline and len(points) > 1:
+            break
+    return tuple(points)
 
 
 def _batch(runner: Runner, num_tokens: int, max_num_seqs: int) -> Batch | None:
     """Decoding requests with even trees that make up `num_tokens`; None where the cache is too small."""
     widest = len(runner.family.depths)
     num_requests = min(max(1, -(-num_tokens // min(8, widest))), max_num_seqs)
-    blocks_each = -(-(_CONTEXT + widest) // runner.cache.block_size)
-    if num_requests * blocks_each > runner.cache.num_blocks or num_tokens > num_requests * widest:
+    if num_tokens > num_requests * widest:
         return None
+    blocks_each = runner.cache.num_blocks // num_requests
+    room = min(blocks_each * runner.cache.block_size, runner.decoder.config.max_positions)
+    context = min(_CONTEXT, room - -(-num_tokens // num_requests))
+    if context < 0:
+        return None
+    blocks_each = min(blocks_each, -(-(context + widest) // runner.cache.block_size))
     batch = Batch()
     for index in range(num_requests):
         request = Request(
             request_id=str(index),
             arrival=index,
-            token_ids=[0] * (_CONTEXT + 1),
-            num_prompt_tokens=_CONTEXT + 1,
+            token_ids=[0] * (context + 1),
+            num_prompt_tokens=context + 1,
             sampling=SamplingParams(max_tokens=widest, temperature=0.0),
             seed=0,
             acceptance=Acceptance(),
-            num_computed=_CONTEXT,
+            num_computed=context,
             block_table=list(range(index * blocks_each, (index + 1) * blocks_each)),
             slot=index,
             has_hidden=True,
