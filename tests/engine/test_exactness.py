@@ -3,7 +3,9 @@ drafted and however the work is cut. Where the two differ the reference itself m
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,6 +104,12 @@ def decoder(default_model_dir: Path) -> Decoder:
     return load_decoder(default_model_dir, torch.float32, torch.device("cpu"))
 
 
+def _twin(decoder: Decoder) -> Decoder:
+    """Another decoder with the same tensors: an engine packs its own weights away."""
+    tensors = itertools.chain(decoder.parameters(), decoder.buffers())
+    return copy.deepcopy(decoder, {id(tensor): tensor for tensor in tensors})
+
+
 MakeEngine = Callable[..., Engine]
 
 
@@ -113,7 +121,7 @@ def make_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> MakeEngine:
     """make_engine(drafts, **settings): an engine whose decoder is loaded once for all tests."""
-    monkeypatch.setattr(engine.loop, "load_decoder", lambda *_: decoder)
+    monkeypatch.setattr(engine.loop, "load_decoder", lambda *_: _twin(decoder))
 
     def build(drafts: str, room: int | None = None, **settings: Any) -> Engine:
         """`drafts` names what guesses; `room` is the cache in positions."""
@@ -157,7 +165,7 @@ def _heads_dir() -> str:
 def _random_heads(decoder: Decoder) -> HeadsDrafter:
     """Real heads whose weights mean nothing."""
     torch.manual_seed(0)
-    heads = MedusaHeads(3, 1, decoder.config.hidden_size, decoder.config.vocab_size)
+    heads = MedusaHeads(3, 1, decoder.config.hidden_size, decoder.config.vocab_size, root_input=True)
     for parameter in heads.parameters():
         parameter.data.normal_(std=0.5)
     heads.requires_grad_(False)
