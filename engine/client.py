@@ -137,11 +137,15 @@ class EngineClient:
     async def _spawn(self) -> asyncio.StreamReader:
         """Start a process and wait for its word. Raises EngineStartError with the engine's own message."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "engine.process", str(theirs.fileno()), pass_fds=[theirs.fileno()]
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "engine.process", str(theirs.fileno()), pass_fds=[theirs.fileno()]
+                )
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+        except BaseException:  # a cancelled restart among them
+            ours.close()
+            raise
         self._send(Configure(self._config))
         message = await channel.receive_async(reader)
         if isinstance(message, EngineReady):
@@ -192,17 +196,21 @@ class EngineClient:
 
     async def _reap(self) -> int | None:
         """Close the connection, which ends the process, and collect its exit code."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
         if self._process is None:
             return None
         process, self._process = self._process, None
         try:
-            return await asyncio.wait_for(process.wait(), timeout=5.0)
+            code = await asyncio.wait_for(process.wait(), timeout=5.0)
         except TimeoutError:
             process.kill()
-            return await process.wait()
+            code = await process.wait()
+        if writer is not None:
+            with contextlib.suppress(OSError):  # what it did not read is lost with it
+                await writer.wait_closed()
+        return code
 
     def _fail_requests(self, reason: str) -> None:
         for inbox in self._inboxes.values():

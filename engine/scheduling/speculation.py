@@ -83,16 +83,18 @@ class FixedSpeculation:
         pass
 
 
+Curve = tuple[tuple[int, float], ...]  # (count, seconds), rising counts
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Seconds of a pass by its number of tokens, and of drafting by its number of requests, as measured.
 
-    Both are lists of (count, seconds) with rising counts; between two points time is interpolated, beyond
-    the last it goes on with the slope of the last two.
+    Between two points time is interpolated, beyond the last it goes on with the slope of the last two.
     """
 
-    passes: tuple[tuple[int, float], ...]
-    drafting: tuple[tuple[int, float], ...]
+    passes: Curve
+    drafting: Curve
 
     def pass_seconds(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         return _interpolate(self.passes, num_tokens)
@@ -101,7 +103,7 @@ class CostModel:
         return float(_interpolate(self.drafting, np.array([num_requests]))[0])
 
 
-def _interpolate(points: tuple[tuple[int, float], ...], at: NDArray[np.int64]) -> NDArray[np.float64]:
+def _interpolate(points: Curve, at: NDArray[np.int64]) -> NDArray[np.float64]:
     counts = np.array([count for count, _ in points], dtype=np.float64)
     # More tokens never take less time: where the measurement says so, the smaller count was disturbed.
     seconds = np.minimum.accumulate(np.array([second for _, second in points])[::-1])[::-1]
