@@ -16,6 +16,7 @@ from engine.model.chat_template import ChatTemplate
 from engine.model.gguf import find_gguf, open_gguf
 from engine.model.gguf_tokenizer import build_gguf_tokenizer
 
+_CONVERTIBLE = ("tokenizer.model", "spiece.model", "vocab.json", "tokenizer_config.json")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _GGUF_SPECIAL_TOKENS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -157,6 +158,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _from_transformers(model_dir: Path) -> ChatTokenizer:
     """Formats that transformers converts, tokenizer.model and such; imported here as it may load torch."""
+    if not any((model_dir / name).exists() for name in _CONVERTIBLE):
+        known = ", ".join(_CONVERTIBLE)
+        raise ModelError(f"{model_dir} has no tokenizer: neither tokenizer.json nor any of {known}")
     from transformers import AutoTokenizer
 
     try:
