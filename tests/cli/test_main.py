@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cli import serve
-from cli.main import main
+from cli.main import build_parser, main
 from cli.settings import ENV_PREFIX
 from engine.config import EngineConfig
 from engine.errors import EngineStartError
@@ -160,3 +160,14 @@ def test_the_readme_lists_every_flag() -> None:
     readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
     missing = [s.flag for s in serve.all_settings() if s is not serve.MODEL and f"`{s.flag}`" not in readme]
     assert not missing
+
+
+def test_the_training_guide_gives_the_defaults_that_are() -> None:
+    guide = (Path(__file__).parent.parent.parent / "docs" / "training.md").read_text()
+    args = build_parser().parse_args(["train", "medusa1", "--data", "d", "--out", "o"])
+    assert f"| `--heads` | {args.heads} |" in guide
+    assert f"| `--layers` | {args.layers} |" in guide
+    assert f"| `--vocab` | {args.vocab} |" in guide
+    assert f"| `--epochs` | {args.epochs:g} |" in guide
+    assert f"| `--max-positions` | {args.max_positions:,} |" in guide
+    assert f"| `--batch`, `--lr` | {args.batch}, {args.lr} |" in guide
