@@ -99,8 +99,8 @@ class CostModel:
     def pass_seconds(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         return _interpolate(self.passes, num_tokens)
 
-    def drafting_seconds(self, num_requests: int) -> float:
-        return float(_interpolate(self.drafting, np.array([num_requests]))[0])
+    def drafting_seconds(self, num_requests: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.where(num_requests > 0, _interpolate(self.drafting, num_requests), 0.0)
 
 
 def _interpolate(points: Curve, at: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -144,12 +144,13 @@ class AdaptiveSpeculation:
                 for candidate, ratio in zip(candidates, ratios, strict=True)
             ]
         )
-        owners = np.repeat(np.arange(len(candidates)), [min(c.limit, len(self._gains)) for c in candidates])
+        limits = [min(candidate.limit, len(self._gains)) for candidate in candidates]
+        owners = np.repeat(np.arange(len(candidates)), limits)
+        is_first = np.concatenate([np.arange(limit) == 0 for limit in limits])
         order = np.argsort(-gains, kind="stable")
         total_gain = np.concatenate([[0.0], np.cumsum(gains[order])])  # [num_offers + 1]
         counts = np.arange(len(order) + 1)
-        drafting = np.full(len(order) + 1, self._cost.drafting_seconds(len(candidates)))
-        drafting[0] = 0.0
+        drafting = self._cost.drafting_seconds(np.concatenate([[0], np.cumsum(is_first[order])]))
         seconds = self._cost.pass_seconds(num_committing + counts) + drafting + self._offset
         # What a second is worth: the best rate of a pass that only decodes. Prompt chunks in the pass change
         # what a draft token costs, not what a committed one is worth.
@@ -165,7 +166,6 @@ class AdaptiveSpeculation:
         self._overall.observe(expected, num_accepted, _OVERALL_MEMORY)
 
     def observe_step(self, num_tokens: int, num_drafting: int, seconds: float) -> None:
-        predicted = float(self._cost.pass_seconds(np.array([num_tokens]))[0])
-        if num_drafting:
-            predicted += self._cost.drafting_seconds(num_drafting)
-        self._offset += _OFFSET_RATE * (seconds - predicted - self._offset)
+        predicted = self._cost.pass_seconds(np.array([num_tokens]))
+        predicted += self._cost.drafting_seconds(np.array([num_drafting]))
+        self._offset += _OFFSET_RATE * (seconds - float(predicted[0]) - self._offset)
