@@ -142,7 +142,7 @@ def make_engine(
         if drafts == "heads":
             return Engine(config, fixed_drafts=12)
         if drafts == "random":
-            return Engine(config, fixed_drafts=5, drafter=_random_heads(decoder), family=full(5, 2, 2))
+            return Engine(config, fixed_drafts=4, drafter=_random_heads(decoder), family=full(4, 2, 2))
         oracle = ScriptedDrafter(
             lambda name: [*references[name].prompt, *references[name].tokens],
             hit_rate=1.0 if drafts == "oracle" else 0.7,
@@ -163,9 +163,11 @@ def _heads_dir() -> str:
 
 
 def _random_heads(decoder: Decoder) -> HeadsDrafter:
-    """Real heads whose weights mean nothing."""
+    """Real heads whose weights and tokens mean nothing."""
     torch.manual_seed(0)
-    heads = MedusaHeads(3, 1, decoder.config.hidden_size, decoder.config.vocab_size, root_input=True)
+    config = decoder.config
+    tokens = torch.randperm(config.vocab_size)[:1000]
+    heads = MedusaHeads(2, 1, config.hidden_size, config.vocab_size, tokens, root_input=True)
     for parameter in heads.parameters():
         parameter.data.normal_(std=0.5)
     heads.requires_grad_(False)
