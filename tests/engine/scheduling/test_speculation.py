@@ -102,10 +102,11 @@ class Simulation:
             for acceptance, ratio, size in zip(self.acceptances, self.ratios, sizes, strict=True):
                 if size:
                     policy.observe(acceptance, size, self.accepted(size, ratio))
+            num_drafting = sum(size > 0 for size in sizes)
             duration = self.machine.pass_seconds(count + sum(sizes))
-            if any(sizes):
-                duration += self.machine.drafting_seconds(count)
-            policy.observe_step(count + sum(sizes), sum(size > 0 for size in sizes), duration)
+            if num_drafting:
+                duration += self.machine.drafting_seconds(num_drafting)
+            policy.observe_step(count + sum(sizes), num_drafting, duration)
             self.drafts.append(sum(sizes))
             if step >= warm_up:
                 tokens += sum(
