@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.runner import attention
 from engine.runner.attention import PagedAttention, visibility
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import StepInputBuilder
@@ -129,3 +131,19 @@ def test_largest_tree_uses_the_sign_bit_of_its_ancestor_set() -> None:
 def test_long_and_short_requests_in_one_pass() -> None:
     contexts = [[p % VOCAB for p in range(n)] for n in (150, 1, 33, 2)]
     check(full(20), contexts, [20, 0, 3, 13], block_size=16, chunk=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 16), (3, 200), (24, 160), (192, 640), (600, 1500)])
+def test_both_ways_to_attend_agree_with_exact_arithmetic(rows: int, keys: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    q, k, v = (torch.randn(2, 3, n, 64, generator=generator).to(dtype) for n in (rows, keys, keys))
+    prefix = torch.randint(1, keys, (2, rows), generator=generator)
+    hidden = ~visibility(prefix, torch.zeros_like(prefix), keys).unsqueeze(1)
+    bias = torch.zeros(2, 1, rows, keys).masked_fill_(hidden, float("-inf"))
+    scores = q.double() @ k.double().transpose(2, 3) / 8.0 + bias.double()
+    expected = scores.softmax(dim=-1) @ v.double()
+    got = attention._attention(q, k, v, bias.to(dtype))
+    assert got.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
