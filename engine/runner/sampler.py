@@ -120,7 +120,7 @@ class Sampler:
         def per_row(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.repeat(np.array(values), counts)).to(device=device, dtype=dtype)
 
-        temperature = per_row([p.temperature for p in params], torch.float32)
+        temperature = per_row([max(p.temperature, sampling.COLDEST) for p in params], torch.float32)
         scaled = torch.cat([rows for _, rows in sampled]) / temperature.unsqueeze(1)
         probs = sampling.truncate(
             scaled,
@@ -141,7 +141,7 @@ class Sampler:
 
 def _typical_edges(rows: Tensor, params: SamplingParams, tokens: Tensor, tables: TreeTables) -> Tensor:
     """rows: [num_nodes, vocab] adjusted logits; tokens: [num_nodes] -> [num_nodes] bool."""
-    log_probs = (rows / params.temperature).log_softmax(dim=1)
+    log_probs = (rows / max(params.temperature, sampling.COLDEST)).log_softmax(dim=1)
     threshold = sampling.typical_threshold(log_probs, params.speculation.epsilon, params.speculation.delta)
     parents = tables.parents[: rows.shape[0]]
     return log_probs[parents, tokens].exp() > threshold[parents]

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _ARGMAX_BLOCKS = 64
+COLDEST = 1e-6  # a lower temperature draws the same tokens, until dividing by it overflows
+_LARGEST = 1e30  # bound of a penalised logit: finite in float32 even after division by COLDEST
 _NUCLEUS_TRIAL = 256  # candidates tried before a whole vocabulary is sorted for top-p
 
 
@@ -53,6 +55,7 @@ def apply_penalties(
     """
     if repetition != 1.0:
         penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
+        penalised = penalised.clamp(-_LARGEST, _LARGEST)
         logits = torch.where(seen, penalised, logits)
     return logits - frequency * output_counts - presence * (output_counts > 0)
 
@@ -98,11 +101,14 @@ def _nucleus_floor(probs: Tensor, top_p: Tensor) -> Tensor:
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """One token per row, [num_rows] int64: the first whose cumulative share exceeds the uniform number.
 
-    probs: [num_rows, vocab], need not sum to 1; uniform: [num_rows] float64 in [0, 1).
+    probs: [num_rows, vocab], need not sum to 1; uniform: [num_rows] float64 in [0, 1). A row that is no
+    distribution, every token forbidden, gives the last token.
     """
     cumulative = probs.cumsum(dim=1, dtype=torch.float64)
     threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    # Past the end lies no token: one request's nonsense must not stop the engine for all.
+    return tokens.clamp_(max=probs.shape[1] - 1)
 
 
 def typical_threshold(log_probs: Tensor, epsilon: float, delta: float) -> Tensor:
