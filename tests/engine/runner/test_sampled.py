@@ -122,6 +122,38 @@ def test_any_seed_works(seed: int) -> None:
     assert tokens_of(TinyEngine(), [request]) == tokens_of(TinyEngine(), [request])
 
 
+@pytest.mark.parametrize("acceptance", ["exact", "typical"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1e-42},
+        {"temperature": 1e-7, "repetition_penalty": 1e-44},
+        {"temperature": 2.0, "repetition_penalty": 1e-44},
+        {"temperature": 1.0, "repetition_penalty": 100.0, "top_p": 1e-30, "min_p": 1.0},
+        {"temperature": 1.0, "min_tokens": 9, "stop_token_ids": tuple(range(VOCAB))},
+        {"temperature": 0.0, "min_tokens": 9, "stop_token_ids": tuple(range(VOCAB))},
+        {"temperature": 1.0, "logit_bias": dict.fromkeys(range(VOCAB), -100.0)},
+    ],
+    ids=["icy", "icy penalised", "penalised", "all at once", "no end", "no end greedy", "all banned"],
+)
+def test_extreme_parameters_give_tokens_and_leave_the_neighbour_alone(
+    sampling: dict[str, Any], acceptance: str
+) -> None:
+    neighbour = Arrival("n", PROMPTS[1], params(10, seed=1, temperature=1.0, ignore_eos=True))
+    [expected] = tokens_of(TinyEngine(), [neighbour])
+    speculation = {"acceptance": acceptance}
+    extreme = Arrival("e", PROMPTS[0], params(10, seed=1, speculation=speculation, **sampling))
+    first, second = tokens_of(TinyEngine(full(9), RandomDrafter()), [extreme, neighbour])
+    assert first and all(0 <= token < VOCAB for token in first)
+    assert second == expected
+
+
+def test_temperature_near_zero_is_greedy() -> None:
+    assert tokens_of(TinyEngine(), arrivals({"temperature": 1e-42})) == tokens_of(
+        TinyEngine(), arrivals({"temperature": 0.0})
+    )
+
+
 class OneGuess:
     """Always drafts the same two tokens below the root."""
 
