@@ -30,6 +30,8 @@ from tests.engine.families import full
 from tests.engine.helpers import params
 from tests.engine.prompts import CHATS
 
+pytestmark = pytest.mark.timeout(1200)  # the first test also makes the references
+
 LENGTH = 96
 NEAR_TIE = 1e-3  # gap between the reference's two best logits below which rounding may decide
 MAX_LEN = 800
@@ -294,7 +296,6 @@ def test_seeded_sampling_is_the_same_with_and_without_speculation(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("drafts", ["off", "heads", "auto heads", "random", "oracle", "mixed"])
 @pytest.mark.parametrize(
     ("together", "block_size", "budget", "room"),
