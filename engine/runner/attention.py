@@ -40,6 +40,7 @@ class AttentionGroup:
 
     rows: Tensor  # [num_requests * num_queries] flat rows; a padding query repeats its request's first
     blocks: Tensor  # [num_requests, num_blocks]; shorter tables repeat block 0, which the mask hides
+    run: int | None  # first block of a single request whose blocks are consecutive
     bias: Tensor  # [num_requests, 1, heads_per_kv * num_queries, num_keys]: 0 where visible, else -inf
     real: Tensor | None  # [num_real] indices into rows; None where nothing is padded
     covers_pass: bool  # rows are exactly the flat row, in order
@@ -74,7 +75,10 @@ class PagedAttention:
         """q: [num_requests * num_queries, num_heads, head_dim], returned with its heads joined."""
         requests, head_dim = group.blocks.shape[0], q.shape[-1]
         queries = q.shape[0] // requests
-        k, v = self._cache.read(layer, group.blocks)
+        if group.run is None:
+            k, v = self._cache.read(layer, group.blocks)
+        else:
+            k, v = self._cache.read_run(layer, group.run, group.blocks.shape[1])
         # The query heads that share a KV head become further queries of it: K and V are never repeated.
         q = q.view(requests, queries, self._num_kv_heads, self._heads_per_kv, head_dim)
         q = q.permute(0, 2, 3, 1, 4).reshape(requests, self._num_kv_heads, -1, head_dim)
@@ -104,6 +108,7 @@ class PagedAttention:
         return AttentionGroup(
             rows=torch.from_numpy(rows.reshape(-1)).to(device),
             blocks=torch.from_numpy(blocks).to(device),
+            run=int(blocks[0, 0]) if len(blocks) == 1 and bool((np.diff(blocks[0]) == 1).all()) else None,
             bias=bias.repeat(1, self._heads_per_kv, 1).unsqueeze(1),
             real=None if len(real) == rows.size else torch.from_numpy(real).to(device),
             covers_pass=len(real) == rows.size and members == list(range(len(step.starts) - 1)),

@@ -54,6 +54,11 @@ class KVCache:
         )
         return k, v
 
+    def read_run(self, layer: int, first_block: int, num_blocks: int) -> tuple[Tensor, Tensor]:
+        """The same for one table of consecutive blocks, as views: nothing is copied."""
+        run = slice(first_block * self.block_size, (first_block + num_blocks) * self.block_size)
+        return self.k[layer, run].unsqueeze(0), self.v[layer, run].unsqueeze(0)
+
     def move(self, sources: Tensor, destinations: Tensor) -> None:
         """Compaction, in all layers: slot sources[i] moves to destinations[i], both [num_moves] int64.
 
