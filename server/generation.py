@@ -52,7 +52,9 @@ class Generation:
         self._include_stop = bool(request.include_stop_str_in_output)
         skip_special = request.skip_special_tokens is not False
         decode = partial(services.tokenizer.decode, skip_special_tokens=skip_special)
-        self._assembler = TextAssembler(decode, request.stop or (), self._include_stop)
+        self._assembler = TextAssembler(
+            decode, request.stop or (), self._include_stop, min_tokens=sampling.min_tokens
+        )
         self._waiting: deque[tuple[int, TokenLogprobs]] = deque()  # whose text is not out yet
         self._num_tokens = 0
         self._dropped = 0  # accepted tokens behind a stop string

@@ -78,7 +78,14 @@ class _Automaton:
                 border += 1
             self._fallback[end + 1] = border
 
+    @property
+    def begun(self) -> int:
+        """Characters at the end of the text that the stop string may begin with."""
+        return self._fallback[self.matched] if self.matched == len(self.stop) else self.matched
+
     def feed(self, char: str) -> bool:
+        """Whether the stop string ends with this character."""
+        self.matched = self.begun  # less where it ended before, and did not count
         while self.matched and self.stop[self.matched] != char:
             self.matched = self._fallback[self.matched]
         if self.stop[self.matched] == char:
@@ -99,21 +106,22 @@ class StopMatcher:
         self._held = ""
         self.stopped: str | None = None
 
-    def push(self, text: str) -> str:
-        """Text that may go out. Nothing comes out any more once `stopped` is set."""
+    def push(self, text: str, may_stop: bool = True) -> str:
+        """Text that may go out. Nothing comes out any more once `stopped` is set. Without `may_stop`, a stop
+        string that ends in this text is text like any other."""
         if not self._automata:
             return text
         if self.stopped is not None:
             return ""
         for index, char in enumerate(text):
             hits = [a.stop for a in self._automata if a.feed(char)]
-            if hits:
+            if hits and may_stop:
                 self.stopped = max(hits, key=len)
                 out = self._held + text[: index + 1]
                 self._held = ""
                 return out if self._include else out[: len(out) - len(self.stopped)]
         out = self._held + text
-        keep = len(out) - max(a.matched for a in self._automata)
+        keep = len(out) - max(a.begun for a in self._automata)
         self._held = out[keep:]
         return out[:keep]
 
@@ -127,12 +135,20 @@ class TextAssembler:
     """Tokens in, text that may be sent out.
 
     `decoded` counts the characters of all tokens so far, `emitted` those that came out; a token whose text
-    begins at or after `emitted` has not shown up yet.
+    begins at or after `emitted` has not shown up yet. A stop string that the first `min_tokens` tokens
+    complete does not count, as it does not for vLLM.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str], include_stop: bool) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stops: Sequence[str],
+        include_stop: bool,
+        min_tokens: int = 0,
+    ) -> None:
         self._decoder = IncrementalDecoder(decode)
         self._matcher = StopMatcher(stops, include_stop)
+        self._required = min_tokens  # tokens still to come before a stop string counts
         self.decoded = 0
         self.emitted = 0
 
@@ -142,17 +158,19 @@ class TextAssembler:
         return self._matcher.stopped
 
     def push(self, token_id: int) -> str:
-        return self._out(self._decoder.push(token_id))
+        may_stop = self._required == 0
+        self._required -= not may_stop
+        return self._out(self._decoder.push(token_id), may_stop)
 
     def finish(self) -> str:
         """The rest of the text, when no more tokens come."""
-        text = self._out(self._decoder.finish())
+        text = self._out(self._decoder.finish(), self._required == 0)
         rest = self._matcher.finish()
         self.emitted += len(rest)
         return text + rest
 
-    def _out(self, text: str) -> str:
+    def _out(self, text: str, may_stop: bool) -> str:
         self.decoded += len(text)
-        out = self._matcher.push(text)
+        out = self._matcher.push(text, may_stop)
         self.emitted += len(out)
         return out

@@ -223,6 +223,13 @@ async def test_special_tokens_are_shown_when_asked_for() -> None:
     assert full_text(answer) == "Hello, world!</s>"
 
 
+@pytest.mark.parametrize("route", ROUTES)
+async def test_min_tokens_binds_stop_strings_too(route: str) -> None:
+    engine = FakeEngine(answer="a.b.c.d")
+    assert full_text(await whole(engine, route, stop=".", min_tokens=4)) == "a.b.c"
+    assert streamed_text(await streamed(engine, route, stop=".", min_tokens=4)) == "a.b.c"
+
+
 async def test_every_sampling_field_reaches_the_engine() -> None:
     engine = FakeEngine()
     await whole(

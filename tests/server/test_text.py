@@ -185,3 +185,25 @@ def test_offsets_count_characters_decoded_and_out() -> None:
     assert (assembler.decoded, assembler.emitted) == (3, 2)
     assert assembler.push(2) == "cd"
     assert (assembler.decoded, assembler.emitted) == (4, 4)
+
+
+@pytest.mark.parametrize("min_tokens", range(9))
+def test_a_stop_string_completed_before_the_minimum_is_text(min_tokens: int) -> None:
+    pieces = Pieces([b"a", b"b", b"a", b"b", b"a", b"b", b"a"])
+    assembler = TextAssembler(pieces.decode, ["aba"], include_stop=False, min_tokens=min_tokens)
+    out = ""
+    for token in range(len(pieces.pieces)):
+        out += assembler.push(token)
+        if assembler.stopped:
+            break
+    out += assembler.finish()
+    # It ends with tokens 3, 5 and 7; the first of these that lies behind the minimum counts.
+    end = next((end for end in (3, 5, 7) if end > min_tokens), None)
+    assert (assembler.stopped is not None) == (end is not None)
+    assert out == ("abababa" if end is None else "abababa"[: end - 3])
+
+
+def test_no_more_is_held_back_after_a_stop_string_that_did_not_count() -> None:
+    pieces = Pieces([b"ab", b"c"])
+    assembler = TextAssembler(pieces.decode, ["ab"], include_stop=False, min_tokens=1)
+    assert [assembler.push(0), assembler.push(1)] == ["ab", "c"]
