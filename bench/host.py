@@ -14,8 +14,9 @@ from bench.report import print_json, print_table, quartiles
 from engine.messages import SamplingParams
 from engine.scheduling.batch import Batch, CommittedTokens
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.cost import CostModel
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
-from engine.scheduling.speculation import AdaptiveSpeculation, CostModel
+from engine.scheduling.speculation import AdaptiveSpeculation
 from trees.family import MAX_DRAFT_NODES, TreeFamily
 
 PROMPT_TOKENS = 256

@@ -124,8 +124,9 @@ class Engine:
         executed = time.perf_counter()
         outputs = self.scheduler.update(batch, committed)
         if not any(s.num_tokens > 1 for s in batch.scheduled):
-            num_drafting = sum(s.num_drafts > 0 for s in batch.scheduled)
-            self._policy.observe_step(batch.num_tokens, num_drafting, executed - executing)
+            drafts = [s.num_drafts for s in batch.scheduled if s.num_drafts]
+            seconds = executed - executing
+            self._policy.observe_step(len(batch.scheduled), sum(drafts), len(drafts), seconds)
         return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))
 
     def _stats(self, batch: Batch, duration: float) -> StepStats:

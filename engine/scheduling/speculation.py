@@ -13,13 +13,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.scheduling.cost import CostCorrection, CostModel
 from trees.family import TreeFamily
 
 _MEMORY = 0.9  # weight of a request's past against its next verified draft
 _OVERALL_MEMORY = 0.99  # the same for all requests together
 _FORGETTING = 0.98  # per step without drafts: an old verdict fades, so that speculation is tried again
 _PRIOR_TOKENS = 2.0  # how many expected tokens the calibration weighs against a request's own record
-_OFFSET_RATE = 0.05  # weight of one step's time in the running correction of the cost model
 
 
 @dataclass(slots=True)
@@ -62,8 +62,8 @@ class SpeculationPolicy(Protocol):
         """Learn how one request's drafts fared."""
         ...
 
-    def observe_step(self, num_tokens: int, num_drafting: int, seconds: float) -> None:
-        """Learn how long a pass over `num_tokens` took in which `num_drafting` requests had drafts."""
+    def observe_step(self, num_known: int, num_drafts: int, num_drafting: int, seconds: float) -> None:
+        """Learn how long a pass over known and draft tokens took in which `num_drafting` requests drafted."""
         ...
 
 
@@ -79,39 +79,8 @@ class FixedSpeculation:
     def observe(self, acceptance: Acceptance, num_drafts: int, num_accepted: int) -> None:
         pass
 
-    def observe_step(self, num_tokens: int, num_drafting: int, seconds: float) -> None:
+    def observe_step(self, num_known: int, num_drafts: int, num_drafting: int, seconds: float) -> None:
         pass
-
-
-Curve = tuple[tuple[int, float], ...]  # (count, seconds), rising counts
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Seconds of a pass by its number of tokens, and of drafting by its number of requests, as measured.
-
-    Between two points time is interpolated, beyond the last it goes on with the slope of the last two.
-    """
-
-    passes: Curve
-    drafting: Curve
-
-    def pass_seconds(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        return _interpolate(self.passes, num_tokens)
-
-    def drafting_seconds(self, num_requests: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.where(num_requests > 0, _interpolate(self.drafting, num_requests), 0.0)
-
-
-def _interpolate(points: Curve, at: NDArray[np.int64]) -> NDArray[np.float64]:
-    counts = np.array([count for count, _ in points], dtype=np.float64)
-    # More tokens never take less time: where the measurement says so, the smaller count was disturbed.
-    seconds = np.minimum.accumulate(np.array([second for _, second in points])[::-1])[::-1]
-    values = np.interp(at, counts, seconds)
-    if len(points) > 1:
-        slope = (seconds[-1] - seconds[-2]) / (counts[-1] - counts[-2])
-        values += np.maximum(at - counts[-1], 0) * slope
-    return np.asarray(values)
 
 
 class AdaptiveSpeculation:
@@ -122,7 +91,7 @@ class AdaptiveSpeculation:
         self._expected = np.concatenate([[0.0], np.cumsum(self._gains)])  # [num_drafts + 1]
         self._cost = cost
         self._overall = Acceptance()  # over all requests: the prior of each
-        self._offset = 0.0  # seconds a pass takes beyond the cost model: longer contexts, a busy machine
+        self._correction = CostCorrection()
 
     def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[int]:
         prior = self._overall.ratio(1.0)
@@ -150,13 +119,14 @@ class AdaptiveSpeculation:
         order = np.argsort(-gains, kind="stable")
         total_gain = np.concatenate([[0.0], np.cumsum(gains[order])])  # [num_offers + 1]
         counts = np.arange(len(order) + 1)
-        drafting = self._cost.drafting_seconds(np.concatenate([[0], np.cumsum(is_first[order])]))
-        seconds = self._cost.pass_seconds(num_committing + counts) + drafting + self._offset
+        num_drafting = np.concatenate([[0], np.cumsum(is_first[order])])
+        base = self._correction.base_seconds(float(self._cost.pass_seconds(np.array([num_committing]))[0]))
+        alone = base + self._correction.draft_seconds(self._added(num_committing, counts, num_drafting))
         # What a second is worth: the best rate of a pass that only decodes. Prompt chunks in the pass change
         # what a draft token costs, not what a committed one is worth.
-        best_rate = float(np.max((num_committing + total_gain) / np.maximum(seconds, 1e-9)))
-        extra = self._cost.pass_seconds(num_tokens + counts) + drafting
-        chosen = int(np.argmax(total_gain - best_rate * extra))
+        best_rate = float(np.max((num_committing + total_gain) / alone))
+        here = self._correction.draft_seconds(self._added(num_tokens, counts, num_drafting))
+        chosen = int(np.argmax(total_gain - best_rate * here))
         sizes = np.bincount(owners[order[:chosen]], minlength=len(candidates))
         return [int(size) for size in sizes]
 
@@ -165,7 +135,15 @@ class AdaptiveSpeculation:
         acceptance.observe(expected, num_accepted)
         self._overall.observe(expected, num_accepted, _OVERALL_MEMORY)
 
-    def observe_step(self, num_tokens: int, num_drafting: int, seconds: float) -> None:
-        predicted = self._cost.pass_seconds(np.array([num_tokens]))
-        predicted += self._cost.drafting_seconds(np.array([num_drafting]))
-        self._offset += _OFFSET_RATE * (seconds - float(predicted[0]) - self._offset)
+    def observe_step(self, num_known: int, num_drafts: int, num_drafting: int, seconds: float) -> None:
+        base = float(self._cost.pass_seconds(np.array([num_known]))[0])
+        added = self._added(num_known, np.array([num_drafts]), np.array([num_drafting]))
+        self._correction.observe(base, float(added[0]), seconds)
+
+    def _added(
+        self, num_known: int, num_drafts: NDArray[np.int64], num_drafting: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Modelled seconds that draft tokens add to a pass over `num_known` others."""
+        with_drafts = self._cost.pass_seconds(num_known + num_drafts)
+        without = self._cost.pass_seconds(np.array([num_known]))
+        return with_drafts - without + self._cost.drafting_seconds(num_drafting)

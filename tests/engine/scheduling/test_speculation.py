@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
+from engine.scheduling.cost import CostModel
 from engine.scheduling.speculation import (
     Acceptance,
     AdaptiveSpeculation,
     Candidate,
-    CostModel,
     FixedSpeculation,
 )
 from trees.family import RankPath, TreeFamily
@@ -106,7 +106,7 @@ class Simulation:
             duration = self.machine.pass_seconds(count + sum(sizes))
             if num_drafting:
                 duration += self.machine.drafting_seconds(num_drafting)
-            policy.observe_step(count + sum(sizes), num_drafting, duration)
+            policy.observe_step(count, sum(sizes), num_drafting, duration)
             self.drafts.append(sum(sizes))
             if step >= warm_up:
                 tokens += sum(
@@ -237,10 +237,23 @@ def test_time_beyond_the_cost_model_makes_drafts_dearer_or_cheaper() -> None:
     policy = adaptive(machine)
     before = policy.plan(1, 1, [Candidate(Acceptance(), 63)])[0]
     for _ in range(200):
-        policy.observe_step(1, 0, machine.pass_seconds(1) + 0.05)
+        policy.observe_step(1, 0, 0, machine.pass_seconds(1) + 0.05)
     assert policy.plan(1, 1, [Candidate(Acceptance(), 63)])[0] > before
 
 
 def test_fixed_size_gives_everybody_the_same_within_their_limits() -> None:
     policy = FixedSpeculation(4)
     assert policy.plan(2, 2, [Candidate(Acceptance(), 3), Candidate(Acceptance(), 9)]) == [3, 4]
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+@pytest.mark.parametrize("dearer", [0.5, 2.0, 4.0])
+def test_drafts_dearer_than_start_up_measured_are_found_out(dearer: float, count: int) -> None:
+    """Long contexts make every token of a pass dearer than the measurement, which had short ones, says."""
+    measured = MACHINES["early knee"]
+    real = replace(measured, slope=measured.slope * dearer)
+    simulation = Simulation(real, [1.0] * count, seed=count)
+    reached = simulation.run(adaptive(measured), 300, warm_up=200)
+    print(f"{reached / simulation.best():.3f} of best, {reached / simulation.expected(0):.3f} of none")
+    assert reached > 0.9 * simulation.best()
+    assert reached > 0.97 * simulation.expected(0)

@@ -1,0 +1,79 @@
+"""What a step costs by its number of tokens: measured at start-up, corrected by every step that follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The correction's beliefs as standard deviations: before anything was seen, and of one step's time.
+_PRIOR = np.array([0.02, 0.5, 0.5])  # seconds, factor, factor
+_NOISE = 0.15  # share of the predicted time
+_DRIFT = 0.02  # share of the prior variance that comes back every step: loads change
+_LARGEST_SURPRISE = 1.0  # a step that took longer by this share of the prediction counts as this much longer
+
+
+Curve = tuple[tuple[int, float], ...]  # (count, seconds), rising counts
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of a pass by its number of tokens, and of drafting by its number of requests, as measured.
+
+    Between two points time is interpolated, beyond the last it goes on with the slope of the last two.
+    """
+
+    passes: Curve
+    drafting: Curve
+
+    def pass_seconds(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        return _interpolate(self.passes, num_tokens)
+
+    def drafting_seconds(self, num_requests: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.where(num_requests > 0, _interpolate(self.drafting, num_requests), 0.0)
+
+
+def _interpolate(points: Curve, at: NDArray[np.int64]) -> NDArray[np.float64]:
+    counts = np.array([count for count, _ in points], dtype=np.float64)
+    # More tokens never take less time: where the measurement says so, the smaller count was disturbed.
+    seconds = np.minimum.accumulate(np.array([second for _, second in points])[::-1])[::-1]
+    values = np.interp(at, counts, seconds)
+    if len(points) > 1:
+        slope = (seconds[-1] - seconds[-2]) / (counts[-1] - counts[-2])
+        values += np.maximum(at - counts[-1], 0) * slope
+    return np.asarray(values)
+
+
+class CostCorrection:
+    """How this machine and load differ from the start-up measurement, learned from the steps themselves.
+
+    A step is taken to last `constant + base_factor * base + draft_factor * drafts`, base and drafts being
+    what the cost model says of its known tokens and of what draft tokens add. Longer contexts, more requests
+    for the same tokens or a busy machine make one or the other dearer. The three numbers are tracked by a
+    Kalman filter around (0, 1, 1), so that what a load does not tell apart stays where it was measured.
+    """
+
+    def __init__(self) -> None:
+        self._state = np.array([0.0, 1.0, 1.0])
+        self._variance = np.diag(_PRIOR**2)
+
+    def base_seconds(self, base: float) -> float:
+        """base: modelled seconds of the known tokens."""
+        return max(float(self._state[0] + self._state[1] * base), 0.2 * base, 1e-9)
+
+    def draft_seconds(self, drafts: NDArray[np.float64]) -> NDArray[np.float64]:
+        """drafts: modelled seconds that draft tokens add to a pass."""
+        return max(float(self._state[2]), 0.2) * drafts
+
+    def observe(self, base: float, drafts: float, seconds: float) -> None:
+        """Learn from one step, given the model's two terms and the time it took."""
+        row = np.array([1.0, base, drafts])
+        predicted = float(row @ self._state)
+        noise = (_NOISE * max(predicted, base, 1e-9)) ** 2
+        surprise = min(seconds - predicted, _LARGEST_SURPRISE * max(predicted, base))
+        spread = self._variance @ row
+        gain = spread / (row @ spread + noise)
+        self._state = self._state + gain * surprise
+        self._variance = self._variance - np.outer(gain, spread)
+        self._variance += np.diag(np.minimum(_DRIFT * _PRIOR**2, _PRIOR**2 - np.diag(self._variance)))
