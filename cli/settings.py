@@ -47,7 +47,19 @@ def parse_float(text: str) -> float:
         raise ValueError(f"{text!r} is not a number") from None
 
 
-PARSERS: dict[object, Callable[[str], Any]] = {str: str, int: parse_int, float: parse_float}
+def parse_bool(text: str) -> bool:
+    """true or false, as GORGON_* variables say it; as a flag, being there is enough."""
+    if text not in ("true", "false"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+PARSERS: dict[object, Callable[[str], Any]] = {
+    str: str,
+    int: parse_int,
+    float: parse_float,
+    bool: parse_bool,
+}
 SIZES = frozenset({"kv_cache_memory", "max_body_bytes"})  # whole numbers of bytes, written with units
 
 
@@ -100,6 +112,9 @@ def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
 
 def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
     for setting in settings:
+        if setting.parse is parse_bool:
+            parser.add_argument(setting.flag, action="store_true", default=None, help=setting.help)
+            continue
         shown = "" if setting.default is None else f" (default: {setting.default})"
         parser.add_argument(
             setting.flag,

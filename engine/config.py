@@ -18,7 +18,8 @@ Speculation = Literal["auto", "off"]
 MAX_TREE_NODES = 64  # a node's ancestors are one 64-bit set, root included
 
 
-def _flag(default: Any, help_text: str) -> Any:
+def flag(default: Any, help_text: str) -> Any:
+    """A field that is a flag and a variable too; `help_text` is what --help says of it."""
     return field(default=default, metadata={"help": help_text})
 
 
@@ -32,20 +33,20 @@ class EngineConfig:
 
     model_dir: str
     heads_dir: str | None = None
-    dtype: Dtype = _flag("auto", "number format of weights and cache")
-    device: Device = _flag("auto", "where the model runs; auto takes CUDA when there is one")
-    speculation: Speculation = _flag("auto", "auto: as many draft tokens as pay for themselves; off: none")
-    max_tree_nodes: int = _flag(MAX_TREE_NODES, "largest draft tree of one request, root included (1 to 64)")
-    max_num_seqs: int = _flag(64, "requests that run at once")
-    max_num_batched_tokens: int | None = _flag(
+    dtype: Dtype = flag("auto", "number format of weights and cache")
+    device: Device = flag("auto", "where the model runs; auto takes CUDA when there is one")
+    speculation: Speculation = flag("auto", "auto: as many draft tokens as pay for themselves; off: none")
+    max_tree_nodes: int = flag(MAX_TREE_NODES, "largest draft tree of one request, root included (1 to 64)")
+    max_num_seqs: int = flag(64, "requests that run at once")
+    max_num_batched_tokens: int | None = flag(
         None, "tokens in one forward pass (default: 512 on CPU, 4096 on CUDA)"
     )
-    max_model_len: int | None = _flag(None, "longest prompt plus answer in tokens (default: the model's own)")
-    kv_cache_memory: int | None = _flag(
+    max_model_len: int | None = flag(None, "longest prompt plus answer in tokens (default: the model's own)")
+    kv_cache_memory: int | None = flag(
         None, "bytes of KV cache, with optional K, M or G (default: from free memory)"
     )
-    block_size: int = _flag(16, "tokens in one KV cache block")
-    seed: int = _flag(0, "seed of requests that bring none")
+    block_size: int = flag(16, "tokens in one KV cache block")
+    seed: int = flag(0, "seed of requests that bring none")
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_tree_nodes <= MAX_TREE_NODES:

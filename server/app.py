@@ -34,6 +34,6 @@ def create_app(
     errors.install(app)
     # The last one added is the first that a request meets.
     app.add_middleware(BodyGate, max_bytes=settings.max_body_bytes)
-    app.add_middleware(KeyGate, api_key=settings.api_key)
+    app.add_middleware(KeyGate, api_key=settings.api_key, open_metrics=settings.open_metrics)
     app.add_middleware(LifecycleGate, lifecycle=services.lifecycle, metrics=counters)
     return app

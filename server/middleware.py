@@ -12,7 +12,7 @@ from server.errors import ApiError
 from server.metrics import Metrics
 from server.services import Lifecycle
 
-OPEN_PATHS = frozenset({"/health", "/metrics"})  # everything else needs the key
+HEALTH, METRICS = "/health", "/metrics"  # answered even while the server is stopping
 RETRY_AFTER_STOP = 5  # seconds; by then another instance has taken over, or this one is back
 DISCARD_FACTOR = 16  # times the size limit that is read and thrown away to let a client see its 413
 READ_TIMEOUT = 60.0  # seconds for a whole body
@@ -43,7 +43,7 @@ class LifecycleGate:
 
         headers = {"Retry-After": str(RETRY_AFTER_STOP), "Connection": "close"}
         stopping = ApiError(503, "The server is stopping; try again soon.", code="stopping", headers=headers)
-        if self._lifecycle.stopping and scope["path"] not in OPEN_PATHS:
+        if self._lifecycle.stopping and scope["path"] not in (HEALTH, METRICS):
             await stopping.response()(scope, receive, counting_send)
             return
         with self._lifecycle.request():
@@ -57,13 +57,14 @@ class LifecycleGate:
 
 
 class KeyGate:
-    """Asks for the API key on every path but the open ones.
+    """Asks for the API key on every path but /health, and but /metrics with `open_metrics`.
 
     The path is the one routes are matched against (`scope["path"]`), never one built from the Host header.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, open_metrics: bool) -> None:
         self._app = app
+        self._open = frozenset({HEALTH, METRICS} if open_metrics else {HEALTH})
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,7 +82,7 @@ class KeyGate:
             await send({"type": "websocket.close", "code": 1008})
 
     def _admits(self, expected: bytes, scope: Scope) -> bool:
-        if scope["type"] == "http" and scope["path"] in OPEN_PATHS:
+        if scope["type"] == "http" and scope["path"] in self._open:
             return True
         sent = [value for name, value in scope["headers"] if name == b"authorization"]
         return len(sent) == 1 and hmac.compare_digest(sent[0], expected)

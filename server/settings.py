@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from engine.config import flag
 from engine.errors import ConfigError
 
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
-
-
-def _flag(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +15,14 @@ class ServerSettings:
     """Settings of one HTTP server. `served_model_name` is what clients must send as `model`."""
 
     served_model_name: str
-    host: str = _flag("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
-    port: int = _flag(8000, "port to listen on; 0 takes a free one")
-    api_key: str | None = _flag(None, "key that every /v1 request must bring (default: none asked)")
-    shutdown_grace_period: float = _flag(30.0, "seconds that running requests get to finish after SIGTERM")
-    max_body_bytes: int = _flag(DEFAULT_MAX_BODY_BYTES, "largest request body in bytes")
+    host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    port: int = flag(8000, "port to listen on; 0 takes a free one")
+    api_key: str | None = flag(
+        None, "key that every request must bring, but for /health (default: none asked)"
+    )
+    open_metrics: bool = flag(False, "answer /metrics without the key")
+    shutdown_grace_period: float = flag(30.0, "seconds that running requests get to finish after SIGTERM")
+    max_body_bytes: int = flag(DEFAULT_MAX_BODY_BYTES, "largest request body in bytes")
 
     def __post_init__(self) -> None:
         if not self.served_model_name:

@@ -28,6 +28,7 @@ class Example:
     share: float = field(default=0.5, metadata={"help": "share"})
     name: str | None = field(default=None, metadata={"help": "name"})
     kv_cache_memory: int | None = field(default=None, metadata={"help": "bytes"})
+    loud: bool = field(default=False, metadata={"help": "loud"})
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -43,7 +44,8 @@ def parse(*argv: str) -> argparse.Namespace:
 
 def test_every_field_with_help_is_a_flag_and_a_variable() -> None:
     settings = settings_of(Example)
-    assert [s.flag for s in settings] == ["--kind", "--block-size", "--share", "--name", "--kv-cache-memory"]
+    flags = ["--kind", "--block-size", "--share", "--name", "--kv-cache-memory", "--loud"]
+    assert [s.flag for s in settings] == flags
     assert settings[1].variable == "GORGON_BLOCK_SIZE"
 
 
@@ -60,6 +62,12 @@ def test_flag_wins_over_variable() -> None:
 def test_a_fixed_field_is_a_default_that_a_flag_overrides() -> None:
     assert build(Example, parse(), {}, block_size=2).block_size == 2
     assert build(Example, parse("--block-size", "4"), {}, block_size=2).block_size == 4
+
+
+def test_a_switch_is_on_by_being_there() -> None:
+    assert build(Example, parse("--loud"), {"GORGON_LOUD": "false"}).loud
+    assert build(Example, parse(), {"GORGON_LOUD": "true"}).loud
+    assert not build(Example, parse(), {"GORGON_LOUD": "false"}).loud
 
 
 @pytest.mark.parametrize(
@@ -84,6 +92,7 @@ def test_no_size(text: str) -> None:
         ({"GORGON_SHARE": "half"}, "GORGON_SHARE: 'half' is not a number"),
         ({"GORGON_KIND": "slw"}, "GORGON_KIND: 'slw' is none of fast, slow; did you mean slow"),
         ({"GORGON_BLOCK_SIZE": "0"}, "GORGON_BLOCK_SIZE: must be at least 1, not 0"),
+        ({"GORGON_LOUD": "maybe"}, "GORGON_LOUD: 'maybe' is neither true nor false"),
         ({"GORGON_NAME": " "}, "GORGON_NAME is empty"),
     ],
 )

@@ -79,6 +79,19 @@ def test_compose_mounts_exist_and_prometheus_finds_the_server() -> None:
     assert datasource["datasources"][0]["uid"] == dashboard()["panels"][0]["datasource"]["uid"]
 
 
+def test_compose_publishes_on_the_loopback_interface_alone() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
+    assert ports and all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_prometheus_needs_no_key_where_compose_sets_one() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    variables = compose["services"]["gorgon"]["environment"]
+    assert "GORGON_OPEN_METRICS=true" in variables
+    assert {variable.split("=")[0] for variable in variables} <= {s.variable for s in all_settings()}
+
+
 def test_image_sets_only_known_variables_and_fits_the_documented_command() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     known = {setting.variable for setting in all_settings()} | OTHER_VARIABLES

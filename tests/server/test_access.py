@@ -10,7 +10,7 @@ import pytest
 from tests.fake_engine import FakeEngine
 from tests.server.support import CHAT, KEY, ROUTES, app_for, body_for, client_for, live
 
-GUARDED = [*ROUTES, "/v1/models", "/v1/models/fake-model", "/", "/v1", "/docs", "/openapi.json", "/no-such"]
+GUARDED = [*ROUTES, "/metrics", "/v1/models", "/v1/models/fake-model", "/", "/v1", "/docs", "/openapi.json", "/no-such"]
 TRICKS = [
     "//v1/models",
     "/v1//models",
@@ -58,9 +58,13 @@ async def test_the_key_opens_every_route() -> None:
             assert (await client.post(route, json=body_for(route))).status_code == 200
 
 
-async def test_health_and_metrics_are_open() -> None:
-    async with app_with_key() as client:
+@pytest.mark.parametrize(("open_metrics", "status"), [(False, 401), (True, 200)])
+async def test_health_is_open_and_metrics_only_when_asked_for(open_metrics: bool, status: int) -> None:
+    app = app_for(FakeEngine(), api_key=KEY, open_metrics=open_metrics)
+    async with client_for(app) as client:
         assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/metrics")).status_code == status
+        client.headers["Authorization"] = f"Bearer {KEY}"
         assert (await client.get("/metrics")).status_code == 200
 
 
@@ -79,6 +83,7 @@ async def test_two_keys_are_none() -> None:
 async def test_without_a_key_set_none_is_asked() -> None:
     async with client_for(app_for(FakeEngine())) as client:
         assert (await client.post(CHAT, json=body_for(CHAT))).status_code == 200
+        assert (await client.get("/metrics")).status_code == 200
 
 
 @pytest.mark.parametrize("path", TRICKS)

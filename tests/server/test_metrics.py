@@ -84,7 +84,7 @@ def test_routers_find_vllm_s_gauges() -> None:
 
 async def test_rejections_and_restarts_are_counted() -> None:
     engine = FakeEngine()
-    async with client_for(app_for(engine, api_key="k")) as client:
+    async with client_for(app_for(engine, api_key="k", open_metrics=True)) as client:
         await client.get("/v1/models")
         await client.get("/no-such", headers={"Authorization": "Bearer k"})
         await client.post(CHAT, content=b"", headers={"Authorization": "Bearer k"})
