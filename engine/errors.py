@@ -41,3 +41,11 @@ class EngineStartError(GorgonError):
 
 class EngineDeadError(GorgonError):
     """The engine process died while a request was in it; the request is lost, the engine is restarted."""
+
+
+class EngineStoppedError(EngineDeadError):
+    """The server is shutting down and has ended the engine; nothing restarts it."""
+
+
+class EngineBrokenError(GorgonError):
+    """Whatever the engine is asked to compute fails; only a new process can help."""

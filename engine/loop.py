@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, RequestError
-from engine.messages import AddRequest, ModelInfo, SamplingParams, StepOutput, StepStats
+from engine.errors import ConfigError, EngineBrokenError, RequestError
+from engine.messages import AddRequest, ModelInfo, RequestOutput, SamplingParams, StepOutput, StepStats
 from engine.model.config import DecoderConfig
 from engine.model.loader import load_config, load_decoder
 from engine.model.packing import fast_linear, pack_linears
@@ -18,14 +19,17 @@ from engine.runner.drafter import Drafter, HeadsDrafter
 from engine.runner.kv_cache import KVCache, bytes_per_token
 from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
-from engine.scheduling.batch import Batch
+from engine.scheduling.batch import Batch, CommittedTokens
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy
 from heads.checkpoint import load_heads
 from trees.family import TreeFamily
 
+logger = logging.getLogger(__name__)
+
 _NO_TREE = TreeFamily((), ())
+_MAX_LOST_STEPS = 3  # steps in a row that fail for every request of theirs: then the engine is at fault
 
 
 class Engine:
@@ -66,6 +70,7 @@ class Engine:
         )
         cache = KVCache(model, num_blocks, config.block_size, dtype, device)
         self._runner = Runner(decoder, cache, family, drafter, config.max_num_seqs)
+        self._num_lost_steps = 0
         self._drafts_at_depth = _first_draft_at_depth(family)
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
@@ -116,11 +121,18 @@ class Engine:
         return self.scheduler.has_work()
 
     def step(self) -> StepOutput:
-        """Advance every running request by one forward pass."""
+        """Advance every running request by one forward pass.
+
+        A pass that raises is repeated request by request, and those that fail alone too end with "abort".
+        Raises EngineBrokenError where that has happened to all requests for several steps.
+        """
         start = time.perf_counter()
         batch = self.scheduler.schedule()
         executing = time.perf_counter()
-        committed = self._runner.execute(batch)
+        committed = self._try(batch)
+        if committed is None:
+            return StepOutput(self._step_singly(batch), self._stats(batch, time.perf_counter() - start))
+        self._num_lost_steps = 0
         executed = time.perf_counter()
         outputs = self.scheduler.update(batch, committed)
         if not any(s.num_tokens > 1 for s in batch.scheduled):
@@ -128,6 +140,40 @@ class Engine:
             seconds = executed - executing
             self._policy.observe_step(len(batch.scheduled), sum(drafts), len(drafts), seconds)
         return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))
+
+    def _try(self, batch: Batch) -> list[CommittedTokens] | None:
+        """None where the pass raised. What it held on the device is free once this has returned."""
+        try:
+            return self._runner.execute(batch)
+        except Exception:
+            logger.exception("A pass failed for %s.", [s.request.request_id for s in batch.scheduled])
+            return None
+
+    def _step_singly(self, batch: Batch) -> list[RequestOutput]:
+        """Repeat a failed pass with one request at a time, so that only the culprit is lost.
+
+        What the failed pass has written lies at positions that are not computed yet and is written anew.
+        """
+        outputs: list[RequestOutput] = []
+        lost = 0
+        for scheduled in batch.scheduled:
+            single = Batch([scheduled])
+            committed = self._try(single)
+            if committed is not None:
+                outputs += self.scheduler.update(single, committed)
+                continue
+            lost += 1
+            request = scheduled.request
+            self.abort(request.request_id)
+            outputs.append(
+                RequestOutput(
+                    request_id=request.request_id, token_ids=[], usage=request.usage(), finish_reason="abort"
+                )
+            )
+        self._num_lost_steps = self._num_lost_steps + 1 if lost == len(batch.scheduled) else 0
+        if self._num_lost_steps == _MAX_LOST_STEPS:
+            raise EngineBrokenError(f"{_MAX_LOST_STEPS} steps in a row failed for all their requests.")
+        return outputs
 
     def _stats(self, batch: Batch, duration: float) -> StepStats:
         depth = len(self._drafts_at_depth)

@@ -18,9 +18,16 @@ import pytest
 from engine import process
 from engine.client import EngineClient
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, EngineStartError, OverloadedError, RequestError
+from engine.errors import (
+    EngineBrokenError,
+    EngineDeadError,
+    EngineStartError,
+    OverloadedError,
+    RequestError,
+)
 from engine.loop import Engine
 from engine.messages import AbortRequest, AddRequest, RequestOutput, StepStats, ToEngine
+from engine.scheduling.batch import Batch, CommittedTokens
 from tests.engine.helpers import params
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -100,6 +107,62 @@ async def test_sampling_parameters_arrive(tiny_model_dir: Path) -> None:
         assert all(len(entry.top) == 2 for output in first for entry in output.logprobs or [])
         biased = await collect(client, logit_bias={9: 100.0}, max_tokens=3, stop_token_ids=(9,))
         assert (tokens_of(biased), biased[-1].stop_token_id) == ([9], 9)
+
+
+class FailingRunner:
+    """The engine's own runner, but a pass with one of these requests in it fails."""
+
+    def __init__(self, engine: Engine, culprits: set[str]) -> None:
+        self._execute = engine._runner.execute
+        self._culprits = culprits
+
+    def execute(self, batch: Batch) -> list[CommittedTokens]:
+        committed = self._execute(batch)  # fails late: all of the pass has been written
+        if self._culprits & {scheduled.request.request_id for scheduled in batch.scheduled}:
+            raise RuntimeError("this request is cursed")
+        return committed
+
+
+def run_with_culprits(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, names: str, culprits: str
+) -> dict[str, list[RequestOutput]]:
+    monkeypatch.setattr(engine, "_runner", FailingRunner(engine, set(culprits)))
+    outputs: dict[str, list[RequestOutput]] = {name: [] for name in names}
+    for name in names:
+        engine.add_request(AddRequest(name, [*PROMPT, ord(name)], params(20, ignore_eos=True)))
+    while engine.has_work():
+        for output in engine.step().outputs:
+            outputs[output.request_id].append(output)
+    engine.scheduler.check_integrity()
+    return outputs
+
+
+def test_request_that_breaks_takes_down_only_itself(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        expected = run_with_culprits(Engine(config_for(tiny_model_dir)), patch, "abcdef", "")
+    engine = Engine(config_for(tiny_model_dir))
+    for _ in range(2):  # the lost request leaves nothing behind
+        with monkeypatch.context() as patch:
+            outputs = run_with_culprits(engine, patch, "abcdef", "c")
+        for name in "abdef":
+            assert tokens_of(outputs[name]) == tokens_of(expected[name])
+            assert outputs[name][-1].finish_reason == "length"
+        assert [(o.token_ids, o.finish_reason) for o in outputs["c"]] == [([], "abort")]
+    assert engine.scheduler.kv_usage == 0.0
+
+
+def test_engine_that_fails_every_request_gives_up(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(config_for(tiny_model_dir))
+    for name in "abcd":  # one lost request at a time, with a good one in between, is no broken engine
+        with monkeypatch.context() as patch:
+            run_with_culprits(engine, patch, name, name)
+            run_with_culprits(engine, patch, "z", "")
+    with pytest.raises(EngineBrokenError):
+        run_with_culprits(engine, monkeypatch, "abcdefghijklm", "abcdefghijklm")
 
 
 def test_abort_takes_effect_before_the_next_step(tiny_model_dir: Path) -> None:
