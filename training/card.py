@@ -9,6 +9,9 @@ from heads.checkpoint import load_heads
 from training.calibrate import Calibration
 from training.hidden_states import HiddenCache
 
+CARD = "README.md"
+HEADING = "## Measured\n"
+
 
 def write_card(
     directory: Path, result: Calibration, data_name: str, cache: HiddenCache, settings: Mapping[str, object]
@@ -17,8 +20,6 @@ def write_card(
     be added by hand: the data do not say.
     """
     heads = load_heads(directory)
-    sizes = list(result.tokens_per_step)
-    ranks = (1, 2, 3, 5, 10)
     lines = [
         f"# Heads for {heads.base_model}",
         "",
@@ -29,9 +30,27 @@ def write_card(
         "",
         "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
         "",
-        "## Measured",
-        "",
-        f"On {result.num_positions} held-out positions, greedy text where there is any.",
+    ]
+    (directory / CARD).write_text("\n".join(lines) + "\n" + _measured(result, data_name))
+
+
+def update_card(directory: Path, result: Calibration, data_name: str) -> None:
+    """Put new figures in the place of the old ones, which are those of another tree; the rest stays."""
+    path = directory / CARD
+    text = path.read_text() if path.exists() else f"# Heads for {load_heads(directory).base_model}\n\n"
+    before, heading, after = text.partition(HEADING)
+    if not heading:
+        before = before.rstrip("\n") + "\n\n"
+    _, further, rest = after.partition("\n## ")
+    path.write_text(before + _measured(result, data_name) + further + rest)
+
+
+def _measured(result: Calibration, data_name: str) -> str:
+    sizes = list(result.tokens_per_step)
+    ranks = (1, 2, 3, 5, 10)
+    lines = [
+        HEADING,
+        f"On {result.num_positions} held-out positions of `{data_name}`, greedy text where there is any.",
         "",
         "| nodes besides the root | " + " | ".join(map(str, sizes)) + " |",
         "|---" * (len(sizes) + 1) + "|",
@@ -42,4 +61,4 @@ def write_card(
     ]
     for head, rates in enumerate(result.hit_rates):
         lines.append(f"| head {head} | " + " | ".join(f"{100 * sum(rates[:n]):.1f}" for n in ranks) + " |")
-    (directory / "README.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"

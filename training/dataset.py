@@ -48,10 +48,10 @@ def is_held_out(messages: list[dict[str, Any]]) -> bool:
 
 
 def digest(documents: list[Document]) -> str:
-    """SHA-256 of the documents' tokens and spans, for the manifest of what was computed from them."""
+    """SHA-256 of all there is to the documents, for the manifest of what was computed from them."""
     total = hashlib.sha256()
     for document in documents:
-        total.update(repr((document.token_ids, document.spans)).encode())
+        total.update(repr(document).encode())
     return total.hexdigest()
 
 

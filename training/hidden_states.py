@@ -1,14 +1,17 @@
 """Hidden rows of the frozen backbone at the positions heads learn from, computed once and kept on disk.
 
-A cache directory holds `hidden.npy` (bfloat16 rows stored as uint16), `next_tokens.npy`, `segments.npy` and
-`manifest.json`. It is filled in groups of documents and notes each finished group, so that a killed run goes
-on where it stopped. A row is that of the token *before* an answer token, and its next token is that answer
-token: at serving, the row of the last computed token and the root committed after it. Head k, counted from 0,
-then guesses the next token of the row k + 1 places further on in the same segment.
+A cache directory has a folder for every model and text, named by a digest of both. It holds `hidden.npy`
+(bfloat16 rows stored as uint16), `next_tokens.npy`, `segments.npy` and `manifest.json`, is filled in groups
+of documents and notes each finished group, so that a killed run goes on where it stopped.
+
+A row is that of the token *before* an answer token, and its next token is that answer token: at serving, the
+row of the last computed token and the root committed after it. Head k, counted from 0, then guesses the next
+token of the row k + 1 places further on in the same segment.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.model.decoder import Decoder
-from training.dataset import Document
+from training.dataset import Document, digest
 
 MANIFEST_VERSION = 1
 GROUP_SIZE = 128  # documents between two notes of progress
@@ -46,8 +49,11 @@ class DenseCausalAttention:
 
 @dataclass(frozen=True)
 class HiddenCache:
-    """The rows of all documents. `segments` are [start, end) row ranges of single answers."""
+    """The rows of all documents. `segments` are [start, end) row ranges of single answers; `origin` is a
+    digest of what the rows were computed from.
+    """
 
+    origin: str
     hidden: Tensor  # [num_rows, hidden] bfloat16, mapped from disk
     next_tokens: Tensor  # [num_rows] int64
     segments: Tensor  # [num_segments, 2] int64
@@ -114,13 +120,21 @@ def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     partial.replace(directory / "manifest.json")
 
 
-def extract(
-    decoder: Decoder, documents: list[Document], directory: Path, key: dict[str, object]
-) -> HiddenCache:
-    """Fill the cache, or what a killed run left of it, and open it.
+def fingerprint(decoder: Decoder) -> str:
+    """SHA-256 of the model's configuration and weights: a name may come to stand for other weights."""
+    total = hashlib.sha256(repr(decoder.config).encode())
+    for parameter in decoder.parameters():
+        total.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
-    `key` says what model and data the rows come from; a directory filled from others is started afresh.
+
+def extract(decoder: Decoder, documents: list[Document], cache_dir: Path) -> HiddenCache:
+    """Fill the cache of this model and these documents, or what a killed run left of it, and open it.
+
+    Those of other models and documents in `cache_dir` are left alone.
     """
+    key = {"model": fingerprint(decoder), "documents": digest(documents)}
+    directory = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     directory.mkdir(parents=True, exist_ok=True)
     table = _segment_table(documents)
     num_rows, hidden_size = int(table[-1, 1]), decoder.config.hidden_size
@@ -167,6 +181,7 @@ def open_cache(directory: Path) -> HiddenCache:
     hidden = torch.from_numpy(np.load(directory / "hidden.npy", mmap_mode="r+")).view(torch.bfloat16)
     table = torch.from_numpy(np.load(directory / "segments.npy"))
     return HiddenCache(
+        origin=directory.name,
         hidden=hidden,
         next_tokens=torch.from_numpy(np.load(directory / "next_tokens.npy")),
         segments=table[:, :2],

@@ -81,7 +81,7 @@ class Medusa1Trainer:
         weight = lm_head_weight.detach().to(torch.bfloat16)
         self.projection = weight if chosen is None else weight[chosen].contiguous()  # [num_tokens, hidden]
 
-        self.hidden, self.roots = cache.hidden, cache.next_tokens
+        self.hidden, self.roots, self.origin = cache.hidden, cache.next_tokens, cache.origin
         self.targets = self._as_columns(cache.targets(config.heads), chosen, vocab_size)
         train_rows = cache.rows(~cache.held_out)
         self.rows = train_rows[(self.targets[train_rows] >= 0).any(dim=1)]
@@ -112,7 +112,7 @@ class Medusa1Trainer:
         return column[tokens]
 
     def _settings(self) -> dict[str, Any]:
-        return {**asdict(self.config), "num_rows": len(self.rows), "base_model": self.base_model}
+        return {**asdict(self.config), "data": self.origin, "base_model": self.base_model}
 
     def _resume(self) -> None:
         path = self.directory / STATE_FILE
@@ -120,13 +120,15 @@ class Medusa1Trainer:
             return
         state = torch.load(path, weights_only=True)
         if json.loads(state["settings"]) != self._settings():
-            raise TrainingError(f"{path} belongs to a run with other settings or data; choose another --out")
+            raise TrainingError(
+                f"{path} belongs to a run with other settings, data or weights; choose another --out"
+            )
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         log = self.directory / LOG_FILE
-        kept = [row for row in log.read_text().splitlines(True) if not row[0].isdigit() or self._is_past(row)]
-        log.write_text("".join(kept))
+        rows = log.read_text().splitlines(True) if log.exists() else [self._log_header()]
+        log.write_text("".join(row for row in rows if not row[:1].isdigit() or self._is_past(row)))
         print(f"taken up at step {self.step} of {self.num_steps}", flush=True)
 
     def _is_past(self, row: str) -> bool:
@@ -223,8 +225,7 @@ class Medusa1Trainer:
         """Train to the end from wherever this run is, and leave the head set in the directory."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.step == 0:
-            numbers = [f"{name}_{k}" for name in ("loss", "top1") for k in range(self.config.heads)]
-            (self.directory / LOG_FILE).write_text(",".join(["step", "lr", "seconds", *numbers]) + "\n")
+            (self.directory / LOG_FILE).write_text(self._log_header())
         began, first = time.monotonic(), self.step
         recent: list[list[float]] = []
         while self.step < self.num_steps:
@@ -236,6 +237,10 @@ class Medusa1Trainer:
             self.save()
             seconds = time.monotonic() - began
             self._log(losses, self.held_out_hits(), seconds, seconds / (self.step - first))
+
+    def _log_header(self) -> str:
+        numbers = [f"{name}_{k}" for name in ("loss", "top1") for k in range(self.config.heads)]
+        return ",".join(["step", "lr", "seconds", *numbers]) + "\n"
 
     def _log(self, losses: list[float], hits: list[float], seconds: float, per_step: float) -> None:
         lr = self.learning_rate(self.step - 1)

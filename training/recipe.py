@@ -14,8 +14,8 @@ from engine.model.tokenizer import load_chat_tokenizer
 from heads.checkpoint import load_heads
 from heads.registry import resolve_model
 from training.calibrate import Calibration, calibrate
-from training.card import write_card
-from training.dataset import DataError, Document, digest, load_documents
+from training.card import update_card, write_card
+from training.dataset import DataError, Document, load_documents
 from training.hidden_states import HiddenCache, extract
 from training.medusa1 import Medusa1Config, Medusa1Trainer
 
@@ -39,7 +39,7 @@ def train_medusa1(
 ) -> Calibration:
     """Extract, train, calibrate, write the head set to `out`; a killed run goes on where it stopped."""
     decoder, documents = _load(model_name, data, max_positions, config.seed)
-    cache = _extract(decoder, documents, cache_dir, model_name)
+    cache = extract(decoder, documents, cache_dir)
     trainer = Medusa1Trainer(config, cache, decoder.embedding, decoder.lm_head.weight, model_name, out)
     trainer.run()
     result = _calibrate(out, decoder, cache)
@@ -48,16 +48,14 @@ def train_medusa1(
 
 
 def calibrate_heads(heads_dir: Path, model_name: str, data: Path, cache_dir: Path, seed: int) -> Calibration:
-    """Measure a head set on the held-out share of the data and rewrite its tree.json."""
+    """Measure a head set on the held-out share of the data, rewrite its tree.json and the card's figures."""
     decoder, documents = _load(model_name, data, 2**62, seed)
     held_out = [document for document in documents if document.held_out]
     if not held_out:
         raise DataError(f"none of the conversations of {data.name} falls into the held-out share")
-    return _calibrate(heads_dir, decoder, _extract(decoder, held_out, cache_dir, model_name))
-
-
-def _extract(decoder: Decoder, documents: list[Document], cache_dir: Path, model_name: str) -> HiddenCache:
-    return extract(decoder, documents, cache_dir, {"model": model_name, "documents": digest(documents)})
+    result = _calibrate(heads_dir, decoder, extract(decoder, held_out, cache_dir))
+    update_card(heads_dir, result, data.name)
+    return result
 
 
 def _calibrate(heads_dir: Path, decoder: Decoder, cache: HiddenCache) -> Calibration:

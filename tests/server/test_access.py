@@ -10,7 +10,17 @@ import pytest
 from tests.fake_engine import FakeEngine
 from tests.server.support import CHAT, KEY, ROUTES, app_for, body_for, client_for, live
 
-GUARDED = [*ROUTES, "/metrics", "/v1/models", "/v1/models/fake-model", "/", "/v1", "/docs", "/openapi.json", "/no-such"]
+GUARDED = [
+    *ROUTES,
+    "/metrics",
+    "/v1/models",
+    "/v1/models/fake-model",
+    "/",
+    "/v1",
+    "/docs",
+    "/openapi.json",
+    "/no-such",
+]
 TRICKS = [
     "//v1/models",
     "/v1//models",

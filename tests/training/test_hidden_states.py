@@ -11,8 +11,6 @@ from tests.training.tiny import PROMPT, tiny_decoder, tiny_documents
 from training import hidden_states
 from training.hidden_states import DenseCausalAttention, extract, open_cache
 
-KEY: dict[str, object] = {"model": "tiny"}
-
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +20,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_are_those_before_each_answer_token_whatever_the_batch(tmp_path: Path) -> None:
     decoder, documents = tiny_decoder(), tiny_documents(11)
-    cache = extract(decoder, documents, tmp_path, KEY)
+    cache = extract(decoder, documents, tmp_path)
     for document, (start, end) in zip(documents, cache.segments.tolist(), strict=True):
         tokens = torch.tensor(document.token_ids)
         with torch.inference_mode():
@@ -37,7 +35,7 @@ def test_rows_are_those_before_each_answer_token_whatever_the_batch(tmp_path: Pa
 
 def test_head_k_is_to_guess_the_token_after_the_root_by_k_within_the_answer(tmp_path: Path) -> None:
     documents = tiny_documents(3)
-    cache = extract(tiny_decoder(), documents, tmp_path, KEY)
+    cache = extract(tiny_decoder(), documents, tmp_path)
     targets = cache.targets(3)
     for document, (start, end) in zip(documents, cache.segments.tolist(), strict=True):
         answer = document.token_ids[PROMPT:]
@@ -48,7 +46,7 @@ def test_head_k_is_to_guess_the_token_after_the_root_by_k_within_the_answer(tmp_
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, documents = tiny_decoder(), tiny_documents(11)
-    whole = extract(decoder, documents, tmp_path / "whole", KEY)
+    whole = extract(decoder, documents, tmp_path / "whole")
     real, passes = hidden_states._answer_rows, 0
 
     def count(*args: object) -> object:
@@ -60,19 +58,23 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(hidden_states, "_answer_rows", count)
     with pytest.raises(KeyboardInterrupt):
-        extract(decoder, documents, tmp_path / "killed", KEY)
-    extract(decoder, documents, tmp_path / "killed", KEY)
+        extract(decoder, documents, tmp_path / "killed")
+    extract(decoder, documents, tmp_path / "killed")
     done = passes
-    resumed = open_cache(tmp_path / "killed")
+    [folder] = (tmp_path / "killed").iterdir()
+    resumed = open_cache(folder)
     assert torch.equal(resumed.hidden, whole.hidden)
-    extract(decoder, documents, tmp_path / "killed", KEY)
+    extract(decoder, documents, tmp_path / "killed")
     assert passes == done, "a finished cache is not computed again"
 
 
-def test_a_cache_of_another_model_is_started_afresh(tmp_path: Path) -> None:
+def test_other_weights_and_other_text_have_caches_of_their_own(tmp_path: Path) -> None:
     decoder, documents = tiny_decoder(), tiny_documents(5)
-    before = extract(decoder, documents, tmp_path, KEY).hidden.clone()
+    first = extract(decoder, documents, tmp_path)
+    before = first.hidden.clone()
     torch.nn.init.constant_(decoder.norm.weight, 2.0)
-    assert torch.equal(extract(decoder, documents, tmp_path, KEY).hidden, before)
-    after = extract(decoder, documents, tmp_path, {"model": "other"}).hidden
-    torch.testing.assert_close(after.float(), before.float() * 2, rtol=0.02, atol=0.02)
+    other = extract(decoder, documents, tmp_path)
+    torch.testing.assert_close(other.hidden.float(), before.float() * 2, rtol=0.02, atol=0.02)
+    fewer = extract(decoder, documents[:3], tmp_path)
+    assert len({first.origin, other.origin, fewer.origin}) == len(list(tmp_path.iterdir())) == 3
+    assert torch.equal(open_cache(tmp_path / first.origin).hidden, before)

@@ -31,7 +31,7 @@ def decoder() -> Decoder:
 
 @pytest.fixture(scope="module")
 def cache(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> HiddenCache:
-    return extract(decoder, tiny_documents(120), tmp_path_factory.mktemp("cache"), {})
+    return extract(decoder, tiny_documents(120), tmp_path_factory.mktemp("cache"))
 
 
 def trainer(
@@ -118,6 +118,16 @@ def test_other_settings_do_not_take_up_a_run(cache: HiddenCache, decoder: Decode
     trainer(cache, decoder, tmp_path).save()
     with pytest.raises(TrainingError, match="other settings"):
         trainer(cache, decoder, tmp_path, dataclasses.replace(CONFIG, lr=1e-4))
+    with pytest.raises(TrainingError, match="data or weights"):
+        trainer(dataclasses.replace(cache, origin="other"), decoder, tmp_path)
+
+
+def test_a_run_whose_log_is_gone_goes_on(cache: HiddenCache, decoder: Decoder, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, epochs=1)
+    trainer(cache, decoder, tmp_path, config).run()
+    (tmp_path / "log.csv").unlink()
+    trainer(cache, decoder, tmp_path, config).run()
+    assert (tmp_path / "log.csv").read_text().startswith("step,lr,")
 
 
 def test_too_little_text_is_an_error(cache: HiddenCache, decoder: Decoder, tmp_path: Path) -> None:

@@ -39,9 +39,26 @@ def test_training_leaves_a_complete_head_set(tmp_path: Path, monkeypatch: pytest
 def test_calibrating_again_measures_the_same_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path, monkeypatch)
     before = json.loads((tmp_path / "tree.json").read_text())
-    result = recipe.calibrate_heads(tmp_path, "tiny", Path("text.jsonl"), tmp_path / "held-out", 0)
+    result = recipe.calibrate_heads(tmp_path, "tiny", Path("text.jsonl"), tmp_path / "cache", 0)
     assert json.loads((tmp_path / "tree.json").read_text()) == before
     assert any("tokens per step" in line for line in recipe.report(result))
+
+
+def test_calibrating_keeps_the_training_cache_and_puts_its_figures_into_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, monkeypatch)
+    [trained_on] = (tmp_path / "cache").iterdir()
+    kept = {file.name: file.read_bytes() for file in trained_on.iterdir()}
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\n## Licence\n\nmine\n")
+    give(monkeypatch, tiny_documents(60))
+    result = recipe.calibrate_heads(tmp_path, "tiny", Path("other.jsonl"), tmp_path / "cache", 0)
+    assert {file.name: file.read_bytes() for file in trained_on.iterdir()} == kept
+    text = card.read_text()
+    assert f"On {result.num_positions} held-out positions of `other.jsonl`" in text
+    assert text.count("## Measured") == text.count("tokens per step") == 1
+    assert "Trained on `text.jsonl`" in text and text.endswith("\n\n## Licence\n\nmine\n")
 
 
 def test_text_without_a_held_out_share_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
