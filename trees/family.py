@@ -34,6 +34,8 @@ class TreeFamily:
             raise TreeError(f"{len(self.paths)} paths but {len(self.gains)} gains")
         if len(self.paths) > MAX_DRAFT_NODES:
             raise TreeError(f"{len(self.paths)} nodes; a tree has at most {MAX_DRAFT_NODES} besides its root")
+        if not all(0.0 <= gain <= 1.0 for gain in self.gains):  # NaN is neither
+            raise TreeError("gains must be probabilities, 0 to 1")
         seen: set[RankPath] = {()}
         for path in self.paths:
             if path in seen or not path or min(path) < 0:

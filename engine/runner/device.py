@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import torch
 
@@ -41,5 +41,15 @@ def free_memory_for_cache(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_CACHE_SHARE)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(int(free * _CPU_CACHE_SHARE), _CPU_CACHE_LIMIT)
+    return min(int(_available_memory() * _CPU_CACHE_SHARE), _CPU_CACHE_LIMIT)
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping: what the kernel could free counts, a container's limit too."""
+    meminfo = Path("/proc/meminfo").read_text()
+    available = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
+    memory = int(available.split()[1]) << 10
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return max(memory, 0)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.messages import SamplingParams, TokenLogprobs
+from engine.messages import SamplingParams, SpeculationParams, TokenLogprobs
 from engine.runner import sampling
 from engine.runner.step_input import CommitRows
 from engine.scheduling.request import Request
@@ -55,13 +55,13 @@ class Sampler:
                 # A copy even in float32: adjustments must not reach the logits that logprobs are taken from.
                 rows = logits[first : first + count].to(torch.float32, copy=True)
                 special.append((index, self._adjust(rows, scheduled.request, tokens[index], tables)))
-        self._draw_special(special, commits, targets, tables)
+        sampled = self._draw_special(special, commits, targets, tables)
         edges = exact_edges(tokens, targets, tables)
-        for index, rows in special:
-            params = commits.scheduled[index].request.sampling
-            if params.speculation.acceptance == "typical" and params.temperature > 0.0:
-                count = rows.shape[0]
-                edges[index, :count] = _typical_edges(rows, params, tokens[index, :count], tables)
+        for index, probs in sampled:
+            speculation = commits.scheduled[index].request.sampling.speculation
+            if speculation.acceptance == "typical":
+                count = probs.shape[0]
+                edges[index, :count] = _typical_edges(probs, speculation, tokens[index, :count], tables)
         return Verdict(targets, edges)
 
     def _adjust(self, rows: Tensor, request: Request, tokens: Tensor, tables: TreeTables) -> Tensor:
@@ -102,8 +102,11 @@ class Sampler:
 
     def _draw_special(
         self, special: list[tuple[int, Tensor]], commits: CommitRows, targets: Tensor, tables: TreeTables
-    ) -> None:
-        """Overwrite the targets of adjusted and sampled requests, all sampled rows in one draw."""
+    ) -> list[tuple[int, Tensor]]:
+        """Overwrite the targets of adjusted and sampled requests, all sampled rows in one draw.
+
+        Returns the sampled ones' (index among commits, [num_nodes, vocab] probabilities as drawn from).
+        """
         sampled = []
         for index, rows in special:
             if commits.scheduled[index].request.sampling.temperature > 0.0:
@@ -111,7 +114,7 @@ class Sampler:
             else:
                 targets[index, : rows.shape[0]] = sampling.argmax(rows)
         if not sampled:
-            return
+            return []
         counts = [rows.shape[0] for _, rows in sampled]
         requests = [commits.scheduled[index].request for index, _ in sampled]
         params = [request.sampling for request in requests]
@@ -137,14 +140,18 @@ class Sampler:
         drawn = sampling.draw(probs, uniform)
         for (index, rows), part in zip(sampled, torch.split(drawn, counts), strict=True):
             targets[index, : rows.shape[0]] = part
+        indices = [index for index, _ in sampled]
+        return list(zip(indices, torch.split(probs, counts), strict=True))
 
 
-def _typical_edges(rows: Tensor, params: SamplingParams, tokens: Tensor, tables: TreeTables) -> Tensor:
-    """rows: [num_nodes, vocab] adjusted logits; tokens: [num_nodes] -> [num_nodes] bool."""
-    log_probs = (rows / max(params.temperature, sampling.COLDEST)).log_softmax(dim=1)
-    threshold = sampling.typical_threshold(log_probs, params.speculation.epsilon, params.speculation.delta)
-    parents = tables.parents[: rows.shape[0]]
-    return log_probs[parents, tokens].exp() > threshold[parents]
+def _typical_edges(
+    probs: Tensor, speculation: SpeculationParams, tokens: Tensor, tables: TreeTables
+) -> Tensor:
+    """probs: [num_nodes, vocab], truncated, any sum; tokens: [num_nodes] int64 -> [num_nodes] bool."""
+    probs = probs / probs.sum(dim=1, keepdim=True)
+    threshold = sampling.typical_threshold(probs, speculation.epsilon, speculation.delta)
+    parents = tables.parents[: probs.shape[0]]
+    return probs[parents, tokens] > threshold[parents]
 
 
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:

@@ -111,11 +111,10 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return tokens.clamp_(max=probs.shape[1] - 1)
 
 
-def typical_threshold(log_probs: Tensor, epsilon: float, delta: float) -> Tensor:
+def typical_threshold(probs: Tensor, epsilon: float, delta: float) -> Tensor:
     """Medusa's typical acceptance, min(epsilon, delta * exp(-entropy)) per row (arXiv 2401.10774, 2.3.1).
 
-    log_probs: [num_rows, vocab] -> [num_rows]
+    probs: [num_rows, vocab], each row's sum 1 -> [num_rows]
     """
-    # -inf * 0 would be NaN: masked tokens add nothing to the entropy.
-    entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(dim=1)
+    entropy = -torch.xlogy(probs, probs).sum(dim=1)
     return torch.clamp(delta * torch.exp(-entropy), max=epsilon)

@@ -34,7 +34,7 @@ class Request:
     has_hidden: bool = False  # the runner holds the hidden row its draft starts from
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
-    cached_tokens: int = 0
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache, once it was admitted
     decode_steps: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
@@ -54,7 +54,7 @@ class Request:
 
     def usage(self) -> RequestUsage:
         return RequestUsage(
-            cached_tokens=self.cached_tokens,
+            cached_tokens=self.cached_tokens or 0,
             decode_steps=self.decode_steps,
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,

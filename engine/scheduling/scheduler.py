@@ -139,10 +139,10 @@ class Scheduler:
             request.slot = self._slots.pop()
             request.num_registered = len(prefix)
             request.num_computed = len(prefix) * self.pool.block_size
-            batch.prefix_queries += len(request.token_ids)
-            batch.prefix_hits += request.num_computed
-            if request.decode_steps == 0:
+            if request.cached_tokens is None:  # a preempted one that finds its own blocks again has no hit
                 request.cached_tokens = request.num_computed
+                batch.prefix_queries += request.num_prompt_tokens
+                batch.prefix_hits += request.num_computed
             num_tokens = min(request.num_pending, budget)
             batch.scheduled.append(ScheduledRequest(request, num_tokens))
             budget -= num_tokens
@@ -166,10 +166,10 @@ class Scheduler:
         speculation = request.sampling.speculation
         if not (speculation.enabled and request.has_hidden):
             return 0
-        # One token comes without a draft, and a draft's logical position must exist.
-        room = min(request.num_remaining - 1, self.limits.max_model_len - len(request.token_ids))
-        limit = self.limits.max_drafts if room > 0 else 0
-        limit = min(limit, self.limits.max_model_len - len(request.token_ids))
+        if request.num_remaining <= 1:  # the one token left comes without a draft
+            return 0
+        positions = self.limits.max_model_len - len(request.token_ids)  # a draft needs a logical position
+        limit = max(0, min(self.limits.max_drafts, positions))
         return limit if speculation.max_nodes is None else min(limit, speculation.max_nodes)
 
     def _reserve(self, request: Request, num_positions: int) -> bool:

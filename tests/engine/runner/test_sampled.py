@@ -305,6 +305,12 @@ class TestTypicalAcceptance:
         _, accepted = self.run(epsilon=1e-9, delta=1.0, guess=2)
         assert accepted >= 14
 
+    def test_what_top_k_forbids_is_not_accepted(self) -> None:
+        sampled = {"temperature": 0.8, "seed": 3, "top_k": 1}
+        loose = {"acceptance": "typical", "epsilon": 1e-9, "delta": 1.0}
+        typical = tokens_of(TinyEngine(full(9), RandomDrafter()), arrivals({**sampled, "speculation": loose}))
+        assert typical == tokens_of(TinyEngine(), arrivals(sampled))
+
     def test_greedy_requests_stay_exact(self) -> None:
         exact = arrivals({"temperature": 0.0})
         typical = arrivals({"temperature": 0.0, "speculation": {"acceptance": "typical", "epsilon": 1e-9}})

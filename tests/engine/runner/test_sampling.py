@@ -153,14 +153,13 @@ def test_draw_never_gives_an_impossible_token(uniform: float) -> None:
 def test_typical_threshold_is_epsilon_or_what_the_entropy_allows(
     logits: list[float], epsilon: float, delta: float
 ) -> None:
-    log_probs = torch.tensor([logits], dtype=torch.float64).log_softmax(dim=1)
-    probs = log_probs.exp()[0].tolist()
-    entropy = -sum(p * math.log(p) for p in probs if p > 0)
-    [threshold] = sampling.typical_threshold(log_probs, epsilon, delta).tolist()
+    probs = torch.tensor([logits], dtype=torch.float64).softmax(dim=1)
+    entropy = -sum(p * math.log(p) for p in probs[0].tolist() if p > 0)
+    [threshold] = sampling.typical_threshold(probs, epsilon, delta).tolist()
     assert threshold == pytest.approx(min(epsilon, delta * math.exp(-entropy)), rel=1e-6)
 
 
 def test_typical_threshold_with_impossible_tokens() -> None:
-    log_probs = torch.tensor([[0.0, 0.0, float("-inf")]]).log_softmax(dim=1)
-    [threshold] = sampling.typical_threshold(log_probs, 0.9, 0.3).tolist()
+    probs = torch.tensor([[0.5, 0.5, 0.0]])
+    [threshold] = sampling.typical_threshold(probs, 0.9, 0.3).tolist()
     assert threshold == pytest.approx(0.15)
