@@ -17,7 +17,7 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         nargs="?",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help=f"registry name or hub id (default: {DEFAULT_MODEL})",
+        help=f"registry name, hub id or org/name:FILE.gguf (default: {DEFAULT_MODEL})",
     )
     parser.add_argument(
         "--heads", default="auto", metavar="TEXT", help="head set to fetch with it, or none (default: auto)"

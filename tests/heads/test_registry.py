@@ -184,6 +184,9 @@ class TestModels:
             return str(tmp_path)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+        with pytest.raises(RegistryError, match=r"no safetensors.*org/name:FILE\.gguf"):
+            resolve_model("org/name")
+        (tmp_path / "model.safetensors").touch()
         assert resolve_model("org/name") == ResolvedModel("org/name", tmp_path)
         files = [
             "config.json",
@@ -197,6 +200,30 @@ class TestModels:
             files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
         )
         assert set(wanted) == {*files[:3], "chat_template.jinja"}
+
+    def test_one_gguf_file_of_a_hub_repository_has_a_folder_of_its_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[tuple[str, str]] = []
+
+        def download(hub_id: str, file: str, local_dir: Path) -> None:
+            asked.append((hub_id, file))
+            local_dir.mkdir(parents=True)
+            (local_dir / file).touch()
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        monkeypatch.setenv("GORGON_HOME", str(tmp_path))
+        folders = [resolve_model(f"org/name:{file}").model_dir for file in ("q4.gguf", "q8.gguf", "q4.gguf")]
+        assert asked == [("org/name", "q4.gguf"), ("org/name", "q8.gguf")]
+        assert folders[0] == folders[2]
+        assert [contents(folder) for folder in folders[:2]] == [{"q4.gguf"}, {"q8.gguf"}]
+
+    @pytest.mark.parametrize(
+        "name", ["org/name:x.bin", "org/name:../x.gguf", "org/name:a/b.gguf", "name:x.gguf"]
+    )
+    def test_only_gguf_files_are_named_so(self, name: str) -> None:
+        with pytest.raises(RegistryError, match=r"org/name:FILE\.gguf"):
+            resolve_model(name)
 
     def test_a_hub_out_of_reach_is_a_clear_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def unreachable(hub_id: str, **_: Any) -> str:
