@@ -3,6 +3,7 @@ connected socket's file descriptor as its argument; it ends when that socket clo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -28,9 +29,17 @@ from trees.family import TreeError
 
 
 def main(descriptor: int) -> int:
-    # The terminal sends Ctrl-C to the whole group; when to end is the server's decision.
+    # A terminal sends Ctrl-C to the whole group, and service managers SIGTERM to every process. When to end
+    # is the server's decision: requests may still be running. This process ends with its socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = socket.socket(fileno=descriptor)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with socket.socket(fileno=descriptor) as connection, contextlib.suppress(ConnectionError):
+        return _serve(connection)
+    return 0  # the server is gone
+
+
+def _serve(connection: socket.socket) -> int:
+    """Load and step for ever. Raises ConnectionError once nobody reads what it sends."""
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
     first = inbox.get()
@@ -54,8 +63,9 @@ def _load(config: EngineConfig, connection: socket.socket) -> Engine | None:
 
 
 def _read(connection: socket.socket, inbox: queue.SimpleQueue[ToEngine]) -> None:
-    while (message := channel.receive(connection)) is not None:
-        inbox.put(message)
+    with contextlib.suppress(ConnectionError):
+        while (message := channel.receive(connection)) is not None:
+            inbox.put(message)
     os._exit(0)  # the server is gone; nobody waits for what still runs
 
 
