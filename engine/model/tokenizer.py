@@ -41,19 +41,6 @@ class ChatTokenizer:
         self._special_tokens = special_tokens
 
     @property
-    def vocab_size(self) -> int:
-        """Added tokens included; the model's own vocabulary may be padded beyond it."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def chat_template(self) -> str | None:
-        return None if self._template is None else self._template.source
-
-    @property
-    def bos_token(self) -> str | None:
-        return self._special_tokens.get("bos_token")
-
-    @property
     def eos_token(self) -> str | None:
         return self._special_tokens.get("eos_token")
 
