@@ -10,13 +10,14 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
-from engine.errors import EngineDeadError, OverloadedError, RequestError
+from engine.errors import EngineDeadError, EngineStoppedError, OverloadedError, RequestError
 from server.protocol.errors import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger("gorgon.server")
 
 MAX_ECHO = 200  # characters of a client's own text that a message repeats
 RESTART_SECONDS = 10  # a guess at how long a dead engine takes to come back
+STOP_SECONDS = 5  # by then another instance has taken over, or this one is back
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
@@ -66,6 +67,12 @@ def invalid(param: str | None, message: str, code: str | None = None) -> ApiErro
     return ApiError(400, message, param=param, code=code)
 
 
+def stopping() -> ApiError:
+    """The answer of a server that is shutting down."""
+    headers = {"Retry-After": str(STOP_SECONDS), "Connection": "close"}
+    return ApiError(503, "The server is stopping; try again soon.", code="stopping", headers=headers)
+
+
 def _message(path: str, error: ErrorDetails) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
@@ -94,6 +101,8 @@ def to_api_error(error: BaseException) -> ApiError:
         return invalid(error.parameter, str(error))
     if isinstance(error, OverloadedError):
         return ApiError(429, str(error), code="overloaded", headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, EngineStoppedError):
+        return stopping()
     if isinstance(error, EngineDeadError):
         return ApiError(
             503,

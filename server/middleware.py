@@ -8,12 +8,11 @@ import hmac
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError
+from server.errors import ApiError, stopping
 from server.metrics import Metrics
 from server.services import Lifecycle
 
 HEALTH, METRICS = "/health", "/metrics"  # answered even while the server is stopping
-RETRY_AFTER_STOP = 5  # seconds; by then another instance has taken over, or this one is back
 DISCARD_FACTOR = 16  # times the size limit that is read and thrown away to let a client see its 413
 READ_TIMEOUT = 60.0  # seconds for a whole body
 
@@ -41,10 +40,8 @@ class LifecycleGate:
                     self._metrics.http_rejections.labels(message["status"]).inc()
             await send(message)
 
-        headers = {"Retry-After": str(RETRY_AFTER_STOP), "Connection": "close"}
-        stopping = ApiError(503, "The server is stopping; try again soon.", code="stopping", headers=headers)
         if self._lifecycle.stopping and scope["path"] not in (HEALTH, METRICS):
-            await stopping.response()(scope, receive, counting_send)
+            await stopping().response()(scope, receive, counting_send)
             return
         with self._lifecycle.request():
             try:
@@ -53,7 +50,7 @@ class LifecycleGate:
                 if not self._lifecycle.cutting_off:
                     raise
                 if not started:
-                    await stopping.response()(scope, receive, counting_send)
+                    await stopping().response()(scope, receive, counting_send)
 
 
 class KeyGate:

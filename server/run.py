@@ -66,7 +66,7 @@ def serve(settings: ServerSettings, engine_config: EngineConfig) -> int:
         with listen(settings) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_serve(settings, engine_config, listener))
     except GorgonError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"gorgon: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -88,10 +88,10 @@ def listen(settings: ServerSettings) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # no name service takes a label of over 63 characters
         if listener is not None:
             listener.close()
-        reason = error.strerror or str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise GorgonError(
             f"cannot listen on {settings.host} port {settings.port}: {reason}; try another --host or --port"
         ) from error

@@ -8,7 +8,7 @@ import json
 import httpx
 import pytest
 
-from engine.errors import EngineDeadError, OverloadedError, RequestError
+from engine.errors import EngineDeadError, EngineStoppedError, OverloadedError, RequestError
 from tests.fake_engine import FakeEngine
 from tests.server.support import ROUTES, app_for, body_for, client_for, eventually, live
 
@@ -22,10 +22,11 @@ SECRET = "/secret/path.py"
     [
         (OverloadedError(retry_after=7), 429, "7"),
         (EngineDeadError(SECRET), 503, "10"),
+        (EngineStoppedError(SECRET), 503, "5"),
         (RequestError("max_tokens", "too many"), 400, None),
         (ValueError(SECRET), 500, None),
     ],
-    ids=["overloaded", "dead", "refused", "broken"],
+    ids=["overloaded", "dead", "stopped", "refused", "broken"],
 )
 async def test_a_failure_before_the_first_token_is_an_answer_of_its_own(
     route: str, stream: bool, failure: Exception, status: int, retry: str | None
@@ -37,6 +38,8 @@ async def test_a_failure_before_the_first_token_is_an_answer_of_its_own(
     assert response.headers.get("retry-after") == retry
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert SECRET not in response.text
+    if isinstance(failure, EngineStoppedError):
+        assert response.json()["error"]["code"] == "stopping"
     if status == 400:
         assert response.json()["error"]["param"] == "max_tokens"
 

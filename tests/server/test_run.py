@@ -121,7 +121,16 @@ def test_a_port_in_use_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> 
         port = taken.getsockname()[1]
         status = serve(ServerSettings(served_model_name="m", port=port), EngineConfig(model_dir="none"))
     assert status == 1
-    assert re.match(rf"error: cannot listen on 127\.0\.0\.1 port {port}: .*--port\n", capsys.readouterr().err)
+    assert re.match(
+        rf"gorgon: error: cannot listen on 127\.0\.0\.1 port {port}: .*--port\n", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("host", ["x" * 64, "no.such.host.invalid", "a..b"])
+def test_a_host_that_is_none_is_told_in_a_line(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ServerSettings(served_model_name="m", host=host, port=0)
+    assert serve(settings, EngineConfig(model_dir="none")) == 1
+    assert re.match(rf"gorgon: error: cannot listen on {host} port 0: .*--port\n", capsys.readouterr().err)
 
 
 def test_a_model_that_cannot_be_read_is_told_in_a_line(
@@ -130,5 +139,5 @@ def test_a_model_that_cannot_be_read_is_told_in_a_line(
     settings = ServerSettings(served_model_name="m", port=0)
     assert serve(settings, EngineConfig(model_dir=str(tmp_path))) == 1
     err = capfd.readouterr().err
-    assert "error: " in err
+    assert "gorgon: error: " in err
     assert "Traceback" not in err
