@@ -155,8 +155,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in sorted(_CONFIG_KEYS ^ config.keys()):
         raise HeadsError(f"{path}: {name!r} is {'missing' if name in _CONFIG_KEYS else 'not a known key'}")
     for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
-        if not isinstance(config[name], int) or config[name] < 1:
+        if type(config[name]) is not int or config[name] < 1:
             raise HeadsError(f"{path}: {name!r} must be a whole number of at least 1, not {config[name]!r}")
+    for name, kind in (("base_model", str), ("projection", str), ("root_input", bool)):
+        if not isinstance(config[name], kind):
+            expected = "a text" if kind is str else "true or false"
+            raise HeadsError(f"{path}: {name!r} must be {expected}, not {config[name]!r}")
     return config
 
 

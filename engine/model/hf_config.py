@@ -53,7 +53,9 @@ def _decoder_config(architecture: str, raw: dict[str, Any], generation: dict[str
     max_positions = int(raw["max_position_embeddings"])
     theta, scaling = _rope(raw, max_positions)
     window = _sliding_window(architecture, raw)
-    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    eos = generation.get("eos_token_id")
+    if eos is None:
+        eos = raw.get("eos_token_id")
     return DecoderConfig(
         architecture=architecture,
         vocab_size=int(raw["vocab_size"]),

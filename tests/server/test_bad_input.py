@@ -55,6 +55,7 @@ FIELDS: list[tuple[str, Any]] = [
     ("presence_penalty", -2.5),
     ("repetition_penalty", 0),
     ("repetition_penalty", -1),
+    ("repetition_penalty", 1e-40),
     ("logit_bias", {"5": 101}),
     ("logit_bias", {"5": float("nan")}),
     ("logit_bias", {"cat": 1}),

@@ -163,6 +163,8 @@ def test_eos_comes_from_the_generation_config(save: Save, tmp_path: Path) -> Non
     assert load_config(tmp_path).eos_token_ids == (2,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     assert load_config(tmp_path).eos_token_ids == (5, 7)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert load_config(tmp_path).eos_token_ids == (2,)
 
 
 class TestRefusals:
