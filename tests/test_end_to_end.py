@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -62,6 +63,16 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def children(process: int) -> list[int]:
+    """Process ids of its child processes, whichever of its threads started them."""
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def command_line(process: int) -> list[str]:
+    return Path(f"/proc/{process}/cmdline").read_text().split("\0")
 
 
 def test_a_chat_is_answered_with_several_tokens_a_step(served: Served) -> None:
@@ -148,17 +159,12 @@ def test_a_prompt_longer_than_the_context_is_refused(served: Served) -> None:
 
 
 def test_a_killed_engine_fails_its_request_and_comes_back(served: Served) -> None:
-    found = subprocess.run(
-        ["pgrep", "--parent", str(served.process.pid), "--full", "engine.process"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    [engine] = [child for child in children(served.process.pid) if "engine.process" in command_line(child)]
     stream = served.client.chat.completions.create(
         model=DEFAULT_MODEL, messages=QUESTION, max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    subprocess.run(["kill", "-9", found.stdout.strip()], check=True)
+    os.kill(engine, signal.SIGKILL)
     with pytest.raises(openai.APIError, match="engine"):
         list(stream)
     wait_until(lambda: httpx.get(f"{served.url}/health").status_code == 200, 60)

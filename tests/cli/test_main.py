@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,16 +51,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     return served
 
 
-def test_help_is_fast_and_loads_nothing_heavy() -> None:
+def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom cli.main import build_parser\nbuild_parser().format_help()\n"
         "heavy = {'torch', 'transformers', 'fastapi', 'httpx', 'huggingface_hub', 'numpy'}\n"
         "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"imported for --help: {done.stderr}"
-    assert time.perf_counter() - start < 3  # 0.1 s on an idle machine
 
 
 def test_version(capsys: Any) -> None:

@@ -144,14 +144,19 @@ COMPLETION_FIELDS: list[tuple[str, Any]] = [
     ("suffix", "x"),
     ("echo", "yes"),
 ]
-CASES = [
+Case = tuple[str, str, Any]  # route, field, value
+CASES: list[Case] = [
     *((route, name, value) for route in ROUTES for name, value in FIELDS),
     *((CHAT, name, value) for name, value in CHAT_FIELDS),
     *((COMPLETIONS, name, value) for name, value in COMPLETION_FIELDS),
 ]
 
 
-def case_id(case: tuple[str, str, Any]) -> str:
+STREAM_CASES = [case for case in CASES if case[1] not in ("stream", "stream_options")]
+REQUIRED = ("model", "messages", "prompt")
+
+
+def case_id(case: Case) -> str:
     route, name, value = case
     return f"{route.rsplit('/', 1)[1]}-{name}-{str(value)[:24]}"
 
@@ -181,15 +186,9 @@ def assert_error(response: httpx.Response, status: int, param: str | None = None
     return error
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("case", CASES, ids=map(case_id, CASES))
-async def test_a_bad_field_is_a_400_that_names_it(
-    client: httpx.AsyncClient, engine: FakeEngine, case: tuple[str, str, Any], stream: bool
-) -> None:
+async def refuses(client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], case: Case) -> None:
     route, name, value = case
-    if stream and name in ("stream", "stream_options"):
-        pytest.skip("the field under test is the stream itself")
-    body = body_for(route, **({"stream": True} if stream else {})) | {name: value}
+    body[name] = value
     response = await client.post(
         route, content=json.dumps(body), headers={"content-type": "application/json"}
     )
@@ -197,12 +196,25 @@ async def test_a_bad_field_is_a_400_that_names_it(
     assert engine.prompts == []  # nothing reached the engine
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("missing", ["model", "messages", "prompt"])
+@pytest.mark.parametrize("case", CASES, ids=map(case_id, CASES))
+async def test_a_bad_field_is_a_400_that_names_it(
+    client: httpx.AsyncClient, engine: FakeEngine, case: Case
+) -> None:
+    await refuses(client, engine, body_for(case[0]), case)
+
+
+@pytest.mark.parametrize("case", STREAM_CASES, ids=map(case_id, STREAM_CASES))
+async def test_a_bad_field_of_a_stream_is_a_400_that_names_it(
+    client: httpx.AsyncClient, engine: FakeEngine, case: Case
+) -> None:
+    await refuses(client, engine, body_for(case[0], stream=True), case)
+
+
+@pytest.mark.parametrize(
+    ("route", "missing"), [(route, name) for route in ROUTES for name in body_for(route) if name in REQUIRED]
+)
 async def test_a_missing_field_is_named(client: httpx.AsyncClient, route: str, missing: str) -> None:
     body = body_for(route)
-    if missing not in body:
-        pytest.skip("the other route's field")
     del body[missing]
     error = assert_error(await client.post(route, json=body), 400, missing)
     assert "Missing" in error["message"]
