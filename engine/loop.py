@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +25,8 @@ from engine.scheduling.batch import Batch, CommittedTokens
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy
-from heads.checkpoint import load_heads
+from heads.checkpoint import HeadSet, load_heads
+from heads.errors import HeadsError
 from trees.family import TreeFamily
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ class Engine:
             heads = load_heads(Path(config.heads_dir))
             drafter = HeadsDrafter(heads.bind(decoder.embedding, decoder.lm_head.weight, fast_linear))
             family = TreeFamily.load(Path(config.heads_dir) / "tree.json")
+            _check_tree(family, heads)
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
         if drafter is None or config.speculation == "off":
             drafter, family = None, _NO_TREE
@@ -68,8 +72,10 @@ class Engine:
         max_tokens = config.max_num_batched_tokens or max(
             hardware.default_batched_tokens(device), config.max_num_seqs
         )
-        cache = KVCache(model, num_blocks, config.block_size, dtype, device)
-        self._runner = Runner(decoder, cache, family, drafter, config.max_num_seqs)
+        with _allocating("kv_cache_memory", f"a KV cache of {num_blocks * config.block_size} tokens"):
+            cache = KVCache(model, num_blocks, config.block_size, dtype, device)
+        with _allocating("max_num_seqs", f"the state of {config.max_num_seqs} requests"):
+            self._runner = Runner(decoder, cache, family, drafter, config.max_num_seqs)
         self._num_lost_steps = 0
         self._drafts_at_depth = _first_draft_at_depth(family)
         limits = SchedulerLimits(
@@ -201,6 +207,32 @@ class Engine:
 def _first_draft_at_depth(family: TreeFamily) -> list[int]:
     """The number of draft tokens from which on a tree reaches depth 1, 2, ..."""
     return [family.depths.index(depth) for depth in range(1, family.max_depth + 1)]
+
+
+def _check_tree(family: TreeFamily, heads: HeadSet) -> None:
+    """Raises HeadsError where the tree asks for guesses that the heads do not make."""
+    module = heads.module
+    num_tokens = module.vocab_size if module.token_map is None else len(module.token_map)
+    again = "run gorgon train calibrate on this head set to make its tree anew"
+    if family.max_depth > module.num_heads:
+        raise HeadsError(
+            f"the tree of head set {heads.name} is {family.max_depth} deep, but it has {module.num_heads} "
+            f"heads; {again}"
+        )
+    if max(family.ranks) >= num_tokens:
+        raise HeadsError(
+            f"the tree of head set {heads.name} asks for guess {max(family.ranks) + 1} of a head, but its "
+            f"heads know {num_tokens} tokens; {again}"
+        )
+
+
+@contextmanager
+def _allocating(parameter: str, what: str) -> Generator[None, None, None]:
+    """Raises ConfigError, naming the setting that sized it, where there is no memory for `what`."""
+    try:
+        yield
+    except (MemoryError, ValueError, RuntimeError) as error:  # numpy raises the first two, torch the last
+        raise ConfigError(parameter, f"this machine has no memory for {what}; lower it") from error
 
 
 def _resolve_model_len(config: EngineConfig, model: DecoderConfig) -> int:

@@ -11,6 +11,8 @@ import socket
 import sys
 import threading
 
+import torch
+
 from engine import channel
 from engine.config import EngineConfig
 from engine.errors import GorgonError, RequestError
@@ -58,8 +60,14 @@ def _load(config: EngineConfig, connection: socket.socket) -> Engine | None:
     try:
         return Engine(config)
     except (GorgonError, HeadsError, TreeError) as error:
-        connection.sendall(channel.frame(EngineFailed(str(error))))
-        return None
+        message = str(error)
+    except (MemoryError, torch.OutOfMemoryError):
+        message = (
+            "There is not enough memory for the engine; lower --kv-cache-memory, --max-num-seqs or "
+            "--max-num-batched-tokens, or take a smaller model."
+        )
+    connection.sendall(channel.frame(EngineFailed(message)))
+    return None
 
 
 def _read(connection: socket.socket, inbox: queue.SimpleQueue[ToEngine]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from heads.errors import HeadsError
 from heads.medusa import MedusaHeads
 from tests.engine.families import full
 from tests.engine.helpers import params
+from trees.family import TreeFamily
 
 FAMILY = full(12, 3, 2)
 PROMPTS = [[(11 * i + 3 * p) % 128 for p in range(n)] for i, n in enumerate((3, 20, 40))]
@@ -141,3 +143,28 @@ def test_context_shorter_than_the_largest_tree_still_measures(tiny_model_dir: Pa
             answers[-1] += [t for output in each.step().outputs for t in output.token_ids]
     assert answers[0] == answers[1]
     assert len(answers[0]) == 7
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [("kv_cache_memory", 1 << 50), ("kv_cache_memory", 1 << 80), ("max_num_seqs", 10**11)],
+)
+def test_sizes_beyond_the_machine_name_their_setting(
+    tiny_model_dir: Path, parameter: str, value: int
+) -> None:
+    with pytest.raises(ConfigError, match=r"no memory .*lower it") as caught:
+        make_engine(tiny_model_dir, max_num_batched_tokens=None, **{parameter: value})
+    assert caught.value.parameter == parameter
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"), [(((0,), (0, 0), (0, 0, 0)), "3 deep.* 2 heads"), (((0,), (128,)), "guess 129.* 128")]
+)
+def test_tree_that_its_heads_cannot_fill_is_refused(
+    tiny_model_dir: Path, heads_dir: Path, tmp_path: Path, paths: tuple[tuple[int, ...], ...], words: str
+) -> None:
+    folder = tmp_path / "heads"
+    shutil.copytree(heads_dir, folder)
+    TreeFamily(paths, (0.5,) * len(paths)).save(folder / "tree.json")
+    with pytest.raises(HeadsError, match=f"{words}.*calibrate"):
+        make_engine(tiny_model_dir, heads_dir=str(folder))

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engine import process
+from engine import channel, process
 from engine.client import EngineClient
-from engine.errors import (
-    EngineStartError,
-    OverloadedError,
-    RequestError,
-)
+from engine.config import EngineConfig
+from engine.errors import EngineStartError, OverloadedError, RequestError
 from engine.loop import Engine
-from engine.messages import AbortRequest, AddRequest, StepStats, ToEngine
+from engine.messages import AbortRequest, AddRequest, EngineFailed, StepStats, ToEngine, ToServer
 from tests.engine.helpers import params
 from tests.engine.processes import PROMPT, collect, config_for, is_alive, running, tokens_of, until
 
@@ -145,3 +143,25 @@ async def test_request_beyond_the_queue_is_turned_away_at_once(tiny_model_dir: P
         for stream in streams:
             await stream.aclose()
         assert len(tokens_of(await collect(client, max_tokens=3, ignore_eos=True))) == 3
+
+
+def test_memory_that_runs_out_at_the_start_is_told(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(config: EngineConfig) -> Engine:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(process, "Engine", engine)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert process._load(config_for(tiny_model_dir), theirs) is None
+        message = asyncio.run(_first_message(ours))
+    assert isinstance(message, EngineFailed) and "--kv-cache-memory" in message.message
+
+
+async def _first_message(connection: socket.socket) -> ToServer | None:
+    reader, writer = await asyncio.open_connection(sock=connection)
+    try:
+        return await channel.receive_async(reader)
+    finally:
+        writer.close()

@@ -12,11 +12,7 @@ import pytest
 
 from engine import client as client_module
 from engine.client import EngineClient
-from engine.errors import (
-    EngineDeadError,
-    EngineStartError,
-    EngineStoppedError,
-)
+from engine.errors import EngineDeadError, EngineStartError, EngineStoppedError
 from engine.messages import StepStats
 from tests.engine.helpers import params
 from tests.engine.processes import PROMPT, collect, config_for, is_alive, running, tokens_of, until
