@@ -17,7 +17,7 @@ RUN apt-get update \
     && useradd --create-home --uid 10001 gorgon \
     && install --directory --owner=gorgon --group=gorgon /models
 
-# The Linux wheel of torch is the CUDA build. It has a layer of its own: it is large and rarely changes.
+# On PyPI the wheel of torch for Linux is the CUDA build. It has a layer of its own: it is large and rarely changes.
 RUN pip install torch==2.13.0
 
 WORKDIR /src

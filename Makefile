@@ -40,7 +40,8 @@ bench: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Torch goes first and pinned: left to itself, pip may pick a newer build with gigabytes of CUDA libraries.
+# Torch goes first and pinned, so that everybody runs the build that the tests passed with. Which build of this
+# version that is, for CPU or for CUDA, is up to the package index: on Linux, PyPI has the one for CUDA.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install "$(TORCH)"

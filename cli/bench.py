@@ -11,6 +11,7 @@ from cli.serve import DEFAULT_MODEL
 from cli.settings import Setting, add_flags, build, settings_of
 
 DEFAULT_KV_CACHE = 2**30  # several engines share the memory
+DEFAULT_ROUNDS = 3
 
 
 def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
@@ -53,12 +54,14 @@ def _register_engine(commands: Subparsers[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="also measure a tree of always N draft tokens; may be repeated",
     )
-    parser.add_argument("--transformers", action="store_true", help="also measure transformers.generate")
+    parser.add_argument(
+        "--transformers", action="store_true", help="also measure transformers, one request at a time"
+    )
     parser.add_argument(
         "--concurrency", type=int, default=1, metavar="N", help="requests at once (default: 1)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="rounds with --concurrency (default: 3)"
+        "--rounds", type=int, metavar="N", help=f"rounds with --concurrency (default: {DEFAULT_ROUNDS})"
     )
     add_flags(parser, _engine_settings())
     parser.set_defaults(run=run_engine, speculation=None, seed=None)
@@ -135,8 +138,14 @@ def run_engine(args: argparse.Namespace) -> int:
     from bench.inprocess import EngineBenchOptions, run
     from bench.prompts import BUILTIN
     from engine.config import EngineConfig
+    from engine.errors import ConfigError
 
-    _check(args, "num_prompts", "max_tokens", "concurrency", "rounds", "tree_nodes")
+    rounds = [] if args.rounds is None else ["rounds"]
+    _check(args, "num_prompts", "max_tokens", "concurrency", "tree_nodes", *rounds)
+    if args.concurrency > 1 and args.transformers:
+        raise ConfigError("transformers", "answers one request at a time; leave out --concurrency")
+    if args.concurrency == 1 and rounds:
+        raise ConfigError("rounds", "one request at a time has no rounds; give --concurrency 2 or more")
     return run(
         EngineBenchOptions(
             model=args.model,
@@ -149,7 +158,7 @@ def run_engine(args: argparse.Namespace) -> int:
             tree_nodes=tuple(args.tree_nodes),
             transformers=args.transformers,
             concurrency=args.concurrency,
-            rounds=args.rounds,
+            rounds=args.rounds or DEFAULT_ROUNDS,
         )
     )
 

@@ -7,9 +7,8 @@ whole paths, rather than multiplying the hit rates of single heads, keeps how th
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from trees.family import MAX_DRAFT_NODES, RankPath, TreeFamily
 
@@ -28,36 +27,6 @@ def family_from_paths(observed: Iterable[RankPath], max_nodes: int = MAX_DRAFT_N
     # A parent is hit at least as often as its child and is shorter, so this order puts it first.
     best = sorted(hits, key=lambda path: (-hits[path], len(path), path))[:max_nodes]
     return TreeFamily(tuple(best), tuple(hits[path] / positions for path in best))
-
-
-def family_from_hit_rates(
-    hit_rates: Sequence[Sequence[float]], max_nodes: int = MAX_DRAFT_NODES
-) -> TreeFamily:
-    """The best family when only hit rates are known: hit_rates[d][r] is how often the guess of rank r of
-    head d is right. Heads are taken as independent, which overrates deep paths.
-    """
-    orders = [sorted(range(len(rates)), key=lambda rank: (-rates[rank], rank)) for rates in hit_rates]
-    paths: list[RankPath] = []
-    gains: list[float] = []
-    # Entries: (minus the node's gain, its path, place of its rank in its head's order, its parent's gain).
-    open_nodes: list[tuple[float, RankPath, int, float]] = []
-
-    def open_node(parent: RankPath, place: int, parent_gain: float) -> None:
-        depth = len(parent)
-        if depth < len(orders) and place < len(orders[depth]):
-            rank = orders[depth][place]
-            gain = parent_gain * hit_rates[depth][rank]
-            if gain > 0:
-                heapq.heappush(open_nodes, (-gain, (*parent, rank), place, parent_gain))
-
-    open_node((), 0, 1.0)
-    while open_nodes and len(paths) < max_nodes:
-        negative_gain, path, place, parent_gain = heapq.heappop(open_nodes)
-        paths.append(path)
-        gains.append(-negative_gain)
-        open_node(path[:-1], place + 1, parent_gain)
-        open_node(path, 0, -negative_gain)
-    return TreeFamily(tuple(paths), tuple(gains))
 
 
 def accepted_nodes(family: TreeFamily, path: RankPath) -> int:

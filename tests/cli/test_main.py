@@ -118,6 +118,19 @@ def test_impossible_settings_exit_2_before_anything_is_fetched(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--transformers", "--concurrency", "2"], "--transformers: answers one request at a time"),
+        (["--rounds", "2"], "--rounds: one request at a time has no rounds"),
+        (["--rounds", "0", "--concurrency", "2"], "--rounds: must be at least 1"),
+    ],
+)
+def test_bench_refuses_what_it_would_ignore(argv: list[str], message: str, capsys: Any) -> None:
+    assert main(["bench", "engine", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_unknown_variable_exits_2(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("GORGON_PROT", "80")
     assert main(["serve"]) == 2

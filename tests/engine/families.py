@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+from math import prod
+
 from hypothesis import strategies as st
 
 from trees.family import MAX_DRAFT_NODES, RankPath, TreeFamily
@@ -39,3 +43,15 @@ def full(num_nodes: int = MAX_DRAFT_NODES, width: int = 3, depth: int = 5) -> Tr
         paths += level
     paths = paths[:num_nodes]
     return TreeFamily(tuple(paths), tuple(0.9 ** (i + 1) for i in range(len(paths))))
+
+
+def family_of_rates(hit_rates: Sequence[Sequence[float]]) -> TreeFamily:
+    """The best family where heads are right independently: hit_rates[d][r] for rank r of head d."""
+    ranks = [range(len(rates)) for rates in hit_rates]
+    gains = {
+        path: prod(hit_rates[d][rank] for d, rank in enumerate(path))
+        for depth in range(1, len(ranks) + 1)
+        for path in product(*ranks[:depth])
+    }
+    best = sorted(gains, key=lambda path: (-gains[path], len(path), path))[:MAX_DRAFT_NODES]
+    return TreeFamily(tuple(best), tuple(gains[path] for path in best))

@@ -8,11 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trees.family import MAX_DRAFT_NODES, TreeFamily
-from trees.search import accepted_nodes, family_from_hit_rates, family_from_paths
+from trees.search import accepted_nodes, family_from_paths
 
 rank_paths = st.lists(st.lists(st.integers(0, 12), max_size=5).map(tuple), min_size=1, max_size=200)
-rates = st.floats(0, 1, allow_nan=False)
-hit_rates = st.lists(st.lists(rates, min_size=1, max_size=20), min_size=1, max_size=5)
 
 
 def assert_nested(family: TreeFamily) -> None:
@@ -36,25 +34,10 @@ def test_gains_are_what_a_tree_of_any_size_accepts(observed: list[tuple[int, ...
     assert math.isclose(accepted / len(observed), sum(family.gains), abs_tol=1e-9)
 
 
-@given(hit_rates)
-def test_family_from_hit_rates_is_nested_and_sorted(rates: list[list[float]]) -> None:
-    assert_nested(family_from_hit_rates(rates))
-
-
 def test_counting_paths_keeps_what_hits_have_to_do_with_each_other() -> None:
     # The heads are right together or not at all; multiplied rates would say (0, 0) is worth 0.25.
     family = family_from_paths([(0, 0), (0, 0), (), ()])
     assert family == TreeFamily(((0,), (0, 0)), (0.5, 0.5))
-
-
-def test_hit_rates_multiply_along_the_path() -> None:
-    family = family_from_hit_rates([[0.6, 0.2], [0.5, 0.1]], max_nodes=4)
-    assert family.paths == ((0,), (0, 0), (1,), (1, 0))
-    assert all(math.isclose(a, b) for a, b in zip(family.gains, (0.6, 0.3, 0.2, 0.1), strict=True))
-
-
-def test_a_rank_that_is_hit_more_often_than_the_one_before_it_comes_first() -> None:
-    assert family_from_hit_rates([[0.1, 0.3]]).paths == ((1,), (0,))
 
 
 def test_a_path_is_accepted_as_far_as_the_tree_has_it() -> None:

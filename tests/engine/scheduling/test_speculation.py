@@ -14,11 +14,11 @@ from engine.scheduling.speculation import (
     Candidate,
     FixedSpeculation,
 )
+from tests.engine.families import family_of_rates
 from trees.family import RankPath, TreeFamily
-from trees.search import family_from_hit_rates
 
 HIT_RATES = [[0.45 * 0.45**rank * 0.9**depth for rank in range(6)] for depth in range(4)]
-FAMILY = family_from_hit_rates(HIT_RATES)
+FAMILY = family_of_rates(HIT_RATES)
 COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
