@@ -62,7 +62,7 @@ class KeyGate:
     def __init__(self, app: ASGIApp, api_key: str | None, open_metrics: bool) -> None:
         self._app = app
         self._open = frozenset({HEALTH, METRICS} if open_metrics else {HEALTH})
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._expected = None if api_key is None else f"bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._expected is None or scope["type"] == "lifespan" or self._admits(self._expected, scope):
@@ -82,7 +82,10 @@ class KeyGate:
         if scope["type"] == "http" and scope["path"] in self._open:
             return True
         sent = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(sent) == 1 and hmac.compare_digest(sent[0], expected)
+        if len(sent) != 1:
+            return False
+        scheme, space, key = sent[0].partition(b" ")
+        return hmac.compare_digest(scheme.lower() + space + key, expected)
 
 
 class BodyGate:

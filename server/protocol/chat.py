@@ -81,7 +81,9 @@ def _no_store(value: object) -> object:
 
 def _text_format(value: object) -> object:
     if value not in (None, {"type": "text"}):
-        raise PydanticCustomError("only_text", 'only {{"type": "text"}} is supported by this server')
+        # The message is a template, which takes no literal braces.
+        only = {"format": '{"type": "text"}'}
+        raise PydanticCustomError("only_text", "only {format} is supported by this server", only)
     return value
 
 

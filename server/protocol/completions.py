@@ -11,7 +11,9 @@ from server.protocol.common import Finish, Many, OnlyOne, SamplingFields, TokenI
 
 
 def _prompt(value: object) -> object:
-    """Say in words what a union's errors would say twice."""
+    """Take the prompt out of a list of one, and say in words what a union's errors would say twice."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
+        value = value[0]
     if isinstance(value, list) and value and isinstance(value[0], (str, list)):
         raise PydanticCustomError(
             "one_prompt", "one prompt per request: send a string or one list of token ids"

@@ -335,3 +335,12 @@ async def test_models_are_listed_with_their_context() -> None:
         card = (await client.get(f"/v1/models/{MODEL}")).json()
     assert listed == {"object": "list", "data": [card]}
     assert (card["id"], card["object"], card["max_model_len"]) == (MODEL, "model", CONTEXT)
+
+
+@pytest.mark.parametrize("prompt", ["hi", [1, 2, 3]])
+async def test_a_list_of_one_prompt_is_that_prompt(prompt: str | list[int]) -> None:
+    async with client_for(app_for(FakeEngine())) as client:
+        plain = (await client.post(COMPLETIONS, json=body_for(COMPLETIONS, prompt=prompt))).json()
+        listed = (await client.post(COMPLETIONS, json=body_for(COMPLETIONS, prompt=[prompt]))).json()
+    assert listed["choices"] == plain["choices"]
+    assert listed["usage"] == plain["usage"]

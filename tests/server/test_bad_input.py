@@ -127,7 +127,7 @@ COMPLETION_FIELDS: list[tuple[str, Any]] = [
     ("prompt", None),
     ("prompt", 5),
     ("prompt", ["a", "b"]),
-    ("prompt", [[1, 2]]),
+    ("prompt", [[1, 2], [3]]),
     ("prompt", [1, "x"]),
     ("prompt", [1, True]),
     ("prompt", [VOCAB_SIZE]),
