@@ -179,6 +179,9 @@ def banner(settings: ServerSettings, port: int) -> str:
     body = {
         "model": settings.served_model_name,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+        # A small model at OpenAI's default temperature may ramble until its context is full.
+        "temperature": 0,
+        "max_tokens": 128,
     }
     key = ' -H "Authorization: Bearer $GORGON_API_KEY"' if settings.api_key else ""
     return (
