@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.errors import ConfigError
+from trees.family import MAX_DRAFT_NODES
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Speculation = Literal["auto", "off"]
 
-MAX_TREE_NODES = 64  # a node's ancestors are one 64-bit set, root included
+MAX_TREE_NODES = MAX_DRAFT_NODES + 1  # the root is a node too
 
 
 def flag(default: Any, help_text: str) -> Any:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from engine.config import MAX_TREE_NODES
+
 MAX_FIELDS = 100
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -76,7 +78,7 @@ class SpeculationOptions(Strict):
     """Our extension: how this request speculates. `max_nodes` counts draft tokens besides the root."""
 
     enabled: bool = True
-    max_nodes: int | None = Field(None, ge=0, le=63)
+    max_nodes: int | None = Field(None, ge=0, le=MAX_TREE_NODES - 1)
     acceptance: Literal["exact", "typical"] = "exact"
     epsilon: float = Field(0.09, ge=0, le=1)
     delta: float = Field(0.3, ge=0, le=1)
