@@ -111,6 +111,23 @@ class MedusaHeads(nn.Module):
             x = x + F.silu(y)
         return x
 
+    def sequence_features(self, hidden: Tensor, embeddings: Tensor, anchors: Tensor) -> Tensor:
+        """What each head projects over whole texts, [num_heads, num_anchors, hidden].
+
+        hidden, embeddings: [batch, length, hidden]; anchors: [num_anchors] int64, flat rows t whose root is
+        token t + 1.
+        """
+        roots = embeddings.flatten(0, 1)[anchors + 1] if self.root_weights is not None else None
+        return self.features(hidden.flatten(0, 1)[anchors], self.num_heads, roots)
+
+    def head_logits(self, head: int, features: Tensor) -> Tensor:
+        """One head's guesses from what it projects, [num_rows, num_tokens]. features: [num_rows, hidden]."""
+        if self.projection is not None:
+            return features @ self.projection[head].t()
+        if self.project is None:
+            raise HeadsError("these heads share the base's projection; call bind() first")
+        return self.project(features)
+
     def logits(self, hidden: Tensor, roots: Tensor, num_heads: int) -> Tensor:
         """Guesses of bound heads, [num_heads, num_rows, num_tokens], columns in token map order.
 

@@ -17,32 +17,57 @@ ROWS_PER_BLOCK = 256
 
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, projection: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, projection: Tensor, targets: Tensor, teacher: Tensor | None
+    ) -> Tensor:
         gradient = torch.empty_like(features)
         loss = torch.zeros((), dtype=torch.float32, device=features.device)
         for begin in range(0, len(features), ROWS_PER_BLOCK):
             block = slice(begin, begin + ROWS_PER_BLOCK)
-            chosen = targets[block].unsqueeze(1)
-            probabilities = (features[block] @ projection.t()).softmax(dim=1)
-            right = probabilities.gather(1, chosen).float()
-            loss -= right.clamp_min(torch.finfo(torch.float32).tiny).log().sum()
-            probabilities.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=probabilities.dtype))
-            torch.mm(probabilities, projection, out=gradient[block])
+            log_probabilities = (features[block] @ projection.t()).float().log_softmax(dim=1)
+            if teacher is None:
+                chosen = targets[block].unsqueeze(1)
+                loss -= log_probabilities.gather(1, chosen).sum()
+                difference = log_probabilities.exp_().scatter_add_(
+                    1, chosen, -torch.ones_like(chosen).float()
+                )
+            else:
+                wanted = teacher[targets[block]].float()
+                loss -= (log_probabilities * wanted).sum()
+                difference = log_probabilities.exp_().sub_(wanted)
+            difference = difference.to(features.dtype)
+            torch.mm(difference, projection, out=gradient[block])
         ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None
+        return gradient * grad_output.to(gradient.dtype), None, None, None
 
 
-def vocabulary_loss(features: Tensor, projection: Tensor, targets: Tensor) -> Tensor:
-    """Sum over the rows of -log p(target), as float32.
+def vocabulary_loss(
+    features: Tensor, projection: Tensor, targets: Tensor, teacher: Tensor | None = None
+) -> Tensor:
+    """Sum over the rows of the cross-entropy, as float32.
 
-    features: [num_rows, hidden]; projection: [num_tokens, hidden], frozen, of the same dtype;
-    targets: [num_rows] int64, columns of the projection.
+    features: [num_rows, hidden]; projection: [num_tokens, hidden], frozen, of the same dtype. Without a
+    teacher, targets: [num_rows] int64 are columns of the projection. With one, [num_texts, num_tokens]
+    distributions of the same dtype, they say which of these each row should give.
     """
-    loss: Tensor = _VocabularyLoss.apply(features, projection, targets)  # type: ignore[no-untyped-call]
+    loss: Tensor = _VocabularyLoss.apply(features, projection, targets, teacher)  # type: ignore[no-untyped-call]
     return loss
+
+
+@torch.no_grad()
+def distributions(hidden: Tensor, projection: Tensor) -> Tensor:
+    """What the base itself says next, over the projection's tokens alone: [num_rows, num_tokens].
+
+    hidden: [num_rows, hidden], the base's last rows; projection: [num_tokens, hidden].
+    """
+    result = hidden.new_empty(len(hidden), len(projection))
+    for begin in range(0, len(hidden), ROWS_PER_BLOCK):
+        block = slice(begin, begin + ROWS_PER_BLOCK)
+        result[block] = (hidden[block] @ projection.t()).float().softmax(dim=1)
+    return result
