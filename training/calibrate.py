@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from heads.medusa import MedusaHeads
+from heads.base import DraftHeads
 from training.sequences import SequenceBatch, Sequences
 from trees.family import RankPath, TreeFamily
 from trees.search import accepted_nodes, family_from_paths
@@ -39,13 +39,13 @@ class Calibration:
 
 
 @torch.inference_mode()
-def true_ranks(heads: MedusaHeads, batch: SequenceBatch, embedding: Tensor) -> Tensor:
+def true_ranks(heads: DraftHeads, batch: SequenceBatch, embedding: Tensor) -> Tensor:
     """Rank of the true token among each head's guesses where everything before it was guessed right,
     [num_anchors, num_heads] int64; MAX_RANK for a miss.
 
     heads: bound; embedding: [vocab, hidden], the base's.
     """
-    dtype = heads.biases[0].dtype
+    dtype = next(heads.parameters()).dtype
     rows = embedding[batch.token_ids].to(dtype)
     ranks = torch.full((len(batch.anchors), heads.num_heads), MAX_RANK, dtype=torch.int64)
     for head, features in enumerate(heads.sequence_features(batch.hidden.to(dtype), rows, batch.anchors)):
@@ -82,7 +82,7 @@ def walk(family: TreeFamily, segments: Sequence[Sequence[RankPath]]) -> float:
 
 
 def calibrate(
-    heads: MedusaHeads, sequences: Sequences, documents: Sequence[int], embedding: Tensor
+    heads: DraftHeads, sequences: Sequences, documents: Sequence[int], embedding: Tensor
 ) -> Calibration:
     """Measure bound heads on the answers of the given documents. embedding: [vocab, hidden], the base's."""
     by_answer: list[list[RankPath]] = []

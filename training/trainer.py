@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import GorgonError
+from heads.base import DraftHeads
 from heads.checkpoint import save_heads
-from heads.medusa import MedusaHeads
 from training.hidden_states import HiddenCache
 from training.sequences import SequenceBatch, Sequences
 from training.vocabulary_loss import distributions, vocabulary_loss
@@ -69,7 +69,7 @@ class HeadsTrainer:
     def __init__(
         self,
         config: TrainerConfig,
-        heads: MedusaHeads,
+        heads: DraftHeads,
         cache: HiddenCache,
         embedding: Tensor,  # [vocab, hidden]
         lm_head_weight: Tensor,  # [vocab, hidden]
@@ -78,10 +78,10 @@ class HeadsTrainer:
     ) -> None:
         self.config, self.heads, self.directory, self.base_model = config, heads, directory, base_model
         self.embedding = embedding.detach().to(torch.bfloat16)
+        heads.start_from(lm_head_weight)
         weight = lm_head_weight.detach().to(torch.bfloat16)
-        chosen = heads.token_map
-        self.projection = weight if chosen is None else weight[chosen].contiguous()  # [num_tokens, hidden]
-        self._columns = _columns(chosen, len(weight))
+        self.projection = heads.mapped(weight)  # [num_tokens, hidden], the base's
+        self._columns = _columns(heads.token_map, len(weight))
         self.origin = cache.origin
         self.sequences = Sequences(cache)
         training = torch.nonzero(~cache.held_out).squeeze(1)
@@ -160,6 +160,12 @@ class HeadsTrainer:
             )
         return [f.to(torch.bfloat16) for f in features]
 
+    def _projected(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and weight of a head's logits, both in bfloat16."""
+        with torch.autocast("cpu", torch.bfloat16):
+            rows, weight = self.heads.projected(head, features)
+        return rows, self.projection if weight is None else weight.to(torch.bfloat16)
+
     def losses(self, batch: SequenceBatch) -> list[Tensor]:
         """Mean cross-entropy of each head over the anchors that have a target."""
         teacher = None
@@ -171,7 +177,8 @@ class HeadsTrainer:
             known = columns >= 0
             # The row of token t + 1 + k says what the base makes of token t + 2 + k.
             wanted = columns[known] if teacher is None else batch.anchors[known] + 1 + head
-            total = vocabulary_loss(features[known], self.projection, wanted, teacher)
+            rows, weight = self._projected(head, features[known])
+            total = vocabulary_loss(rows, weight, wanted, teacher)
             means.append(total / known.sum().clamp_min(1))
         return means
 
@@ -201,7 +208,8 @@ class HeadsTrainer:
             batch = self.sequences.load(documents)
             for head, features in enumerate(self.features(batch)):
                 targets = batch.targets(head)
-                guesses = (features @ self.projection.t()).argmax(dim=1)
+                rows, weight = self._projected(head, features)
+                guesses = (rows @ weight.t()).argmax(dim=1)
                 right[head] += (guesses == self._columns[targets])[targets >= 0].sum()
                 total[head] += (targets >= 0).sum()
         return (right / total.clamp_min(1)).tolist()

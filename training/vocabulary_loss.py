@@ -1,4 +1,4 @@
-"""Cross-entropy over the shared vocabulary projection, without ever holding all of its logits.
+"""Cross-entropy over a vocabulary projection, without ever holding all of its logits.
 
 Logits are most of what training heads costs, in time and in memory. A block of rows at a time stays in the
 processor's cache, and its gradient is computed while the probabilities are at hand.
@@ -21,6 +21,7 @@ class _VocabularyLoss(torch.autograd.Function):
         ctx: Any, features: Tensor, projection: Tensor, targets: Tensor, teacher: Tensor | None
     ) -> Tensor:
         gradient = torch.empty_like(features)
+        of_projection = torch.zeros_like(projection) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.float32, device=features.device)
         for begin in range(0, len(features), ROWS_PER_BLOCK):
             block = slice(begin, begin + ROWS_PER_BLOCK)
@@ -37,14 +38,17 @@ class _VocabularyLoss(torch.autograd.Function):
                 difference = log_probabilities.exp_().sub_(wanted)
             difference = difference.to(features.dtype)
             torch.mm(difference, projection, out=gradient[block])
-        ctx.save_for_backward(gradient)
+            if of_projection is not None:
+                of_projection.addmm_(difference.t(), features[block])
+        ctx.save_for_backward(gradient, of_projection)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        gradient, of_projection = ctx.saved_tensors
+        scale = grad_output.to(gradient.dtype)
+        return gradient * scale, None if of_projection is None else of_projection * scale, None, None
 
 
 def vocabulary_loss(
@@ -52,7 +56,7 @@ def vocabulary_loss(
 ) -> Tensor:
     """Sum over the rows of the cross-entropy, as float32.
 
-    features: [num_rows, hidden]; projection: [num_tokens, hidden], frozen, of the same dtype. Without a
+    features: [num_rows, hidden]; projection: [num_tokens, hidden], of the same dtype. Without a
     teacher, targets: [num_rows] int64 are columns of the projection. With one, [num_texts, num_tokens]
     distributions of the same dtype, they say which of these each row should give.
     """
