@@ -1,4 +1,4 @@
-"""`gorgon train medusa1|calibrate`: make a head set for a model from its own text, and measure one."""
+"""`gorgon train medusa1|calibrate|overlap`: make a head set from a model's own text, and measure one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from cli import overlap
 from cli.parser import Subparsers
 from cli.serve import DEFAULT_MODEL
 
@@ -52,6 +53,8 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     _add_common(parser)
     parser.add_argument("--heads", type=Path, required=True, metavar="DIR", help="the head set")
     parser.set_defaults(run=run_calibrate)
+
+    overlap.register(commands)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
