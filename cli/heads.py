@@ -1,16 +1,27 @@
-"""`gorgon heads list|show|verify`: what head sets there are, what one holds, whether it fits its model."""
+"""`gorgon heads list|show|verify`: what head sets there are, what one holds, whether it fits its model.
+
+The rest of `gorgon heads`, which moves sets in and out, is in cli.head_files.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cli import head_files
 from cli.parser import Subparsers
 from cli.serve import DEFAULT_MODEL
 
+if TYPE_CHECKING:
+    from heads.checkpoint import HeadSet
+    from trees.family import TreeFamily
+
 
 def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("heads", help="list, show and verify head sets")
+    parser = subparsers.add_parser(
+        "heads", help="list, show, verify, import, export, push and pull head sets"
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     parser = commands.add_parser("list", help="the head sets that come with gorgon")
@@ -26,6 +37,8 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "--model", default=DEFAULT_MODEL, metavar="MODEL", help=f"base model (default: {DEFAULT_MODEL})"
     )
     parser.set_defaults(run=run_verify)
+
+    head_files.register(commands)
 
 
 def _add_heads(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +63,7 @@ def run_show(args: argparse.Namespace) -> int:
     from heads.checkpoint import describe
     from trees.family import TreeFamily
 
-    folder = _find(args.heads)
+    folder = find_heads(args.heads)
     for name, value in describe(folder).items():
         print(f"{name}: {value}")
     family = TreeFamily.load(folder / "tree.json")
@@ -65,18 +78,9 @@ def run_verify(args: argparse.Namespace) -> int:
     import torch
 
     from engine.model.loader import load_decoder
-    from heads.checkpoint import load_heads
-    from heads.errors import HeadsError
     from heads.registry import resolve_model
-    from trees.family import TreeFamily
 
-    folder = _find(args.heads)
-    heads = load_heads(folder)
-    family = TreeFamily.load(folder / "tree.json")
-    if family.max_depth > heads.module.num_heads:
-        raise HeadsError(
-            f"tree.json is {family.max_depth} deep, but the set has {heads.module.num_heads} heads"
-        )
+    heads, _ = load_whole(find_heads(args.heads))
     model = resolve_model(args.model)
     decoder = load_decoder(model.model_dir, torch.float32, torch.device("cpu"))
     heads.bind(decoder.embedding, decoder.lm_head.weight)
@@ -85,7 +89,22 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find(name: str) -> Path:
+def load_whole(folder: Path) -> tuple[HeadSet, TreeFamily]:
+    """A head set and its tree. Raises HeadsError or TreeError where one is damaged or they do not fit."""
+    from heads.checkpoint import load_heads
+    from heads.errors import HeadsError
+    from trees.family import TreeFamily
+
+    heads = load_heads(folder)
+    family = TreeFamily.load(folder / "tree.json")
+    if family.max_depth > heads.module.num_heads:
+        raise HeadsError(
+            f"tree.json is {family.max_depth} deep, but the set has {heads.module.num_heads} heads"
+        )
+    return heads, family
+
+
+def find_heads(name: str) -> Path:
     """The folder of a head set by name, folder or hub id. Raises RegistryError."""
     from heads.errors import RegistryError
     from heads.registry import ResolvedModel, resolve_heads

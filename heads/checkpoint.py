@@ -81,6 +81,16 @@ class HeadSet:
         rows = embedding.detach()[self.fingerprint_tokens.to(embedding.device)].float().cpu()
         return float(F.cosine_similarity(rows, self.fingerprint.float(), dim=1).mean())
 
+    def check_base(self, embedding: Tensor) -> None:
+        """Raises HeadsError where embedding [vocab, hidden] is another model's than the heads'."""
+        similarity = self.similarity(embedding)
+        if not similarity > FINGERPRINT_COSINE:
+            raise HeadsError(
+                f"head set {self.name} was trained for {self.base_model}; this is another model (its "
+                f"embeddings agree to {similarity:.2f}, those of a quantized copy to 0.99). Use heads made "
+                "for this model, or --heads none"
+            )
+
     def bind(
         self,
         embedding: Tensor,
@@ -92,13 +102,7 @@ class HeadSet:
         embedding, lm_head_weight: [vocab, hidden]; make_linear: see `DraftHeads.bind`. Raises HeadsError
         where the base is another model.
         """
-        similarity = self.similarity(embedding)
-        if not similarity > FINGERPRINT_COSINE:
-            raise HeadsError(
-                f"head set {self.name} was trained for {self.base_model}; this is another model (its "
-                f"embeddings agree to {similarity:.2f}, those of a quantized copy to 0.99). Use heads made "
-                "for this model, or --heads none"
-            )
+        self.check_base(embedding)
         self.module.bind(lm_head_weight, embedding, make_linear)
         return self.module
 

@@ -22,7 +22,7 @@ _BUILTIN = Path(__file__).parent / "builtin"
 _HUB_FILE = re.compile(r"(?P<hub_id>[A-Za-z0-9][\w.-]*/[\w.-]+):(?P<file>[\w.-]+\.gguf)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-_HEAD_FILES = ("config.json", "tree.json", "README.md", "*.safetensors")
+HEAD_FILES = ("config.json", "tree.json", "README.md", "*.safetensors")
 # Copies of the same weights in other formats, and what lies in subfolders.
 _NOT_WANTED = ("*/*", "consolidated*")
 
@@ -122,11 +122,21 @@ def resolve_heads(heads: str, model: ResolvedModel) -> Path | None:
     if heads and folder.is_dir():
         return folder.resolve()
     if _HUB_ID.fullmatch(heads):
-        return _snapshot(heads, _HEAD_FILES)
+        return fetch_head_files(heads)
     known = ", ".join(["auto", "none", *sets])
     raise RegistryError(
         f"{heads!r} is no known head set ({known}), no local folder and no hub id like org/name"
     )
+
+
+def fetch_head_files(hub_id: str, patterns: Iterable[str] = HEAD_FILES) -> Path:
+    """A hub repository's files that make up a head set, in the hub's own cache. Raises RegistryError."""
+    return _snapshot(hub_id, patterns)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` means a hub repository `org/name`. A folder that exists goes first."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
 
 
 def _registered_dir(name: str) -> Path:

@@ -1,0 +1,163 @@
+"""Writes our heads as other projects read them: Medusa's own code, text-generation-inference and vLLM.
+
+Each gets the layout its loader needs: where that loader would fill in what a file lacks with chance, the
+file holds it, a projection of every head included. What a layout cannot say is an error before anything is
+written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from heads.errors import HeadsError
+from heads.formats.layout import Layout, Place
+from heads.formats.medusa import MEDUSA
+from heads.formats.vllm import VLLM
+from heads.medusa import MedusaHeads
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What one format consists of."""
+
+    tensors: dict[str, Tensor]
+    weights: str  # file name
+    config: dict[str, object]
+
+
+def export_heads(
+    format_name: str, module: MedusaHeads, base_model: str, lm_head_weight: Tensor, directory: Path
+) -> Path:
+    """Write the heads to `directory` in one of FORMATS and return the file of their weights.
+
+    base_model: what the other project loads as base, a hub id or folder; lm_head_weight: [vocab, hidden],
+    the base's. Raises HeadsError where the format cannot hold these heads.
+    """
+    make = FORMATS.get(format_name)
+    if make is None:
+        raise HeadsError(f"format {format_name!r} is not known; there are {', '.join(FORMATS)}")
+    if module.root_weights is not None:
+        raise HeadsError(
+            f"the {format_name} format has no heads that see the committed root; train some with "
+            "--no-root-input"
+        )
+    if module.token_map is not None and format_name != "vllm":
+        raise HeadsError(
+            f"the {format_name} format has no token map: its heads guess among all "
+            f"{module.vocab_size} tokens; export to vllm, or train heads with --vocab {module.vocab_size}"
+        )
+    if tuple(lm_head_weight.shape) != (module.vocab_size, module.hidden_size):
+        raise HeadsError(
+            f"the heads belong to a model of {module.vocab_size} tokens by {module.hidden_size}; this "
+            f"one has {' by '.join(map(str, lm_head_weight.shape))}. Name their base with --model"
+        )
+    files = make(module, base_model, lm_head_weight)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / files.weights
+    partial = directory / f"{files.weights}.partial"
+    if path.suffix == ".pt":
+        torch.save(files.tensors, partial)
+    else:
+        save_file(files.tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, path)
+    (directory / "config.json").write_text(json.dumps(files.config, indent=2) + "\n")
+    return path
+
+
+def _medusa(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files:
+    # The original reads this one file, and leaves at chance whatever is not in it, so nothing is shared.
+    tensors = {**_blocks(module, MEDUSA), **_projections(module, MEDUSA, lm_head_weight)}
+    return _Files(tensors, "medusa_lm_head.pt", _medusa_config(module, base_model))
+
+
+def _tgi(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files:
+    tensors, config = _blocks(module, MEDUSA), _medusa_config(module, base_model)
+    # Its heads that share the base's projection have exactly one block.
+    if module.projection is None and module.num_layers == 1:
+        config["version"] = "2"
+    else:
+        tensors.update(_projections(module, MEDUSA, lm_head_weight))
+    return _Files(tensors, "medusa_lm_head.safetensors", config)
+
+
+def _vllm(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files:
+    tensors = _blocks(module, VLLM)
+    shared = module.projection is None
+    projections = _projections(module, VLLM, lm_head_weight)
+    tensors.update(list(projections.items())[:1] if shared else projections)
+    num_tokens = module.vocab_size
+    if module.token_map is not None:
+        tensors["token_map"] = module.token_map.cpu()
+        num_tokens = len(module.token_map)
+    config: dict[str, object] = {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "base_model_name_or_path": base_model,
+        "hidden_size": module.hidden_size,
+        "vocab_size": module.vocab_size,
+        "truncated_vocab_size": num_tokens,
+        "num_heads": module.num_heads,
+        "num_hidden_layers": module.num_layers,
+        "medusa_fc_bias": True,  # without it vLLM drops the biases in silence
+        "original_lm_head": shared,
+    }
+    return _Files(tensors, "model.safetensors", config)
+
+
+FORMATS: Mapping[str, Callable[[MedusaHeads, str, Tensor], _Files]] = {
+    "medusa": _medusa,
+    "tgi": _tgi,
+    "vllm": _vllm,
+}
+
+
+def _medusa_config(module: MedusaHeads, base_model: str) -> dict[str, object]:
+    return {
+        "base_model_name_or_path": base_model,
+        "medusa_num_heads": module.num_heads,
+        "medusa_num_layers": module.num_layers,
+    }
+
+
+def _blocks(module: MedusaHeads, layout: Layout) -> dict[str, Tensor]:
+    dtype = _dtype(module)
+    tensors = {}
+    for layer, (weights, biases) in enumerate(zip(module.weights, module.biases, strict=True)):
+        for head in range(module.num_heads):
+            tensors[layout.key(Place("weight", head, layer))] = _copy(weights[head], dtype)
+            tensors[layout.key(Place("bias", head, layer))] = _copy(biases[head], dtype)
+    return tensors
+
+
+def _projections(module: MedusaHeads, layout: Layout, lm_head_weight: Tensor) -> dict[str, Tensor]:
+    """Every head's own, or a copy of the base's for each: files hold no tensor twice under two names."""
+    dtype = _dtype(module)
+    after = module.num_layers if layout.numbers_projection else 0
+    tensors = {}
+    for head in range(module.num_heads):
+        if module.projection is not None:
+            rows = module.projection[head]
+        else:
+            rows = lm_head_weight if module.token_map is None else lm_head_weight[module.token_map]
+        tensors[layout.key(Place("projection", head, after))] = _copy(rows, dtype)
+    return tensors
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
+
+
+def _dtype(module: MedusaHeads) -> torch.dtype:
+    """The narrowest that holds the heads without loss: they were stored in it before they were loaded."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(p.detach().to(dtype).to(p.dtype), p.detach()) for p in module.parameters()):
+            return dtype
+    return torch.float32

@@ -1,0 +1,76 @@
+"""Head sets on their way to and from a hub repository or another folder: their own files, nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import httpx
+import huggingface_hub
+
+from heads.errors import RegistryError
+from heads.registry import HEAD_FILES, fetch_head_files, is_hub_id
+
+
+def push_heads(directory: Path, target: str) -> str:
+    """Copy a head set to the hub repository or folder `target`; returns where it is now.
+
+    The repository is made, private, where there is none. Raises RegistryError.
+    """
+    if not is_hub_id(target):
+        folder = Path(target).expanduser()
+        copy_heads(directory, folder)
+        return str(folder)
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(target, private=True, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=target,
+            folder_path=directory,
+            allow_patterns=list(HEAD_FILES),
+            commit_message="Upload a Gorgon head set",
+        )
+    except huggingface_hub.errors.LocalTokenNotFoundError as error:
+        raise RegistryError(
+            f"{target} cannot be pushed without a token; run hf auth login or set HF_TOKEN"
+        ) from error
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise RegistryError(
+                f"the hub does not let this token write to {target}; make one with write access to it and "
+                "set HF_TOKEN"
+            ) from error
+        raise RegistryError(
+            f"{target} cannot be pushed to the hub ({type(error).__name__}); check the connection, or give a "
+            "folder"
+        ) from error
+    return str(commit.commit_url)
+
+
+def fetch_heads(repository: str) -> Path:
+    """The folder of a head set: `repository` itself where it is one, otherwise the hub's in its own cache.
+
+    Raises RegistryError.
+    """
+    if is_hub_id(repository):
+        return fetch_head_files(repository)
+    folder = Path(repository).expanduser()
+    if not folder.is_dir():
+        raise RegistryError(f"{repository!r} is no hub id like org/name and no folder")
+    return folder
+
+
+def copy_heads(source: Path, target: Path) -> None:
+    """Copy a head set's files from folder to folder. Raises RegistryError."""
+    if target.exists() and not target.is_dir():
+        raise RegistryError(f"{target} is a file; name a folder")
+    if target.is_dir() and source.resolve() == target.resolve():
+        raise RegistryError(f"{target} is where the head set lies already")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for pattern in HEAD_FILES:
+            for file in sorted(source.glob(pattern)):
+                shutil.copyfile(file, target / file.name)
+    except OSError as error:
+        raise RegistryError(f"{target} cannot be written: {error}") from error
