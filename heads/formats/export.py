@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from heads.base import DraftHeads
 from heads.errors import HeadsError
 from heads.formats.layout import Layout, Place
 from heads.formats.medusa import MEDUSA
@@ -34,7 +35,7 @@ class _Files:
 
 
 def export_heads(
-    format_name: str, module: MedusaHeads, base_model: str, lm_head_weight: Tensor, directory: Path
+    format_name: str, module: DraftHeads, base_model: str, lm_head_weight: Tensor, directory: Path
 ) -> Path:
     """Write the heads to `directory` in one of FORMATS and return the file of their weights.
 
@@ -44,6 +45,8 @@ def export_heads(
     make = FORMATS.get(format_name)
     if make is None:
         raise HeadsError(f"format {format_name!r} is not known; there are {', '.join(FORMATS)}")
+    if not isinstance(module, MedusaHeads):
+        raise HeadsError(f"the {format_name} format holds Medusa heads; these are {module.kind}")
     if module.root_weights is not None:
         raise HeadsError(
             f"the {format_name} format has no heads that see the committed root; train some with "
@@ -81,7 +84,7 @@ def _medusa(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Fi
 def _tgi(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files:
     tensors, config = _blocks(module, MEDUSA), _medusa_config(module, base_model)
     # Its heads that share the base's projection have exactly one block.
-    if module.projection is None and module.num_layers == 1:
+    if module.projection_kind == "shared" and module.num_layers == 1:
         config["version"] = "2"
     else:
         tensors.update(_projections(module, MEDUSA, lm_head_weight))
@@ -90,13 +93,12 @@ def _tgi(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files
 
 def _vllm(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files:
     tensors = _blocks(module, VLLM)
-    shared = module.projection is None
+    shared = module.projection_kind == "shared"
     projections = _projections(module, VLLM, lm_head_weight)
     tensors.update(list(projections.items())[:1] if shared else projections)
-    num_tokens = module.vocab_size
+    num_tokens = module.num_tokens
     if module.token_map is not None:
         tensors["token_map"] = module.token_map.cpu()
-        num_tokens = len(module.token_map)
     config: dict[str, object] = {
         "architectures": ["MedusaModel"],
         "model_type": "medusa",
@@ -145,8 +147,10 @@ def _projections(module: MedusaHeads, layout: Layout, lm_head_weight: Tensor) ->
     for head in range(module.num_heads):
         if module.projection is not None:
             rows = module.projection[head]
+        elif module.expand is not None and module.reduce is not None:
+            rows = module.expand @ module.reduce
         else:
-            rows = lm_head_weight if module.token_map is None else lm_head_weight[module.token_map]
+            rows = module.mapped(lm_head_weight)
         tensors[layout.key(Place("projection", head, after))] = _copy(rows, dtype)
     return tensors
 

@@ -107,7 +107,7 @@ class _Assembly:
                 self.hidden_size,
                 self.vocab_size,
                 token_map,
-                own_projection=projection is not None,
+                projection="shared" if projection is None else "own",
             )
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
