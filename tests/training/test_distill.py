@@ -178,9 +178,9 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
 def test_user_turns_are_answered_one_after_the_other_on_the_models_own_answers(tmp_path: Path) -> None:
     chat = [user("hi"), user("so?"), assistant("what somebody else said"), user("bye")]
     script = {
-        "<u>hi": ("yes", "stop"),
-        "<u>hi<a>yes<u>so?": ("no", "stop"),
-        "<u>hi<a>yes<u>so?<a>no<u>bye": ("ciao", "stop"),
+        "<u>hi<a>": ("yes", "stop"),
+        "<u>hi<a>yes<u>so?<a>": ("no", "stop"),
+        "<u>hi<a>yes<u>so?<a>no<u>bye<a>": ("ciao", "stop"),
     }
     path = write(tmp_path / "prompts.jsonl", [{"messages": chat}])
     [row], failed, totals, _ = scripted(tmp_path, read_prompts(path), script)
@@ -191,31 +191,38 @@ def test_user_turns_are_answered_one_after_the_other_on_the_models_own_answers(t
 
 def test_an_answer_the_prompts_end_with_is_written_anew(tmp_path: Path) -> None:
     path = write(tmp_path / "prompts.jsonl", [{"messages": [user("hi"), assistant("old")]}])
-    [row], *_ = scripted(tmp_path, read_prompts(path), {"<u>hi": ("new", "stop")})
+    [row], *_ = scripted(tmp_path, read_prompts(path), {"<u>hi<a>": ("new", "stop")})
     assert row["messages"] == [user("hi"), assistant("new")]
 
 
 def test_a_conversation_ends_with_an_answer_that_was_cut(tmp_path: Path) -> None:
     prompt = Prompt("a", None, [user("hi"), user("so?")])
-    [row], failed, *_ = scripted(tmp_path, [prompt], {"<u>hi": ("yes\N{REPLACEMENT CHARACTER}", "length")})
+    [row], failed, *_ = scripted(tmp_path, [prompt], {"<u>hi<a>": ("yes\N{REPLACEMENT CHARACTER}", "length")})
     assert row["messages"] == [user("hi"), assistant("yes")]
-    assert (row["finish_reason"], row["tokens"]) == ("length", 4) and not failed
+    assert (row["finish_reason"], row["tokens"], row["unasked"]) == ("length", 4, 1) and not failed
+
+
+def test_a_conversation_ends_where_the_template_rewrites_what_was_said(tmp_path: Path) -> None:
+    prompt = Prompt("a", None, [user("hi"), user("so?"), user("and?")])
+    [row], failed, totals, _ = scripted(tmp_path, [prompt], {"<u>hi<a>": (" yes ", "stop")})
+    assert row["messages"] == [user("hi"), assistant(" yes ")]
+    assert (row["finish_reason"], row["unasked"], totals.unasked) == ("stop", 2, 2) and not failed
 
 
 def test_every_failure_is_written_with_its_reason(tmp_path: Path) -> None:
     prompts = [
         Prompt("empty", "c", [user("e")]),
         Prompt("lost", None, [user("l")]),
-        Prompt("long", None, [user("x" * 50)]),
+        Prompt("long", None, [user("x" * 44)]),
         Prompt("nobody", None, [{"role": "system", "content": "s"}]),
         Prompt("tool", None, [user("t"), {"role": "tool", "content": "42"}]),
         Prompt("fine", None, [user("f")]),
     ]
     script = {
-        "<u>e": (" ", "stop"),
-        "<u>l": ("half", "abort"),
-        "<u>t": ("calls", "stop"),
-        "<u>f": ("fine", "stop"),
+        "<u>e<a>": (" ", "stop"),
+        "<u>l<a>": ("half", "abort"),
+        "<u>t<a>": ("calls", "stop"),
+        "<u>f<a>": ("fine", "stop"),
     }
     rows, failed, totals, _ = scripted(tmp_path, prompts, script)
     assert [row["id"] for row in rows] == ["fine"]
@@ -233,7 +240,7 @@ def test_every_failure_is_written_with_its_reason(tmp_path: Path) -> None:
 
 def test_as_many_run_at_once_as_the_engine_takes(tmp_path: Path) -> None:
     prompts = [Prompt(str(i), None, [user(str(i))]) for i in range(9)]
-    script = {f"<u>{i}": ("x" * (i % 4 + 1), "stop") for i in range(9)}
+    script = {f"<u>{i}<a>": ("x" * (i % 4 + 1), "stop") for i in range(9)}
     rows, _, _, engine = scripted(tmp_path, prompts, script, at_once=3)
     assert engine.most_running == 3
     assert [row["id"] for row in rows] == [str(i) for i in range(9)]
