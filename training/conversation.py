@@ -145,7 +145,8 @@ class Conversation:
         if output.finish_reason == "abort":
             raise FailedError("engine error", "the pass failed; the log above has the cause")
         ended = output.stop_token_id is not None
-        text = tokenizer.decode(self._answer[:-1] if ended else self._answer, skip_special_tokens=True)
+        # Special tokens in the middle stay: heads have to guess them too.
+        text = tokenizer.decode(self._answer[:-1] if ended else self._answer, skip_special_tokens=False)
         if not ended:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that was cut in the middle
             self._end_early(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cli.main import main
-from engine.errors import ConfigError
+from engine.model.loader import load_decoder
+from engine.model.tokenizer import load_chat_tokenizer
+from heads.checkpoint import save_heads
+from heads.medusa import MedusaHeads
+from tests.engine.families import full
+from tests.engine.tiny import VOCAB
 from tests.training.tiny_chat import CharTokenizer, ScriptedEngine, save_tiny_chat_model
 from training.conversation import Prompt, Sampling, choose, read_prompts
-from training.dataset import DataError, read_rows
+from training.dataset import DataError, load_documents, read_rows
 from training.distill import Distiller, Totals
 from training.distill_files import DistillFiles, failed_path
 
@@ -77,6 +84,13 @@ def scripted(
     return list(read_rows(out)), failed, totals, engine
 
 
+def wait_for_rows(process: subprocess.Popen[Any], partial: Path, number: int) -> None:
+    deadline = time.monotonic() + 120
+    while not partial.exists() or partial.read_bytes().count(b"\n") < number:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+
+
 @pytest.mark.parametrize(
     "flags", [(), ("--temperature", "0.9", "--greedy-share", "0.5")], ids=["greedy", "mixed"]
 )
@@ -90,10 +104,7 @@ def test_a_killed_run_goes_on_to_the_same_file(
         stdout=subprocess.DEVNULL,
     )
     partial = broken.with_name("a.partial.jsonl")
-    deadline = time.monotonic() + 120
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 3:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
+    wait_for_rows(process, partial, 3)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = partial.read_bytes()
@@ -159,20 +170,72 @@ def test_other_settings_on_the_same_file_are_refused(
     assert out.read_bytes() == before
 
 
-def test_an_output_of_another_program_is_left_alone(tmp_path: Path) -> None:
+def test_a_model_that_has_changed_is_told_apart(
+    model_dir: Path, prompts: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    argv = command(model, prompts, tmp_path / "a.jsonl", "--num-prompts", "1", "--max-tokens", "2")
+    assert main(argv) == 0
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    assert main(argv) == 2
+    assert "model_sha256" in capsys.readouterr().err
+
+
+def test_what_could_not_be_answered_is_tried_again(
+    model_dir: Path, prompts: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    argv = command(model_dir, prompts, tmp_path / "a.jsonl", "--num-prompts", "4", "--max-tokens", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.runner.runner.Runner.execute", lambda self, batch: 1 / 0)
+        assert main(argv) == 1
+    assert "failed: 4 engine error" in capsys.readouterr().out
+    assert len(failed_path(tmp_path / "a.jsonl").read_text().splitlines()) == 4
+    assert main(argv) == 0
+    assert "4 rows, " in capsys.readouterr().out
+    assert not failed_path(tmp_path / "a.jsonl").exists()
+
+
+def test_a_terminated_run_says_how_to_go_on(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
-    out.write_text("precious\n")
-    with pytest.raises(ConfigError, match="not made by gorgon distill"):
-        DistillFiles(out, {}, {})
-    assert out.read_text() == "precious\n"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", *command(model_dir, prompts, out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_rows(process, out.with_name("a.partial.jsonl"), 1)
+    process.terminate()
+    printed, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
+    assert "the same command goes on" in printed
 
 
-def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
-    with (
-        DistillFiles(tmp_path / "a.jsonl", {}, {}),
-        pytest.raises(ConfigError, match="another process is writing"),
-    ):
-        DistillFiles(tmp_path / "a.jsonl", {}, {})
+def test_speculation_leaves_the_rows_as_they_are(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    heads = tmp_path / "heads"
+    decoder = load_decoder(model_dir, torch.float32, torch.device("cpu"))
+    save_heads(heads, MedusaHeads(2, 1, 64, VOCAB), "tiny", decoder.embedding)
+    full(12, 3, 2).save(heads / "tree.json")
+    plain, speculated = tmp_path / "plain.jsonl", tmp_path / "speculated.jsonl"
+    flags = ("--num-prompts", "6", "--temperature", "0.8", "--greedy-share", "0.5")
+    assert main(command(model_dir, prompts, plain, *flags)) == 0
+    assert main(command(model_dir, prompts, speculated, *flags, "--heads", str(heads))) == 0
+    assert speculated.read_bytes() == plain.read_bytes()
+
+
+def test_training_reads_as_many_answer_tokens_as_the_rows_say(
+    model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.jsonl"
+    assert main(command(model_dir, prompts, out, "--temperature", "1")) == 0
+    rows = list(read_rows(out))
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    tokenizer = load_chat_tokenizer(model_dir)
+    documents = load_documents(out, tokenizer, "</s>", 10**6, 256, 0)
+    assert sum(document.num_answer_tokens for document in documents) == sum(row["tokens"] for row in rows)
 
 
 def test_user_turns_are_answered_one_after_the_other_on_the_models_own_answers(tmp_path: Path) -> None:
