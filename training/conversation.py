@@ -3,8 +3,8 @@
 A conversation is answered turn by turn, the model's own answers becoming its context. Answers that the
 prompts bring, in the middle or at the end, are dropped and written anew: training takes every assistant turn
 of a row for the model's. A conversation ends early, and its row says how many turns were not asked, with an
-answer that was cut, because a turn after it would claim that the model had stopped there; and where the chat
-template rewrites earlier turns, because training could not tell the answers in it.
+answer that was cut, because a turn after it would claim that the model had stopped there; where the chat
+template rewrites earlier turns, because training could not tell the answers in it; where the context is full.
 """
 
 from __future__ import annotations
@@ -124,10 +124,11 @@ class Conversation:
             token_ids = tokenizer.encode(text, add_special_tokens=False)
         except RequestError as error:
             raise FailedError("template error", str(error)) from error
-        if len(token_ids) >= info.max_model_len:
+        too_long = len(token_ids) >= info.max_model_len
+        if too_long and not self.num_tokens:
             detail = f"{len(token_ids)} tokens; the context has {info.max_model_len} with the answer"
             raise FailedError("prompt too long", detail)
-        if not text.startswith(self._text):
+        if too_long or not text.startswith(self._text):
             self._end_early(1)
             return None
         self._text, self.messages, self._pending = text, messages, []

@@ -238,7 +238,7 @@ def summary(totals: Totals, out: Path, model: str) -> list[str]:
     share = 100 * totals.greedy_rows / totals.rows if totals.rows else 0.0
     lines = [f"{out}: {totals.rows} rows, {totals.tokens} answer tokens, {share:.1f}% of rows greedy"]
     if totals.unasked:
-        why = "an answer before was cut, or the chat template rewrites it"
+        why = "an answer before was cut or rewritten by the chat template, or the context is full"
         lines.append(f"not asked: {totals.unasked} follow-up turns ({why})")
     failed = ", ".join(f"{number} {reason}" for reason, number in totals.failures.most_common())
     if failed:

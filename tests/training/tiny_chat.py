@@ -19,6 +19,19 @@ TEMPLATE = (
 )
 
 
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def save_tiny_chat_model(folder: Path) -> None:
     """The engine tests' model with one token a character and a template `<u>...</s><a>`."""
     save_tiny_model(folder)
