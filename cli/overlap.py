@@ -71,7 +71,7 @@ def lines_of(report: OverlapReport) -> list[str]:
         row.file for row in {row for o in report.overlaps for row in (*o.exact, *o.partial)}
     )
     for file, number in report.num_evaluation.items():
-        lines.append(f"{file}: {in_evaluation[file]} of {number} prompts are in training")
+        lines.append(f"{file}: {in_evaluation[file]} of {number} prompts overlap with training")
     return lines
 
 

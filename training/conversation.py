@@ -2,8 +2,9 @@
 
 A conversation is answered turn by turn, the model's own answers becoming its context. Answers that the
 prompts bring, in the middle or at the end, are dropped and written anew: training takes every assistant turn
-of a row for the model's. A conversation ends with an answer that was cut, because a turn after it would
-claim that the model had stopped there.
+of a row for the model's. A conversation ends early, and its row says how many turns were not asked, with an
+answer that was cut, because a turn after it would claim that the model had stopped there; where the chat
+template rewrites earlier turns, because training could not tell the answers in it; where the context is full.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     prompts: dict[str, Prompt] = {}
     try:
         for number, row in enumerate(read_rows(path)):
-            row_id = str(row.get("id", number))
+            row_id = str(number if row.get("id") is None else row["id"])
             if row_id in prompts:
                 raise DataError(f"{path.name} line {number + 1} has the id {row_id!r} of an earlier row")
             asked = [message for message in row["messages"] if message["role"] != "assistant"]
@@ -79,7 +80,8 @@ def choose(prompts: Sequence[Prompt], number: int, seed: int) -> list[Prompt]:
 
 def _hash(seed: int, purpose: str, row_id: str) -> int:
     """64 bits that depend on nothing else, so that a row is the same whenever it is answered."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{purpose}\0{row_id}".encode()).digest()[:8], "big")
+    key = f"{seed}\0{purpose}\0{row_id}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
 
 
 class Conversation:
@@ -94,9 +96,12 @@ class Conversation:
             seed=_hash(sampling.seed, "draw", prompt.id),
         )
         self.messages: list[dict[str, Any]] = []
+        self._pending: list[dict[str, Any]] = []  # taken up, not asked yet
         self.num_tokens = 0
         self._asked = deque(prompt.messages)
+        self._num_unasked = 0  # user turns
         self._answer: list[int] = []
+        self._text = ""  # the prompt being answered; later with its answer, as training repeats it
 
     def next_turn(self, tokenizer: ChatTokenizer, info: ModelInfo) -> AddRequest | None:
         """Take up the next user turn; None where all are answered. Raises FailedError."""
@@ -104,22 +109,34 @@ class Conversation:
             message = self._asked.popleft()
             if message["role"] not in _ASKED_ROLES:
                 raise FailedError("unsupported role", f"messages of role {message['role']!r} are not asked")
-            self.messages.append(message)
+            self._pending.append(message)
             if message["role"] == "user":
-                return AddRequest(self.prompt.id, self._encode(tokenizer, info), self.params)
+                return self._ask(tokenizer, info)
         if not self.num_tokens:
             raise FailedError("no user turn", "no message has the role user")
         return None
 
-    def _encode(self, tokenizer: ChatTokenizer, info: ModelInfo) -> list[int]:
+    def _ask(self, tokenizer: ChatTokenizer, info: ModelInfo) -> AddRequest | None:
+        """The request of the pending turn, None where it cannot follow on what was said."""
+        messages = [*self.messages, *self._pending]
         try:
-            token_ids = tokenizer.encode_chat(self.messages)
+            text = tokenizer.render_chat(messages)
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
         except RequestError as error:
             raise FailedError("template error", str(error)) from error
-        if len(token_ids) >= info.max_model_len:
+        too_long = len(token_ids) >= info.max_model_len
+        if too_long and not self.num_tokens:
             detail = f"{len(token_ids)} tokens; the context has {info.max_model_len} with the answer"
             raise FailedError("prompt too long", detail)
-        return token_ids
+        if too_long or not text.startswith(self._text):
+            self._end_early(1)
+            return None
+        self._text, self.messages, self._pending = text, messages, []
+        return AddRequest(self.prompt.id, token_ids, self.params)
+
+    def _end_early(self, num_taken_up: int) -> None:
+        self._num_unasked = num_taken_up + sum(message["role"] == "user" for message in self._asked)
+        self._asked.clear()
 
     def take(self, output: RequestOutput, tokenizer: ChatTokenizer) -> None:
         """Take in what a step brought; the answer joins the messages when it ends. Raises FailedError."""
@@ -129,13 +146,15 @@ class Conversation:
         if output.finish_reason == "abort":
             raise FailedError("engine error", "the pass failed; the log above has the cause")
         ended = output.stop_token_id is not None
-        text = tokenizer.decode(self._answer[:-1] if ended else self._answer, skip_special_tokens=True)
+        # Special tokens in the middle stay: heads have to guess them too.
+        text = tokenizer.decode(self._answer[:-1] if ended else self._answer, skip_special_tokens=False)
         if not ended:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that was cut in the middle
-            self._asked.clear()
+            self._end_early(0)
         if not text.strip():
             raise FailedError("empty answer", f"{len(self._answer)} tokens without text")
         self.messages.append({"role": "assistant", "content": text})
+        self._text += text + (tokenizer.eos_token or "")
         self.num_tokens += len(self._answer)
         self._answer = []
 
@@ -144,10 +163,13 @@ class Conversation:
         return {"id": self.prompt.id, **category}
 
     def row(self, finish_reason: str) -> dict[str, Any]:
+        """The row as it is written; `unasked` is there where user turns were left out."""
+        unasked = {"unasked": self._num_unasked} if self._num_unasked else {}
         return {
             **self.named(),
             "temperature": self.params.temperature,
             "messages": self.messages,
             "finish_reason": finish_reason,
             "tokens": self.num_tokens,
+            **unasked,
         }

@@ -7,6 +7,7 @@ kept on disk for `training.distill_files`.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -18,11 +19,13 @@ from engine.config import EngineConfig
 from engine.loop import Engine
 from engine.model.tokenizer import ChatTokenizer, load_chat_tokenizer
 from engine.runner.device import resolve_device, resolve_dtype
-from heads.registry import resolve_heads, resolve_model
+from heads.registry import ResolvedModel, resolve_heads, resolve_model
 from training.conversation import Conversation, FailedError, Prompt, Sampling, choose, read_prompts
 from training.distill_files import DistillFiles, failed_path
 
 PROGRESS_SECONDS = 5.0
+_MODEL_FILES = frozenset({".gguf", ".jinja", ".json", ".model", ".safetensors"})
+_END_BYTES = 1 << 20
 
 
 @dataclass
@@ -32,12 +35,14 @@ class Totals:
     rows: int = 0
     greedy_rows: int = 0
     tokens: int = 0
+    unasked: int = 0  # user turns of rows that ended early
     failures: Counter[str] = field(default_factory=Counter)
 
     def count(self, row: dict[str, Any]) -> None:
         self.rows += 1
         self.greedy_rows += not row["temperature"]
         self.tokens += row["tokens"]
+        self.unasked += row.get("unasked", 0)
 
 
 class Distiller:
@@ -181,7 +186,7 @@ def distill(options: DistillOptions) -> Totals:
         model_dir=str(model.model_dir),
         heads_dir=None if heads_dir is None else str(heads_dir),
     )
-    with DistillFiles(options.out, _recorded(options, model.name), order) as files:
+    with DistillFiles(options.out, _recorded(options, model), order) as files:
         totals = Totals()
         done = set()
         for row in files.rows():
@@ -201,11 +206,26 @@ def distill(options: DistillOptions) -> Totals:
     return totals
 
 
-def _recorded(options: DistillOptions, model: str) -> dict[str, object]:
+def _fingerprint(model_dir: Path) -> str:
+    """SHA-256 of the ends and sizes of the model's files: another training of it differs there, and weights
+    of many gigabytes are not read twice."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in model_dir.iterdir() if path.suffix in _MODEL_FILES):
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            total.update(file.read(_END_BYTES))
+            file.seek(max(0, size - _END_BYTES))
+            total.update(file.read(_END_BYTES))
+    return total.hexdigest()
+
+
+def _recorded(options: DistillOptions, model: ResolvedModel) -> dict[str, object]:
     """What decides the text of rows. Heads and the number at once do not; more prompts may be asked later."""
     device = resolve_device(options.config.device)
     return {
-        "model": model,
+        "model": model.name,
+        "model_sha256": _fingerprint(model.model_dir),
         "prompts_sha256": hashlib.sha256(options.prompts.read_bytes()).hexdigest(),
         **asdict(options.sampling),
         "dtype": str(resolve_dtype(options.config.dtype, device)).removeprefix("torch."),
@@ -217,9 +237,13 @@ def summary(totals: Totals, out: Path, model: str) -> list[str]:
     """Lines for people: what the output holds, what failed, and what comes next."""
     share = 100 * totals.greedy_rows / totals.rows if totals.rows else 0.0
     lines = [f"{out}: {totals.rows} rows, {totals.tokens} answer tokens, {share:.1f}% of rows greedy"]
+    if totals.unasked:
+        why = "an answer before was cut or rewritten by the chat template, or the context is full"
+        lines.append(f"not asked: {totals.unasked} follow-up turns ({why})")
     failed = ", ".join(f"{number} {reason}" for reason, number in totals.failures.most_common())
     if failed:
         lines.append(f"failed: {failed} (see {failed_path(out)}; the same command tries them again)")
     if totals.rows:
-        lines.append(f"next: gorgon train medusa1 --model {model} --data {out} --out my-heads")
+        data = shlex.quote(str(out))
+        lines.append(f"next: gorgon train medusa1 --model {shlex.quote(model)} --data {data} --out my-heads")
     return lines

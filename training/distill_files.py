@@ -50,17 +50,18 @@ class DistillFiles:
         self._partial_path = _beside(out, "partial.jsonl")
         self._log_path = _beside(out, "log.csv")
         self._order = order
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._check_settings({"output": out.name, **settings})
-        self._partial = self._partial_path.open("a+b")
+        if out.exists() and not self._settings_path.exists():
+            raise ConfigError("out", f"{out} exists and was not made by gorgon distill; name another")
         try:
-            fcntl.flock(self._partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._partial = self._partial_path.open("a+b")
         except OSError as error:
+            raise ConfigError("out", f"{out} cannot be written: {error}") from error
+        try:
+            self._begin({"output": out.name, **settings})
+        except ConfigError:
             self._partial.close()
-            raise ConfigError(
-                "out", f"another process is writing {out.name}; wait for it or end it"
-            ) from error
-        _cut_torn_line(self._partial)
+            raise
         # Rows that failed are tried anew each time: what failed may have been the machine.
         self._failed = failed_path(out).open("wb")
 
@@ -73,22 +74,28 @@ class DistillFiles:
         self._partial.close()
         self._failed.close()
 
-    def _check_settings(self, settings: dict[str, object]) -> None:
-        if not self._settings_path.exists():
-            if self._out.exists():
-                raise ConfigError(
-                    "out", f"{self._out} exists and was not made by gorgon distill; name another"
-                )
-            partial = self._settings_path.with_suffix(".json.partial")
-            partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self._settings_path)
+    def _begin(self, settings: dict[str, object]) -> None:
+        """Take the lock and see that the rows that are there, if any, were made with these settings."""
+        try:
+            fcntl.flock(self._partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            message = f"another process is writing {self._out.name}; wait for it or end it"
+            raise ConfigError("out", message) from error
+        _cut_torn_line(self._partial)
+        if self._out.exists() or self._partial.seek(0, os.SEEK_END):
+            self._check_settings(settings)
             return
+        made = self._settings_path.with_suffix(".json.partial")
+        made.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        made.replace(self._settings_path)
+
+    def _check_settings(self, settings: dict[str, object]) -> None:
         try:
             recorded = json.loads(self._settings_path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (OSError, ValueError):
             recorded = None
         if not isinstance(recorded, dict):
-            raise ConfigError("out", f"{self._settings_path} is damaged; name another file")
+            raise ConfigError("out", f"{self._settings_path} is missing or damaged; name another file")
         differing = [name for name, value in settings.items() if recorded.get(name) != value]
         if differing:
             changes = ", ".join(f"{n} {recorded.get(n)!r} then, {settings[n]!r} now" for n in differing)
@@ -159,7 +166,11 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _write_line(file: BinaryIO, row: Mapping[str, object]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    try:
+        line = json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which prompts may bring
+        line = json.dumps(row).encode()
+    file.write(line + b"\n")
     file.flush()
 
 

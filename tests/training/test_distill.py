@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cli.main import main
-from engine.errors import ConfigError
-from tests.training.tiny_chat import CharTokenizer, ScriptedEngine, save_tiny_chat_model
-from training.conversation import Prompt, Sampling, choose, read_prompts
-from training.dataset import DataError, read_rows
-from training.distill import Distiller, Totals
-from training.distill_files import DistillFiles, failed_path
+from engine.model.loader import load_decoder
+from engine.model.tokenizer import load_chat_tokenizer
+from heads.checkpoint import save_heads
+from heads.medusa import MedusaHeads
+from tests.engine.families import full
+from tests.engine.tiny import VOCAB
+from tests.training.tiny_chat import save_tiny_chat_model, user, write
+from training.conversation import read_prompts
+from training.dataset import load_documents, read_rows
+from training.distill_files import failed_path
 
 NUM_PROMPTS = 30
-GREEDY = Sampling(max_tokens=8, temperature=0.0, greedy_share=0.0, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -43,46 +47,23 @@ def prompts(tmp_path: Path) -> Path:
     return write(tmp_path / "prompts.jsonl", rows)
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def command(model_dir: Path, prompts: Path, out: Path, *flags: str) -> list[str]:
     paths = ["distill", "--model", str(model_dir), "--prompts", str(prompts), "--out", str(out)]
     engine = ["--dtype", "float32", "--device", "cpu", "--kv-cache-memory", "4M", "--concurrency", "2"]
     return [*paths, *engine, "--max-tokens", "60", *flags]
 
 
-def scripted(
-    tmp_path: Path, prompts: list[Prompt], script: dict[str, tuple[str, str]], at_once: int = 4
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Totals, ScriptedEngine]:
-    """Rows, failures, totals and the engine of a run whose answers are given."""
-    out = tmp_path / "out.jsonl"
-    engine, totals = ScriptedEngine(script, at_once, max_model_len=50), Totals()
-    with DistillFiles(out, {}, {p.id: i for i, p in enumerate(prompts)}) as files:
-        distiller = Distiller(engine, CharTokenizer(), files, totals, GREEDY)  # type: ignore[arg-type]
-        distiller.run(prompts, lambda committed: None)
-        files.finish()
-    failures = failed_path(out)
-    failed = [json.loads(line) for line in failures.read_text().splitlines()] if failures.exists() else []
-    return list(read_rows(out)), failed, totals, engine
+def wait_for_rows(process: subprocess.Popen[Any], partial: Path, number: int) -> None:
+    deadline = time.monotonic() + 120
+    while not partial.exists() or partial.read_bytes().count(b"\n") < number:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
 
 
-@pytest.mark.parametrize(
-    "flags", [(), ("--temperature", "0.9", "--greedy-share", "0.5")], ids=["greedy", "mixed"]
-)
 def test_a_killed_run_goes_on_to_the_same_file(
-    model_dir: Path, prompts: Path, tmp_path: Path, flags: tuple[str, ...], capsys: Any
+    model_dir: Path, prompts: Path, tmp_path: Path, capsys: Any
 ) -> None:
+    flags = ("--temperature", "0.9", "--greedy-share", "0.5")
     whole, broken = tmp_path / "whole" / "a.jsonl", tmp_path / "broken" / "a.jsonl"
     assert main(command(model_dir, prompts, whole, *flags)) == 0
     process = subprocess.Popen(
@@ -90,10 +71,7 @@ def test_a_killed_run_goes_on_to_the_same_file(
         stdout=subprocess.DEVNULL,
     )
     partial = broken.with_name("a.partial.jsonl")
-    deadline = time.monotonic() + 120
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 3:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
+    wait_for_rows(process, partial, 3)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = partial.read_bytes()
@@ -159,107 +137,72 @@ def test_other_settings_on_the_same_file_are_refused(
     assert out.read_bytes() == before
 
 
-def test_an_output_of_another_program_is_left_alone(tmp_path: Path) -> None:
+def test_a_model_that_has_changed_is_told_apart(
+    model_dir: Path, prompts: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    argv = command(model, prompts, tmp_path / "a.jsonl", "--num-prompts", "1", "--max-tokens", "2")
+    assert main(argv) == 0
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    assert main(argv) == 2
+    assert "model_sha256" in capsys.readouterr().err
+
+
+def test_what_could_not_be_answered_is_tried_again(
+    model_dir: Path, prompts: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    argv = command(model_dir, prompts, tmp_path / "a.jsonl", "--num-prompts", "4", "--max-tokens", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.runner.runner.Runner.execute", lambda self, batch: 1 / 0)
+        assert main(argv) == 1
+    assert "failed: 4 engine error" in capsys.readouterr().out
+    assert len(failed_path(tmp_path / "a.jsonl").read_text().splitlines()) == 4
+    assert main(argv) == 0
+    assert "4 rows, " in capsys.readouterr().out
+    assert not failed_path(tmp_path / "a.jsonl").exists()
+
+
+def test_a_terminated_run_says_how_to_go_on(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
-    out.write_text("precious\n")
-    with pytest.raises(ConfigError, match="not made by gorgon distill"):
-        DistillFiles(out, {}, {})
-    assert out.read_text() == "precious\n"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", *command(model_dir, prompts, out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_rows(process, out.with_name("a.partial.jsonl"), 1)
+    process.terminate()
+    printed, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
+    assert "the same command goes on" in printed
 
 
-def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
-    with (
-        DistillFiles(tmp_path / "a.jsonl", {}, {}),
-        pytest.raises(ConfigError, match="another process is writing"),
-    ):
-        DistillFiles(tmp_path / "a.jsonl", {}, {})
+def test_speculation_leaves_the_rows_as_they_are(model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    heads = tmp_path / "heads"
+    decoder = load_decoder(model_dir, torch.float32, torch.device("cpu"))
+    save_heads(heads, MedusaHeads(2, 1, 64, VOCAB), "tiny", decoder.embedding)
+    full(12, 3, 2).save(heads / "tree.json")
+    plain, speculated = tmp_path / "plain.jsonl", tmp_path / "speculated.jsonl"
+    flags = ("--num-prompts", "6", "--temperature", "0.8", "--greedy-share", "0.5")
+    assert main(command(model_dir, prompts, plain, *flags)) == 0
+    assert main(command(model_dir, prompts, speculated, *flags, "--heads", str(heads))) == 0
+    assert speculated.read_bytes() == plain.read_bytes()
 
 
-def test_user_turns_are_answered_one_after_the_other_on_the_models_own_answers(tmp_path: Path) -> None:
-    chat = [user("hi"), user("so?"), assistant("what somebody else said"), user("bye")]
-    script = {
-        "<u>hi": ("yes", "stop"),
-        "<u>hi<a>yes<u>so?": ("no", "stop"),
-        "<u>hi<a>yes<u>so?<a>no<u>bye": ("ciao", "stop"),
-    }
-    path = write(tmp_path / "prompts.jsonl", [{"messages": chat}])
-    [row], failed, totals, _ = scripted(tmp_path, read_prompts(path), script)
-    assert [m["content"] for m in row["messages"]] == ["hi", "yes", "so?", "no", "bye", "ciao"]
-    assert (row["id"], row["tokens"], row["finish_reason"]) == ("0", 4 + 3 + 5, "stop")
-    assert not failed and totals.tokens == 12
-
-
-def test_an_answer_the_prompts_end_with_is_written_anew(tmp_path: Path) -> None:
-    path = write(tmp_path / "prompts.jsonl", [{"messages": [user("hi"), assistant("old")]}])
-    [row], *_ = scripted(tmp_path, read_prompts(path), {"<u>hi": ("new", "stop")})
-    assert row["messages"] == [user("hi"), assistant("new")]
-
-
-def test_a_conversation_ends_with_an_answer_that_was_cut(tmp_path: Path) -> None:
-    prompt = Prompt("a", None, [user("hi"), user("so?")])
-    [row], failed, *_ = scripted(tmp_path, [prompt], {"<u>hi": ("yes\N{REPLACEMENT CHARACTER}", "length")})
-    assert row["messages"] == [user("hi"), assistant("yes")]
-    assert (row["finish_reason"], row["tokens"]) == ("length", 4) and not failed
-
-
-def test_every_failure_is_written_with_its_reason(tmp_path: Path) -> None:
-    prompts = [
-        Prompt("empty", "c", [user("e")]),
-        Prompt("lost", None, [user("l")]),
-        Prompt("long", None, [user("x" * 50)]),
-        Prompt("nobody", None, [{"role": "system", "content": "s"}]),
-        Prompt("tool", None, [user("t"), {"role": "tool", "content": "42"}]),
-        Prompt("fine", None, [user("f")]),
-    ]
-    script = {
-        "<u>e": (" ", "stop"),
-        "<u>l": ("half", "abort"),
-        "<u>t": ("calls", "stop"),
-        "<u>f": ("fine", "stop"),
-    }
-    rows, failed, totals, _ = scripted(tmp_path, prompts, script)
-    assert [row["id"] for row in rows] == ["fine"]
-    reasons = {row["id"]: row["reason"] for row in failed}
-    assert reasons == {
-        "empty": "empty answer",
-        "lost": "engine error",
-        "long": "prompt too long",
-        "nobody": "no user turn",
-        "tool": "unsupported role",
-    }
-    assert totals.failures == dict.fromkeys(reasons.values(), 1)
-    assert next(row for row in failed if row["id"] == "empty")["category"] == "c"
-
-
-def test_as_many_run_at_once_as_the_engine_takes(tmp_path: Path) -> None:
-    prompts = [Prompt(str(i), None, [user(str(i))]) for i in range(9)]
-    script = {f"<u>{i}": ("x" * (i % 4 + 1), "stop") for i in range(9)}
-    rows, _, _, engine = scripted(tmp_path, prompts, script, at_once=3)
-    assert engine.most_running == 3
-    assert [row["id"] for row in rows] == [str(i) for i in range(9)]
-    assert len({request.sampling.seed for request in engine.asked}) == 9
-
-
-def test_the_share_of_greedy_rows_and_the_choice_depend_on_seed_and_id_alone() -> None:
-    prompts = [Prompt(str(i), None, [user("q")]) for i in range(400)]
-    few, more = choose(prompts, 100, seed=1), choose(prompts, 200, seed=1)
-    assert set(map(id, few)) < set(map(id, more))
-    assert choose(prompts[::-1], 100, seed=1)[::-1] == few != choose(prompts, 100, seed=2)
-
-
-def test_rows_of_one_id_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", [{"id": "a", "messages": [user("1")]}] * 2)
-    with pytest.raises(DataError, match="line 2 has the id 'a'"):
-        read_prompts(path)
-
-
-def test_prompts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    torn = tmp_path / "p.jsonl.gz"
-    torn.write_bytes(gzip.compress(json.dumps({"messages": [user("1" * 999)]}).encode())[:-9])
-    with pytest.raises(DataError, match=r"p\.jsonl\.gz cannot be read"):
-        read_prompts(torn)
-    with pytest.raises(DataError, match="holds no rows"):
-        read_prompts(write(tmp_path / "empty.jsonl", []))
+def test_training_reads_as_many_answer_tokens_as_the_rows_say(
+    model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.jsonl"
+    assert main(command(model_dir, prompts, out, "--temperature", "1")) == 0
+    rows = list(read_rows(out))
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    tokenizer = load_chat_tokenizer(model_dir)
+    documents = load_documents(out, tokenizer, "</s>", 10**6, 256, 0)
+    assert sum(document.num_answer_tokens for document in documents) == sum(row["tokens"] for row in rows)
 
 
 @pytest.mark.parametrize(

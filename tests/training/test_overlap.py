@@ -86,8 +86,8 @@ def test_the_command_counts_by_file_lists_the_rows_and_exits_1(
         f"{dirty} d2 (user) has a turn of {evaluation} short, {other} o: what is 2 2",
         f"{clean}: 0 of 1 rows overlap with evaluation",
         f"{dirty}: 1 of 2 rows overlap with evaluation",
-        f"{evaluation}: 1 of 2 prompts are in training",
-        f"{other}: 1 of 2 prompts are in training",
+        f"{evaluation}: 1 of 2 prompts overlap with training",
+        f"{other}: 1 of 2 prompts overlap with training",
     ]
 
 

@@ -19,6 +19,19 @@ TEMPLATE = (
 )
 
 
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def save_tiny_chat_model(folder: Path) -> None:
     """The engine tests' model with one token a character and a template `<u>...</s><a>`."""
     save_tiny_model(folder)
@@ -75,10 +88,15 @@ class ScriptedEngine:
 
 
 class CharTokenizer:
-    """One token a character; the template writes `<u>question<a>answer`."""
+    """One token a character; the template writes `<u>question<a>answer` and strips what is said."""
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        return [ord(c) for c in "".join(f"<{m['role'][0]}>{m['content']}" for m in messages)]
+    eos_token = ""
+
+    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+        return "".join(f"<{m['role'][0]}>{m['content'].strip()}" for m in messages) + "<a>"
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [ord(c) for c in text]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return "".join(map(chr, ids))
