@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import huggingface_hub
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from heads.errors import RegistryError
 from heads.registry import HEAD_FILES, fetch_head_files, is_hub_id
@@ -30,7 +31,7 @@ def push_heads(directory: Path, target: str) -> str:
             allow_patterns=list(HEAD_FILES),
             commit_message="Upload a Gorgon head set",
         )
-    except huggingface_hub.errors.LocalTokenNotFoundError as error:
+    except LocalTokenNotFoundError as error:
         raise RegistryError(
             f"{target} cannot be pushed without a token; run hf auth login or set HF_TOKEN"
         ) from error
