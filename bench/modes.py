@@ -77,7 +77,18 @@ class EngineMode:
     def run(self, prompt: list[int], max_tokens: int) -> Run:
         return self.run_many([prompt], max_tokens, concurrency=1)
 
-    def run_many(self, prompts: Sequence[list[int]], max_tokens: int, concurrency: int) -> Run:
+    def run_sampled(self, prompt: list[int], max_tokens: int, temperature: float, seed: int) -> Run:
+        """The same answer in every mode: what is drawn depends on seed and position alone."""
+        return self.run_many([prompt], max_tokens, 1, temperature, seed)
+
+    def run_many(
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        concurrency: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Run:
         """Answer all prompts, `concurrency` at a time: a new one starts when one is done.
 
         Raises RequestError for a prompt that the engine cannot run.
@@ -85,7 +96,7 @@ class EngineMode:
         run = Run(outputs={index: [] for index in range(len(prompts))})
         waiting = deque(enumerate(prompts))
         index_of: dict[str, int] = {}
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
         start = time.perf_counter()
         while waiting or index_of:
             while waiting and len(index_of) < concurrency:

@@ -15,11 +15,12 @@ BUILTIN = Path(__file__).with_name("prompts.jsonl")
 
 @dataclass(frozen=True)
 class Prompt:
-    """The first user turn of one row."""
+    """The first user turn of one row, and the user turns that follow it."""
 
     id: str
     task: str
     text: str
+    further: tuple[str, ...] = ()
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -27,7 +28,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Rows of `{"messages": [...], "task": ..., "id": ...}`; `task` and `id` may be missing.
+    """Rows of `{"messages": [...], "task": ..., "id": ...}`; `task` (or `category`) and `id` may be missing.
 
     Raises ConfigError naming the line that is none.
     """
@@ -41,9 +42,10 @@ def read_prompts(path: Path) -> list[Prompt]:
             continue
         try:
             row = json.loads(line)
-            text = next(m["content"] for m in row["messages"] if m["role"] == "user")
-            prompts.append(Prompt(str(row.get("id", number)), str(row.get("task", "all")), str(text)))
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            first, *further = [str(m["content"]) for m in row["messages"] if m["role"] == "user"]
+            task = row.get("task", row.get("category", "all"))
+            prompts.append(Prompt(str(row.get("id", number)), str(task), first, tuple(further)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError("prompts", f'{path}:{number} holds no "messages" with a user turn') from error
     if not prompts:
         raise ConfigError("prompts", f"{path} holds no prompts")

@@ -1,4 +1,4 @@
-"""`gorgon train medusa1|calibrate`: make a head set for a model from its own text, and measure one."""
+"""`gorgon train medusa1|calibrate|overlap`: make a head set from a model's own text, and measure one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from cli import overlap
 from cli.parser import Subparsers
 from cli.serve import DEFAULT_MODEL
 
@@ -31,14 +32,18 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         help="let heads see the token just committed (default: yes; no is Medusa as published)",
     )
     parser.add_argument(
-        "--epochs", type=_positive_float, default=4.0, metavar="X", help="passes over the text (4)"
+        "--targets",
+        choices=("soft", "hard"),
+        default="soft",
+        help="learn the model's whole distribution at every place, or the text's tokens (soft)",
     )
     parser.add_argument(
-        "--max-positions", type=_positive, default=1_300_000, metavar="N", help="answer tokens used (1300000)"
+        "--epochs", type=_positive_float, default=2.0, metavar="X", help="passes over the text (2)"
     )
     parser.add_argument(
-        "--batch", type=_positive, default=1024, metavar="N", help="positions in a step (1024)"
+        "--max-positions", type=_positive, default=4_000_000, metavar="N", help="answer tokens used (4000000)"
     )
+    parser.add_argument("--batch", type=_positive, default=1536, metavar="N", help="tokens in a step (1536)")
     parser.add_argument(
         "--lr", type=_positive_float, default=1.5e-3, metavar="X", help="highest learning rate (0.0015)"
     )
@@ -48,6 +53,8 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     _add_common(parser)
     parser.add_argument("--heads", type=Path, required=True, metavar="DIR", help="the head set")
     parser.set_defaults(run=run_calibrate)
+
+    overlap.register(commands)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -87,22 +94,16 @@ def _positive_float(text: str) -> float:
 
 
 def run_medusa1(args: argparse.Namespace) -> int:
-    from training.medusa1 import Medusa1Config
-    from training.recipe import report, train_medusa1
+    from training.recipe import HeadsConfig, report, train_medusa1
+    from training.trainer import TrainerConfig
 
     _check_data(args.data)
-    config = Medusa1Config(
-        heads=args.heads,
-        layers=args.layers,
-        vocab=args.vocab,
-        root_input=args.root_input,
-        epochs=args.epochs,
-        batch=args.batch,
-        lr=args.lr,
-        seed=args.seed,
+    heads = HeadsConfig(heads=args.heads, layers=args.layers, vocab=args.vocab, root_input=args.root_input)
+    config = TrainerConfig(
+        targets=args.targets, epochs=args.epochs, batch=args.batch, lr=args.lr, seed=args.seed
     )
     cache = args.cache or args.out / "cache"
-    result = train_medusa1(args.model, args.data, args.out, cache, args.max_positions, config)
+    result = train_medusa1(args.model, args.data, args.out, cache, args.max_positions, heads, config)
     print("\n".join(report(result)))
     return 0
 

@@ -27,6 +27,7 @@ from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy
 from heads.checkpoint import HeadSet, load_heads
 from heads.errors import HeadsError
+from heads.medusa import MedusaHeads
 from trees.family import TreeFamily
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,12 @@ class Engine:
         heads_name, num_heads = None, 0
         if drafter is None and config.heads_dir is not None and config.speculation != "off":
             heads = load_heads(Path(config.heads_dir))
-            drafter = HeadsDrafter(heads.bind(decoder.embedding, decoder.lm_head.weight, fast_linear))
+            bound = heads.bind(decoder.embedding, decoder.lm_head.weight, fast_linear)
+            if not isinstance(bound, MedusaHeads):
+                raise HeadsError(
+                    f"head set {heads.name}: {bound.kind} cannot be served yet; train Medusa heads"
+                )
+            drafter = HeadsDrafter(bound)
             family = TreeFamily.load(Path(config.heads_dir) / "tree.json")
             _check_tree(family, heads)
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
@@ -211,8 +217,7 @@ def _first_draft_at_depth(family: TreeFamily) -> list[int]:
 
 def _check_tree(family: TreeFamily, heads: HeadSet) -> None:
     """Raises HeadsError where the tree asks for guesses that the heads do not make."""
-    module = heads.module
-    num_tokens = module.vocab_size if module.token_map is None else len(module.token_map)
+    module, num_tokens = heads.module, heads.module.num_tokens
     again = "run gorgon train calibrate on this head set to make its tree anew"
     if family.max_depth > module.num_heads:
         raise HeadsError(

@@ -21,24 +21,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from heads.base import DraftHeads, ProjectionKind, plain_linear
 from heads.errors import HeadsError
-from heads.medusa import MedusaHeads, plain_linear
+from heads.hydra import HydraHeads, PrefixLayer
+from heads.medusa import MedusaHeads
 
 FORMAT_VERSION = 1
-ARCHITECTURE = "medusa"
 FINGERPRINT_ROWS = 8
 # A Q4 copy of the base stays above 0.99, another model's rows lie near 0.
 FINGERPRINT_COSINE = 0.95
-_CONFIG_KEYS = {
-    "format_version",
-    "architecture",
-    "base_model",
-    "hidden_size",
-    "vocab_size",
-    "num_heads",
-    "num_layers",
-    "projection",
-    "root_input",
+_SHARED_KEYS = {
+    "format_version": int,
+    "architecture": str,
+    "base_model": str,
+    "hidden_size": int,
+    "vocab_size": int,
+    "num_heads": int,
+    "projection": str,
+}
+_OWN_KEYS: dict[str, dict[str, type]] = {
+    MedusaHeads.architecture: {"num_layers": int, "root_input": bool},
+    HydraHeads.architecture: {
+        "prefix_heads": int,
+        "prefix_kv_heads": int,
+        "prefix_head_dim": int,
+        "prefix_intermediate_size": int,
+    },
 }
 
 
@@ -48,7 +56,7 @@ class HeadSet:
 
     name: str  # the directory's
     base_model: str  # registry name or hub id, for people
-    module: MedusaHeads
+    module: DraftHeads
     fingerprint_tokens: Tensor  # [FINGERPRINT_ROWS] int64
     fingerprint: Tensor  # [FINGERPRINT_ROWS, hidden] float16, the base's embedding of these tokens
 
@@ -57,7 +65,7 @@ class HeadSet:
         """What these heads are, in words."""
         m = self.module
         tokens = f", {len(m.token_map)} tokens" if m.token_map is not None else ""
-        return f"{m.num_heads} Medusa heads x {m.num_layers} layers, {_projection_kind(m)} projection{tokens}"
+        return f"{m.kind}, {m.projection_kind.replace('_', '-')} projection{tokens}"
 
     def similarity(self, embedding: Tensor) -> float:
         """Mean cosine between the recorded rows and the same rows of embedding [vocab, hidden].
@@ -88,10 +96,10 @@ class HeadSet:
         embedding: Tensor,
         lm_head_weight: Tensor,
         make_linear: Callable[[Tensor], Callable[[Tensor], Tensor]] = plain_linear,
-    ) -> MedusaHeads:
+    ) -> DraftHeads:
         """The heads on the base's device, in its dtype and with its projection, ready to draft.
 
-        embedding, lm_head_weight: [vocab, hidden]; make_linear: see `MedusaHeads.bind`. Raises HeadsError
+        embedding, lm_head_weight: [vocab, hidden]; make_linear: see `DraftHeads.bind`. Raises HeadsError
         where the base is another model.
         """
         self.check_base(embedding)
@@ -99,27 +107,22 @@ class HeadSet:
         return self.module
 
 
-def _projection_kind(module: MedusaHeads) -> str:
-    return "shared" if module.projection is None else "own"
-
-
-def _config(module: MedusaHeads, base_model: str) -> dict[str, object]:
+def _config(module: DraftHeads, base_model: str) -> dict[str, object]:
     return {
         "format_version": FORMAT_VERSION,
-        "architecture": ARCHITECTURE,
+        "architecture": module.architecture,
         "base_model": base_model,
         "hidden_size": module.hidden_size,
         "vocab_size": module.vocab_size,
         "num_heads": module.num_heads,
-        "num_layers": module.num_layers,
-        "projection": _projection_kind(module),
-        "root_input": module.root_weights is not None,
+        "projection": module.projection_kind,
+        **module.facts(),
     }
 
 
 def save_heads(
     directory: Path,
-    module: MedusaHeads,
+    module: DraftHeads,
     base_model: str,
     embedding: Tensor,
     dtype: torch.dtype = torch.bfloat16,
@@ -151,20 +154,20 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise HeadsError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise HeadsError(f"{path} must hold an object")
-    if config.get("format_version") != FORMAT_VERSION or config.get("architecture") != ARCHITECTURE:
+    own_keys = _OWN_KEYS.get(str(config.get("architecture")))
+    if config.get("format_version") != FORMAT_VERSION or own_keys is None:
         raise HeadsError(
             f"{path}: format version {config.get('format_version')} of {config.get('architecture')!r} heads "
-            f"is not known; this version reads {FORMAT_VERSION} of {ARCHITECTURE!r}"
+            f"is not known; this version reads {FORMAT_VERSION} of {' and '.join(map(repr, _OWN_KEYS))}"
         )
-    for name in sorted(_CONFIG_KEYS ^ config.keys()):
-        raise HeadsError(f"{path}: {name!r} is {'missing' if name in _CONFIG_KEYS else 'not a known key'}")
-    for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
-        if type(config[name]) is not int or config[name] < 1:
-            raise HeadsError(f"{path}: {name!r} must be a whole number of at least 1, not {config[name]!r}")
-    for name, kind in (("base_model", str), ("projection", str), ("root_input", bool)):
-        if not isinstance(config[name], kind):
-            expected = "a text" if kind is str else "true or false"
-            raise HeadsError(f"{path}: {name!r} must be {expected}, not {config[name]!r}")
+    keys = _SHARED_KEYS | own_keys
+    for name in sorted(keys.keys() ^ config.keys()):
+        raise HeadsError(f"{path}: {name!r} is {'missing' if name in keys else 'not a known key'}")
+    for name, kind in keys.items():
+        value = config[name]
+        if type(value) is not kind or (kind is int and config[name] < 1):
+            expected = {int: "a whole number of at least 1", str: "a text", bool: "true or false"}[kind]
+            raise HeadsError(f"{path}: {name!r} must be {expected}, not {value!r}")
     return config
 
 
@@ -194,28 +197,18 @@ def load_heads(directory: Path) -> HeadSet:
     tensors = _read_tensors(path)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
 
-    num_layers = sum(re.fullmatch(r"weights\.\d+", name) is not None for name in tensors)
-    first = tensors.get("weights.0")
-    num_heads = 0 if first is None or first.ndim != 3 else first.shape[0]
-    own = "projection" in tensors
-    root_input = "root_weights" in tensors
-    found = {
-        "num_heads": num_heads,
-        "num_layers": num_layers,
-        "projection": "own" if own else "shared",
-        "root_input": root_input,
-    }
-    for name, value in found.items():
-        if config[name] != value:
-            raise HeadsError(f"{path}: the weights hold {name} {value}, but config.json says {config[name]}")
-
     token_map = tensors.get("token_map")
     if token_map is not None:
         if token_map.dtype != torch.int64 or token_map.ndim != 1 or not len(token_map):
             raise HeadsError(f"{path}: 'token_map' must be a row of int64 token ids")
         if int(token_map.min()) < 0 or int(token_map.max()) >= vocab:
             raise HeadsError(f"{path}: 'token_map' names tokens outside the vocabulary of {vocab}")
-    module = MedusaHeads(num_heads, num_layers, hidden, vocab, token_map, own, root_input)
+    make = _medusa if config["architecture"] == MedusaHeads.architecture else _hydra
+    with torch.device("meta"):  # sizes that config.json alone says take no memory before they are checked
+        module = make(config, tensors, token_map)
+    for name, value in _config(module, config["base_model"]).items():
+        if config[name] != value:
+            raise HeadsError(f"{path}: the weights hold {name} {value}, but config.json says {config[name]}")
     rows = (FINGERPRINT_ROWS, hidden)
     fingerprint = _take(tensors, "fingerprint.rows", rows, path)
     fingerprint_tokens = _take(tensors, "fingerprint.tokens", rows[:1], path)
@@ -223,13 +216,51 @@ def load_heads(directory: Path) -> HeadSet:
         raise HeadsError(f"{path}: 'fingerprint.tokens' lie outside the vocabulary of {vocab}")
     state = {name: _take(tensors, name, tuple(t.shape), path) for name, t in module.state_dict().items()}
     for name in tensors:
-        raise HeadsError(f"{path}: {name!r} is not used by {ARCHITECTURE!r} heads")
+        raise HeadsError(f"{path}: {name!r} is not used by {module.architecture!r} heads")
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise HeadsError(f"{path}: {name!r} holds values that are not finite")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
     return HeadSet(directory.name, config["base_model"], module, fingerprint_tokens, fingerprint)
+
+
+def _size(tensors: dict[str, Tensor], name: str, dimension: int) -> int:
+    """A size as the weights have it, 0 where there is no such tensor."""
+    tensor = tensors.get(name)
+    return 0 if tensor is None or tensor.ndim <= dimension else tensor.shape[dimension]
+
+
+def _projection(tensors: dict[str, Tensor]) -> tuple[ProjectionKind, int]:
+    """Kind and rank of the projection that the weights hold."""
+    if "reduce" in tensors:
+        return "low_rank", _size(tensors, "reduce", 0)
+    return ("own" if "projection" in tensors else "shared"), 0
+
+
+def _medusa(config: dict[str, Any], tensors: dict[str, Tensor], token_map: Tensor | None) -> DraftHeads:
+    num_layers = sum(re.fullmatch(r"weights\.\d+", name) is not None for name in tensors)
+    return MedusaHeads(
+        _size(tensors, "weights.0", 0),
+        num_layers,
+        config["hidden_size"],
+        config["vocab_size"],
+        token_map,
+        *_projection(tensors),
+        root_input="root_weights" in tensors,
+    )
+
+
+def _hydra(config: dict[str, Any], tensors: dict[str, Tensor], token_map: Tensor | None) -> DraftHeads:
+    prefix = PrefixLayer(
+        config["hidden_size"],
+        config["prefix_heads"],
+        config["prefix_kv_heads"],
+        config["prefix_head_dim"],
+        config["prefix_intermediate_size"],
+    )
+    num_heads = _size(tensors, "weights", 0)
+    return HydraHeads(num_heads, config["vocab_size"], prefix, token_map, *_projection(tensors))
 
 
 def describe(directory: Path) -> dict[str, object]:
@@ -237,7 +268,7 @@ def describe(directory: Path) -> dict[str, object]:
     heads = load_heads(directory)
     module = heads.module
     facts = {"name": heads.name, **_config(module, heads.base_model)}
-    facts["tokens"] = module.vocab_size if module.token_map is None else len(module.token_map)
+    facts["tokens"] = module.num_tokens
     facts["parameters"] = sum(p.numel() for p in module.parameters())
     facts["bytes"] = (directory / "heads.safetensors").stat().st_size
     return facts

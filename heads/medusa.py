@@ -11,32 +11,23 @@ run: `x + SiLU(Wx + Ue + b)`, e its embedding brought to unit mean square. This 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heads.base import DraftHeads, ProjectionKind
 from heads.errors import HeadsError
 
 
-def plain_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Multiplication by weight [out, in], as torch does it."""
-    return partial(F.linear, weight=weight)
-
-
-class MedusaHeads(nn.Module):
+class MedusaHeads(DraftHeads):
     """`num_heads` heads of `num_layers` blocks over rows of `hidden_size`.
 
-    token_map: [num_tokens] int64, the tokens the projection's rows stand for; None for the whole vocabulary.
-    own_projection: each head brings its projection, [num_heads, num_tokens, hidden]; otherwise `bind` takes
-    the base's. root_input: the first block sees the committed root.
+    root_input: the first block sees the committed root. What remains is as in DraftHeads.
     """
 
-    token_map: Tensor | None  # [num_tokens] int64
-    project: Callable[[Tensor], Tensor] | None  # the base's projection of the mapped tokens, once bound
-    embedding: Tensor | None  # [vocab, hidden], the base's, there once bound where roots are seen
+    architecture = "medusa"
 
     def __init__(
         self,
@@ -45,12 +36,12 @@ class MedusaHeads(nn.Module):
         hidden_size: int,
         vocab_size: int,
         token_map: Tensor | None = None,
-        own_projection: bool = False,
+        projection: ProjectionKind = "shared",
+        rank: int = 0,
         root_input: bool = False,
     ) -> None:
-        super().__init__()
-        self.num_heads, self.num_layers = num_heads, num_layers
-        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        super().__init__(num_heads, hidden_size, vocab_size, token_map, projection, rank)
+        self.num_layers = num_layers
         # Zero weights make a fresh head guess what the base model itself guesses.
         self.weights = nn.ParameterList(
             nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size)) for _ in range(num_layers)
@@ -61,38 +52,14 @@ class MedusaHeads(nn.Module):
         self.root_weights = (
             nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size)) if root_input else None
         )  # [num_heads, out, in]
-        num_tokens = vocab_size if token_map is None else len(token_map)
-        self.projection = (
-            nn.Parameter(torch.zeros(num_heads, num_tokens, hidden_size)) if own_projection else None
-        )
-        self.register_buffer("token_map", token_map)
-        self.project = None
-        self.register_buffer("embedding", None, persistent=False)
 
-    def bind(
-        self,
-        lm_head_weight: Tensor,
-        embedding: Tensor,
-        make_linear: Callable[[Tensor], Callable[[Tensor], Tensor]] = plain_linear,
-    ) -> None:
-        """Move to the base's device and dtype and take over what the heads share with it.
+    def facts(self) -> dict[str, object]:
+        return {"num_layers": self.num_layers, "root_input": self.root_weights is not None}
 
-        lm_head_weight, embedding: [vocab, hidden]; make_linear turns the projection's weight into what
-        multiplies by it. Raises HeadsError where the base has another shape.
-        """
-        expected = (self.vocab_size, self.hidden_size)
-        if tuple(lm_head_weight.shape) != expected:
-            raise HeadsError(
-                f"the heads were made for a projection of {expected[0]} tokens by {expected[1]}, "
-                f"but the model's is {' by '.join(map(str, lm_head_weight.shape))}"
-            )
-        self.to(device=lm_head_weight.device, dtype=lm_head_weight.dtype)
-        if self.projection is None:
-            weight = lm_head_weight.detach()
-            weight = weight if self.token_map is None else weight[self.token_map].contiguous()
-            self.project = make_linear(weight)
-        if self.root_weights is not None:
-            self.embedding = embedding.detach()
+    @property
+    def kind(self) -> str:
+        root = ", seeing the root" if self.root_weights is not None else ""
+        return f"{self.num_heads} Medusa heads x {self.num_layers} layers{root}"
 
     def features(self, hidden: Tensor, num_heads: int, root_rows: Tensor | None = None) -> Tensor:
         """What the first heads project, [num_heads, num_rows, hidden].
@@ -111,18 +78,24 @@ class MedusaHeads(nn.Module):
             x = x + F.silu(y)
         return x
 
+    def sequence_features(self, hidden: Tensor, embeddings: Tensor, anchors: Tensor) -> Sequence[Tensor]:
+        roots = embeddings.flatten(0, 1)[anchors + 1] if self.root_weights is not None else None
+        return self.features(hidden.flatten(0, 1)[anchors], self.num_heads, roots).unbind()
+
     def logits(self, hidden: Tensor, roots: Tensor, num_heads: int) -> Tensor:
         """Guesses of bound heads, [num_heads, num_rows, num_tokens], columns in token map order.
 
         hidden: [num_rows, hidden]; roots: [num_rows] int64, the token committed after each row.
         """
-        root_rows = None if self.embedding is None else F.embedding(roots, self.embedding)
+        root_rows = None
+        if self.root_weights is not None and self.embedding is not None:
+            root_rows = F.embedding(roots, self.embedding)
         x = self.features(hidden, num_heads, root_rows)
         if self.projection is not None:
             return torch.bmm(x, self.projection[:num_heads].transpose(1, 2))
         if self.project is None:
             raise HeadsError("these heads share the base's projection; call bind() first")
-        return self.project(x)
+        return self.project(x if self.reduce is None else F.linear(x, self.reduce))
 
     @torch.inference_mode()
     def fill_tree(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from heads.medusa import MedusaHeads
+from heads.base import DraftHeads
+from training.sequences import SequenceBatch, Sequences
 from trees.family import RankPath, TreeFamily
 from trees.search import accepted_nodes, family_from_paths
 
 MAX_RANK = 40  # a true token beyond counts as a miss
 SHOWN_RANKS = 10
-ROWS_PER_PASS = 512
+TOKENS_PER_PASS = 1024
 TREE_SIZES = (1, 2, 4, 8, 16, 32, 63)
 
 
@@ -37,21 +39,22 @@ class Calibration:
 
 
 @torch.inference_mode()
-def true_ranks(heads: MedusaHeads, hidden: Tensor, roots: Tensor, targets: Tensor) -> Tensor:
-    """Rank of the true token among each head's guesses, [num_rows, num_heads] int64; MAX_RANK for a miss.
+def true_ranks(heads: DraftHeads, batch: SequenceBatch, embedding: Tensor) -> Tensor:
+    """Rank of the true token among each head's guesses where everything before it was guessed right,
+    [num_anchors, num_heads] int64; MAX_RANK for a miss.
 
-    heads: bound; hidden: [num_rows, hidden]; roots: [num_rows] the token after each row; targets:
-    [num_rows, num_heads] token ids, -1 for none.
+    heads: bound; embedding: [vocab, hidden], the base's.
     """
-    ranks = torch.full(targets.shape, MAX_RANK, dtype=torch.int64)
-    for begin in range(0, len(hidden), ROWS_PER_PASS):
-        block = slice(begin, begin + ROWS_PER_PASS)
-        logits = heads.logits(hidden[block].to(heads.biases[0].dtype), roots[block], heads.num_heads)
-        guesses = logits.topk(min(MAX_RANK, logits.shape[-1]), dim=-1).indices  # [heads, rows, MAX_RANK]
+    dtype = next(heads.parameters()).dtype
+    rows = embedding[batch.token_ids].to(dtype)
+    ranks = torch.full((len(batch.anchors), heads.num_heads), MAX_RANK, dtype=torch.int64)
+    for head, features in enumerate(heads.sequence_features(batch.hidden.to(dtype), rows, batch.anchors)):
+        logits = heads.head_logits(head, features)
+        guesses = logits.topk(min(MAX_RANK, logits.shape[-1]), dim=-1).indices  # [num_anchors, MAX_RANK]
         if heads.token_map is not None:
             guesses = heads.token_map[guesses]
-        right = guesses == targets[block].t().unsqueeze(2)
-        ranks[block] = torch.where(right.any(dim=2), right.int().argmax(dim=2), MAX_RANK).t()
+        right = guesses == batch.targets(head).unsqueeze(1)
+        ranks[:, head] = torch.where(right.any(dim=1), right.int().argmax(dim=1), MAX_RANK)
     return ranks
 
 
@@ -79,27 +82,25 @@ def walk(family: TreeFamily, segments: Sequence[Sequence[RankPath]]) -> float:
 
 
 def calibrate(
-    heads: MedusaHeads, hidden: Tensor, roots: Tensor, targets: Tensor, segments: Tensor
+    heads: DraftHeads, sequences: Sequences, documents: Sequence[int], embedding: Tensor
 ) -> Calibration:
-    """Measure bound heads on the rows of the given segments.
-
-    hidden: [num_rows, hidden]; roots: [num_rows]; targets: [num_rows, num_heads]; segments:
-    [num_segments, 2] row ranges.
-    """
-    ranges = [(int(start), int(end)) for start, end in segments]
-    rows = torch.cat([torch.arange(start, end) for start, end in ranges])
-    ranks = true_ranks(heads, hidden[rows], roots[rows], targets[rows])
-    paths = rank_paths(ranks)
-    family = family_from_paths(paths)
-    by_segment, begin = [], 0
-    for start, end in ranges:
-        by_segment.append(paths[begin : begin + end - start])
-        begin += end - start
-    known = targets[rows] >= 0
+    """Measure bound heads on the answers of the given documents. embedding: [vocab, hidden], the base's."""
+    by_answer: list[list[RankPath]] = []
+    all_ranks, all_known = [], []
+    for numbers in sequences.batches(documents, TOKENS_PER_PASS):
+        batch = sequences.load(numbers)
+        ranks = true_ranks(heads, batch, embedding)
+        all_ranks.append(ranks)
+        all_known.append(torch.stack([batch.targets(k) >= 0 for k in range(heads.num_heads)], dim=1))
+        # The anchors of one answer lie together.
+        lengths = [len(list(group)) for _, group in groupby(batch.ends.tolist())]
+        by_answer += [rank_paths(rows) for rows in torch.split(ranks, lengths)]
+    ranks, known = torch.cat(all_ranks), torch.cat(all_known)
+    family = family_from_paths(path for paths in by_answer for path in paths)
     hit_rates = [
         [float((column[mask] == rank).float().mean()) for rank in range(SHOWN_RANKS)]
         for column, mask in zip(ranks.t(), known.t(), strict=True)
     ]
     sizes = sorted({min(size, len(family.paths)) for size in TREE_SIZES})
-    tokens = {size: walk(family.prefix(size), by_segment) for size in sizes}
-    return Calibration(family, hit_rates, tokens, len(rows))
+    tokens = {size: walk(family.prefix(size), by_answer) for size in sizes}
+    return Calibration(family, hit_rates, tokens, len(ranks))

@@ -25,8 +25,8 @@ def write_card(
         "",
         f"{heads.kind}. The backbone is frozen; text does not change.",
         "",
-        f"Trained on `{data_name}`: {len(cache.next_tokens)} answer tokens in {len(cache.segments)} answers, "
-        f"{int(cache.held_out.sum())} of them held out.",
+        f"Trained on `{data_name}`: {cache.num_answer_tokens} answer tokens in {len(cache.documents)} "
+        f"conversations, {int(cache.held_out.sum())} of them held out.",
         "",
         "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
         "",

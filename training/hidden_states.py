@@ -1,12 +1,11 @@
-"""Hidden rows of the frozen backbone at the positions heads learn from, computed once and kept on disk.
+"""Hidden rows of the frozen backbone over whole conversations, computed once and kept on disk.
 
 A cache directory has a folder for every model and text, named by a digest of both. It holds `hidden.npy`
-(bfloat16 rows stored as uint16), `next_tokens.npy`, `segments.npy` and `manifest.json`, is filled in groups
-of documents and notes each finished group, so that a killed run goes on where it stopped.
+(bfloat16 rows stored as uint16), `token_ids.npy`, `documents.npy`, `answers.npy` and `manifest.json`, is
+filled in groups of documents and notes each finished group, so that a killed run goes on where it stopped.
 
-A row is that of the token *before* an answer token, and its next token is that answer token: at serving, the
-row of the last computed token and the root committed after it. Head k, counted from 0, then guesses the next
-token of the row k + 1 places further on in the same segment.
+Heads are trained on *anchors*: row t together with token t + 1, as at serving the row of the last computed
+token and the root committed after it. Head k, counted from 0, then guesses token t + 2 + k.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.model.decoder import Decoder
 from training.dataset import Document, digest
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 GROUP_SIZE = 128  # documents between two notes of progress
 TOKENS_PER_PASS = 1024  # padding included; more falls out of the cache of a CPU
 
@@ -49,29 +49,28 @@ class DenseCausalAttention:
 
 @dataclass(frozen=True)
 class HiddenCache:
-    """The rows of all documents. `segments` are [start, end) row ranges of single answers; `origin` is a
-    digest of what the rows were computed from.
-    """
+    """The rows of all documents, one after the other. `origin` is a digest of what they come from."""
 
     origin: str
-    hidden: Tensor  # [num_rows, hidden] bfloat16, mapped from disk
-    next_tokens: Tensor  # [num_rows] int64
-    segments: Tensor  # [num_segments, 2] int64
-    held_out: Tensor  # [num_segments] bool
-    greedy: Tensor  # [num_segments] bool
+    hidden: Tensor  # [num_rows, hidden] bfloat16, mapped from disk; row i belongs to token i
+    token_ids: Tensor  # [num_rows] int64
+    documents: Tensor  # [num_documents, 2] int64: [start, end) row ranges of whole conversations
+    answers: Tensor  # [num_answers, 2] int64: [start, end) row ranges of the tokens the assistant wrote
+    owners: Tensor  # [num_answers] int64: each answer's document
+    held_out: Tensor  # [num_documents] bool
+    greedy: Tensor  # [num_documents] bool
 
-    def targets(self, num_heads: int) -> Tensor:
-        """[num_rows, num_heads] int64: the token each head should guess, -1 beyond the end of the answer."""
-        num_rows = len(self.next_tokens)
-        ends = torch.repeat_interleave(self.segments[:, 1], self.segments[:, 1] - self.segments[:, 0])
-        places = torch.arange(num_rows).unsqueeze(1) + torch.arange(1, num_heads + 1)
-        tokens = self.next_tokens[places.clamp(max=num_rows - 1)]
-        return tokens.masked_fill(places >= ends.unsqueeze(1), -1)
+    @cached_property
+    def num_answer_tokens(self) -> int:
+        return int((self.answers[:, 1] - self.answers[:, 0]).sum())
 
-    def rows(self, chosen: Tensor) -> Tensor:
-        """Row numbers of the chosen segments ([num_segments] bool), ascending."""
-        lengths = self.segments[:, 1] - self.segments[:, 0]
-        return torch.nonzero(torch.repeat_interleave(chosen, lengths)).squeeze(1)
+    @cached_property
+    def is_answer(self) -> Tensor:
+        """[num_rows] bool: whether the assistant wrote this row's token."""
+        edges = torch.zeros(len(self.token_ids) + 1, dtype=torch.int64)
+        edges[self.answers[:, 0]] += 1
+        edges[self.answers[:, 1]] -= 1
+        return edges.cumsum(0)[:-1] > 0
 
 
 def _batches(documents: list[Document]) -> Iterator[list[int]]:
@@ -87,8 +86,8 @@ def _batches(documents: list[Document]) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def _answer_rows(decoder: Decoder, documents: list[Document]) -> list[Tensor]:
-    """Per document [num_answer_tokens, hidden]: the rows before its answer tokens."""
+def _rows(decoder: Decoder, documents: list[Document]) -> list[Tensor]:
+    """Per document [num_tokens, hidden]."""
     device = decoder.embedding.device
     length = max(len(d.token_ids) for d in documents)
     tokens = torch.zeros(len(documents), length, dtype=torch.int64)
@@ -98,20 +97,18 @@ def _answer_rows(decoder: Decoder, documents: list[Document]) -> list[Tensor]:
     attention = DenseCausalAttention(len(documents), length)
     hidden = decoder(tokens.view(-1).to(device), positions.to(device), attention)
     hidden = hidden.view(len(documents), length, -1)
-    return [
-        torch.cat([hidden[row, start - 1 : end - 1] for start, end in document.spans])
-        for row, document in enumerate(documents)
-    ]
+    return [hidden[row, : len(document.token_ids)] for row, document in enumerate(documents)]
 
 
-def _segment_table(documents: list[Document]) -> NDArray[np.int64]:
-    """[num_segments, 4]: first row, end row, held out, greedy."""
-    table, row = [], 0
-    for document in documents:
-        for start, end in document.spans:
-            table.append((row, row + end - start, document.held_out, document.greedy))
-            row += end - start
-    return np.array(table, dtype=np.int64)
+def _tables(documents: list[Document]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Documents [num_documents, 4]: first row, end row, held out, greedy; answers [num_answers, 3]: first
+    row, end row, document."""
+    rows, answers, row = [], [], 0
+    for number, document in enumerate(documents):
+        answers += [(row + start, row + end, number) for start, end in document.spans]
+        rows.append((row, row + len(document.token_ids), document.held_out, document.greedy))
+        row += len(document.token_ids)
+    return np.array(rows, dtype=np.int64), np.array(answers, dtype=np.int64)
 
 
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
@@ -136,7 +133,7 @@ def extract(decoder: Decoder, documents: list[Document], cache_dir: Path) -> Hid
     key = {"model": fingerprint(decoder), "documents": digest(documents)}
     directory = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     directory.mkdir(parents=True, exist_ok=True)
-    table = _segment_table(documents)
+    table, answers = _tables(documents)
     num_rows, hidden_size = int(table[-1, 1]), decoder.config.hidden_size
     header = {"version": MANIFEST_VERSION, **key, "num_rows": num_rows, "hidden_size": hidden_size}
     path = directory / "manifest.json"
@@ -144,9 +141,10 @@ def extract(decoder: Decoder, documents: list[Document], cache_dir: Path) -> Hid
     if {name: manifest.get(name) for name in header} != header:
         manifest = {**header, "groups_done": 0}
         np.lib.format.open_memmap(directory / "hidden.npy", "w+", np.uint16, (num_rows, hidden_size))
-        tokens = [d.token_ids[i] for d in documents for start, end in d.spans for i in range(start, end)]
-        np.save(directory / "next_tokens.npy", np.array(tokens, dtype=np.int64))
-        np.save(directory / "segments.npy", table)
+        tokens = [token for document in documents for token in document.token_ids]
+        np.save(directory / "token_ids.npy", np.array(tokens, dtype=np.int64))
+        np.save(directory / "documents.npy", table)
+        np.save(directory / "answers.npy", answers)
         _write_manifest(directory, manifest)
     _fill(decoder, documents, directory, manifest)
     return open_cache(directory)
@@ -154,14 +152,14 @@ def extract(decoder: Decoder, documents: list[Document], cache_dir: Path) -> Hid
 
 def _fill(decoder: Decoder, documents: list[Document], directory: Path, manifest: dict[str, Any]) -> None:
     hidden = np.load(directory / "hidden.npy", mmap_mode="r+")
-    first_rows = np.cumsum([0, *(d.num_answer_tokens for d in documents)])
+    first_rows = np.cumsum([0, *(len(d.token_ids) for d in documents)])
     first = manifest["groups_done"] * GROUP_SIZE
     tokens_left = sum(len(d.token_ids) for d in documents[first:])
     tokens_done, began = 0, time.monotonic()
     for begin in range(first, len(documents), GROUP_SIZE):
         group = documents[begin : begin + GROUP_SIZE]
         for batch in _batches(group):
-            for i, rows in zip(batch, _answer_rows(decoder, [group[i] for i in batch]), strict=True):
+            for i, rows in zip(batch, _rows(decoder, [group[i] for i in batch]), strict=True):
                 bits = rows.to("cpu", torch.bfloat16).view(torch.uint16).numpy()
                 hidden[first_rows[begin + i] : first_rows[begin + i + 1]] = bits
         hidden.flush()
@@ -179,12 +177,15 @@ def _fill(decoder: Decoder, documents: list[Document], directory: Path, manifest
 def open_cache(directory: Path) -> HiddenCache:
     """Open a finished cache."""
     hidden = torch.from_numpy(np.load(directory / "hidden.npy", mmap_mode="r+")).view(torch.bfloat16)
-    table = torch.from_numpy(np.load(directory / "segments.npy"))
+    documents = torch.from_numpy(np.load(directory / "documents.npy"))
+    answers = torch.from_numpy(np.load(directory / "answers.npy"))
     return HiddenCache(
         origin=directory.name,
         hidden=hidden,
-        next_tokens=torch.from_numpy(np.load(directory / "next_tokens.npy")),
-        segments=table[:, :2],
-        held_out=table[:, 2].bool(),
-        greedy=table[:, 3].bool(),
+        token_ids=torch.from_numpy(np.load(directory / "token_ids.npy")),
+        documents=documents[:, :2],
+        answers=answers[:, :2],
+        owners=answers[:, 2],
+        held_out=documents[:, 2].bool(),
+        greedy=documents[:, 3].bool(),
     )

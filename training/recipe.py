@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -12,12 +12,14 @@ from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
 from heads.checkpoint import load_heads
+from heads.medusa import MedusaHeads
 from heads.registry import resolve_model
 from training.calibrate import Calibration, calibrate
 from training.card import update_card, write_card
 from training.dataset import DataError, Document, load_documents
 from training.hidden_states import HiddenCache, extract
-from training.medusa1 import Medusa1Config, Medusa1Trainer
+from training.sequences import Sequences
+from training.trainer import HeadsTrainer, TrainerConfig, token_map
 
 MAX_LENGTH = 1024  # tokens of a conversation, prompt included; longer ones are left out
 
@@ -34,16 +36,42 @@ def _load(model_name: str, data: Path, max_positions: int, seed: int) -> tuple[D
     return load_decoder(model.model_dir, torch.bfloat16, torch.device("cpu")), documents
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """What is trained. `vocab` is the size of the token map, at most the whole vocabulary."""
+
+    heads: int = 4
+    layers: int = 3
+    vocab: int = 8192
+    root_input: bool = True
+
+
 def train_medusa1(
-    model_name: str, data: Path, out: Path, cache_dir: Path, max_positions: int, config: Medusa1Config
+    model_name: str,
+    data: Path,
+    out: Path,
+    cache_dir: Path,
+    max_positions: int,
+    heads: HeadsConfig,
+    config: TrainerConfig,
 ) -> Calibration:
     """Extract, train, calibrate, write the head set to `out`; a killed run goes on where it stopped."""
     decoder, documents = _load(model_name, data, max_positions, config.seed)
     cache = extract(decoder, documents, cache_dir)
-    trainer = Medusa1Trainer(config, cache, decoder.embedding, decoder.lm_head.weight, model_name, out)
+    vocab_size, hidden_size = decoder.lm_head.weight.shape
+    module = MedusaHeads(
+        heads.heads,
+        heads.layers,
+        hidden_size,
+        vocab_size,
+        token_map(cache, heads.vocab, vocab_size),
+        root_input=heads.root_input,
+    )
+    trainer = HeadsTrainer(config, module, cache, decoder.embedding, decoder.lm_head.weight, model_name, out)
     trainer.run()
     result = _calibrate(out, decoder, cache)
-    write_card(out, result, data.name, cache, {**asdict(config), "max_positions": max_positions})
+    settings = {**asdict(heads), **asdict(config), "max_positions": max_positions}
+    write_card(out, result, data.name, cache, settings)
     return result
 
 
@@ -62,10 +90,10 @@ def _calibrate(heads_dir: Path, decoder: Decoder, cache: HiddenCache) -> Calibra
     heads = load_heads(heads_dir).bind(decoder.embedding, decoder.lm_head.weight)
     # What is served most is greedy; sampled text is measured only where there is nothing else.
     chosen = cache.held_out & cache.greedy if bool((cache.held_out & cache.greedy).any()) else cache.held_out
-    if not bool(chosen.any()):
+    documents = torch.nonzero(chosen).squeeze(1).tolist()
+    if not documents:
         raise DataError("no conversation fell into the held-out share; give more data")
-    targets = cache.targets(heads.num_heads)
-    result = calibrate(heads, cache.hidden, cache.next_tokens, targets, cache.segments[chosen])
+    result = calibrate(heads, Sequences(cache), documents, decoder.embedding.detach())
     measured_on = "held-out greedy answers" if bool(cache.greedy[chosen].all()) else "held-out answers"
     result.family.save(heads_dir / "tree.json", measured_on=measured_on, **result.facts())
     return result

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.model.decoder import Decoder, Linear
-from heads.medusa import plain_linear
+from heads.base import plain_linear
 
 _ROWS_HINT = 16  # rows per call that oneDNN lays the weights out for: a decoding pass with small trees
 _DTYPES = (torch.float32, torch.bfloat16)

@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from heads.base import DraftHeads, ProjectionKind
 from heads.checkpoint import describe, load_heads, save_heads
 from heads.errors import HeadsError
+from heads.hydra import HydraHeads, PrefixLayer
 from heads.medusa import MedusaHeads
 
-HEADS, LAYERS, HIDDEN, VOCAB = 3, 2, 16, 40
+HEADS, LAYERS, HIDDEN, VOCAB, RANK = 3, 2, 16, 40, 5
 
 
 @pytest.fixture
@@ -32,9 +34,17 @@ def directory(tmp_path: Path, embedding: Tensor) -> Path:
 
 
 def _random(
-    token_map: Tensor | None = None, own_projection: bool = False, root_input: bool = False
-) -> MedusaHeads:
-    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, token_map, own_projection, root_input)
+    token_map: Tensor | None = None,
+    projection: ProjectionKind = "shared",
+    root_input: bool = False,
+    architecture: str = "medusa",
+) -> DraftHeads:
+    heads: DraftHeads
+    if architecture == "medusa":
+        heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, token_map, projection, RANK, root_input)
+    else:
+        prefix = PrefixLayer(HIDDEN, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=20)
+        heads = HydraHeads(HEADS, VOCAB, prefix, token_map, projection, RANK)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter)
     return heads
@@ -52,21 +62,30 @@ def _edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], object]) 
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize("own_projection", [False, True])
+@pytest.mark.parametrize("projection", ["shared", "own", "low_rank"])
 @pytest.mark.parametrize("token_map", [None, torch.tensor([1, 4, 9])])
 @pytest.mark.parametrize("root_input", [False, True])
+@pytest.mark.parametrize("architecture", ["medusa", "hydra"])
 def test_a_head_set_comes_back_as_it_was(
-    tmp_path: Path, embedding: Tensor, own_projection: bool, token_map: Tensor | None, root_input: bool
+    tmp_path: Path,
+    embedding: Tensor,
+    projection: ProjectionKind,
+    token_map: Tensor | None,
+    root_input: bool,
+    architecture: str,
 ) -> None:
-    saved = _random(token_map, own_projection, root_input)
+    saved = _random(token_map, projection, root_input, architecture)
     save_heads(tmp_path / "mine", saved, "base", embedding, torch.float32)
     heads = load_heads(tmp_path / "mine")
-    assert (heads.name, heads.base_model) == ("mine", "base")
-    hidden, roots = torch.randn(2, HIDDEN), torch.tensor([1, 2])
+    assert (heads.name, heads.base_model, heads.module.kind) == ("mine", "base", saved.kind)
     saved.bind(embedding, embedding)
-    torch.testing.assert_close(
-        heads.bind(embedding, embedding).logits(hidden, roots, HEADS), saved.logits(hidden, roots, HEADS)
-    )
+    loaded = heads.bind(embedding, embedding)
+    hidden, rows = torch.randn(2, 7, HIDDEN), torch.randn(2, 7, HIDDEN)
+    features = [m.sequence_features(hidden, rows, torch.tensor([0, 2, 9])) for m in (saved, loaded)]
+    for head in range(HEADS):
+        torch.testing.assert_close(
+            loaded.head_logits(head, features[1][head]), saved.head_logits(head, features[0][head])
+        )
 
 
 def test_description_counts_from_the_weights(directory: Path) -> None:
@@ -103,7 +122,7 @@ def test_another_base_model_is_an_error_that_says_so(directory: Path, embedding:
         ({"root_input": 0}, "'root_input' must be true or false, not 0"),
         ({"base_model": ["base"]}, "'base_model' must be a text"),
         ({"base_model": None}, "'base_model' must be a text"),
-        ({"architecture": "hydra"}, "'hydra'"),
+        ({"architecture": "eagle"}, "'eagle'"),
         ({"format_version": 9}, "format version 9"),
         ({"speed": "fast"}, "'speed' is not a known key"),
     ],

@@ -7,19 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heads.base import ProjectionKind
 from heads.errors import HeadsError
 from heads.medusa import MedusaHeads
 from trees.family import TreeFamily
 
-HEADS, LAYERS, HIDDEN, VOCAB = 3, 2, 16, 40
+HEADS, LAYERS, HIDDEN, VOCAB, RANK = 3, 2, 16, 40, 5
 FAMILY = TreeFamily(((0,), (1,), (0, 0), (0, 2), (1, 1), (0, 0, 3)), (0.5, 0.4, 0.3, 0.2, 0.1, 0.05))
 
 
 def random_heads(
-    token_map: Tensor | None = None, own_projection: bool = False, root_input: bool = False
+    token_map: Tensor | None = None, projection: ProjectionKind = "shared", root_input: bool = False
 ) -> MedusaHeads:
     torch.manual_seed(0)
-    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, token_map, own_projection, root_input)
+    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, token_map, projection, RANK, root_input)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return heads
@@ -29,12 +30,14 @@ def tree_of(family: TreeFamily) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(family.parents), torch.tensor(family.depths), torch.tensor(family.ranks)
 
 
-@pytest.mark.parametrize("own_projection", [False, True])
+@pytest.mark.parametrize("projection", ["shared", "own", "low_rank"])
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("root_input", [False, True])
-def test_logits_equal_the_formula_head_by_head(own_projection: bool, reduced: bool, root_input: bool) -> None:
+def test_logits_equal_the_formula_head_by_head(
+    projection: ProjectionKind, reduced: bool, root_input: bool
+) -> None:
     token_map = torch.tensor([3, 5, 8, 30]) if reduced else None
-    heads = random_heads(token_map, own_projection, root_input)
+    heads = random_heads(token_map, projection, root_input)
     lm_head, embedding = torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN)
     hidden, roots = torch.randn(5, HIDDEN), torch.tensor([0, 3, 39, 3, 7])
     heads.bind(lm_head, embedding)
@@ -48,10 +51,24 @@ def test_logits_equal_the_formula_head_by_head(own_projection: bool, reduced: bo
                 y = y + e / e.square().mean(dim=1, keepdim=True).sqrt() @ heads.root_weights[k].t()
             x = x + F.silu(y)
         if heads.projection is not None:
-            projection = heads.projection[k]
+            weight = heads.projection[k]
+        elif heads.expand is not None and heads.reduce is not None:
+            weight = heads.expand @ heads.reduce
         else:
-            projection = lm_head if token_map is None else lm_head[token_map]
-        torch.testing.assert_close(logits[k], x @ projection.t())
+            weight = lm_head if token_map is None else lm_head[token_map]
+        torch.testing.assert_close(logits[k], x @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [4, HIDDEN])
+def test_a_low_rank_projection_starts_as_the_best_of_its_rank(rank: int) -> None:
+    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, projection="low_rank", rank=rank)
+    lm_head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
+    heads.start_from(lm_head)
+    assert heads.expand is not None and heads.reduce is not None
+    left_out = torch.linalg.svdvals(lm_head)[rank:].square().sum()
+    torch.testing.assert_close(
+        (heads.expand @ heads.reduce - lm_head).square().sum(), left_out, atol=1e-3, rtol=0
+    )
 
 
 def test_fresh_heads_guess_what_the_base_guesses() -> None:
@@ -120,7 +137,7 @@ def test_binding_takes_over_the_dtype_and_refuses_another_shape() -> None:
 
 
 def test_heads_that_see_the_root_never_run_without_it() -> None:
-    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, own_projection=True, root_input=True)
+    heads = MedusaHeads(HEADS, LAYERS, HIDDEN, VOCAB, projection="own", root_input=True)
     with pytest.raises(HeadsError, match="bind"):
         heads.logits(torch.randn(1, HIDDEN), torch.tensor([1]), 1)
 

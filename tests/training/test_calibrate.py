@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import torch
 
 from heads.medusa import MedusaHeads
+from tests.training.tiny import tiny_decoder
 from training.calibrate import MAX_RANK, calibrate, rank_paths, true_ranks, walk
+from training.dataset import Document
+from training.hidden_states import extract
+from training.sequences import SequenceBatch, Sequences
 from trees.family import TreeFamily
 
 HIDDEN = 8
-NO_ROOT = torch.tensor([0])  # these heads have no root input
+EMBEDDING = torch.eye(HIDDEN)
+
+
+def sequence(hidden: torch.Tensor, tokens: list[int]) -> SequenceBatch:
+    """One text, all of which is an answer but its first token."""
+    length = len(tokens)
+    anchors = torch.arange(length - 2)
+    return SequenceBatch(
+        hidden.unsqueeze(0), torch.tensor([tokens]), anchors, torch.full_like(anchors, length)
+    )
 
 
 def known_heads(token_map: torch.Tensor | None = None) -> MedusaHeads:
@@ -20,15 +36,15 @@ def known_heads(token_map: torch.Tensor | None = None) -> MedusaHeads:
 
 
 def test_ranks_are_places_in_the_order_of_the_guesses() -> None:
-    hidden = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]])
-    assert true_ranks(known_heads(), hidden, NO_ROOT, torch.tensor([[0, 3]])).tolist() == [[0, 3]]
+    hidden = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]]).repeat(4, 1)
+    ranks = true_ranks(known_heads(), sequence(hidden, [5, 5, 0, 3]), EMBEDDING)
+    assert ranks.tolist() == [[0, 3], [3, MAX_RANK]]
 
 
 def test_no_target_and_a_token_outside_the_map_are_misses() -> None:
-    hidden = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]])
-    heads = known_heads(torch.tensor([1, 3, 6]))
-    assert true_ranks(heads, hidden, NO_ROOT, torch.tensor([[3, -1]])).tolist() == [[1, MAX_RANK]]
-    assert true_ranks(heads, hidden, NO_ROOT, torch.tensor([[0, 6]])).tolist() == [[MAX_RANK, 2]]
+    hidden = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]]).repeat(4, 1)
+    ranks = true_ranks(known_heads(torch.tensor([1, 3, 6])), sequence(hidden, [5, 5, 0, 6]), EMBEDDING)
+    assert ranks.tolist() == [[MAX_RANK, 2], [2, MAX_RANK]]
 
 
 def test_paths_end_at_the_first_miss() -> None:
@@ -44,15 +60,13 @@ def test_a_walk_jumps_over_what_a_step_committed() -> None:
     assert walk(family.prefix(0), [text]) == 1
 
 
-def test_calibration_of_perfect_heads_commits_a_token_per_head_and_one() -> None:
-    tokens = torch.tensor([3] * 9)
-    hidden = torch.nn.functional.one_hot(tokens, HIDDEN).float()
-    targets = torch.full((9, 2), 3)
-    targets[-1], targets[-2, 1] = -1, -1
-    result = calibrate(
-        known_heads(), hidden, torch.zeros(len(hidden), dtype=torch.int64), targets, torch.tensor([[0, 9]])
-    )
+def test_calibration_of_perfect_heads_commits_a_token_per_head_and_one(tmp_path: Path) -> None:
+    documents = [Document([3] * 11, [(1, 11)], greedy=True, held_out=True)] * 3
+    cache = extract(tiny_decoder(), documents, tmp_path)
+    rows = torch.nn.functional.one_hot(cache.token_ids, HIDDEN).bfloat16()
+    sequences = Sequences(dataclasses.replace(cache, hidden=rows))
+    result = calibrate(known_heads(), sequences, [0, 1, 2], EMBEDDING)
     assert result.hit_rates[0][0] == result.hit_rates[1][0] == 1
     assert result.family.paths[:2] == ((0,), (0, 0))
     assert result.tokens_per_step[2] == 3
-    assert result.facts()["positions"] == 9
+    assert result.facts()["positions"] == 27

@@ -18,36 +18,35 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hidden_states, "TOKENS_PER_PASS", 64)
 
 
-def test_rows_are_those_before_each_answer_token_whatever_the_batch(tmp_path: Path) -> None:
+def test_rows_are_those_of_a_lone_pass_whatever_the_batch(tmp_path: Path) -> None:
     decoder, documents = tiny_decoder(), tiny_documents(11)
     cache = extract(decoder, documents, tmp_path)
-    for document, (start, end) in zip(documents, cache.segments.tolist(), strict=True):
+    for document, (start, end) in zip(documents, cache.documents.tolist(), strict=True):
         tokens = torch.tensor(document.token_ids)
         with torch.inference_mode():
             hidden = decoder(tokens, torch.arange(len(tokens)), DenseCausalAttention(1, len(tokens)))
-        torch.testing.assert_close(
-            cache.hidden[start:end], hidden[PROMPT - 1 : -1].bfloat16(), rtol=0.02, atol=0.01
-        )
-        assert cache.next_tokens[start:end].tolist() == document.token_ids[PROMPT:]
+        torch.testing.assert_close(cache.hidden[start:end], hidden.bfloat16(), rtol=0.02, atol=0.01)
+        assert cache.token_ids[start:end].tolist() == document.token_ids
     assert cache.greedy.tolist() == [d.greedy for d in documents]
     assert cache.held_out.tolist() == [d.held_out for d in documents]
 
 
-def test_head_k_is_to_guess_the_token_after_the_root_by_k_within_the_answer(tmp_path: Path) -> None:
+def test_answers_are_the_spans_of_their_documents(tmp_path: Path) -> None:
     documents = tiny_documents(3)
     cache = extract(tiny_decoder(), documents, tmp_path)
-    targets = cache.targets(3)
-    for document, (start, end) in zip(documents, cache.segments.tolist(), strict=True):
-        answer = document.token_ids[PROMPT:]
-        for place in range(end - start):
-            guesses = (answer[place + 1 : place + 4] + [-1] * 3)[:3]
-            assert targets[start + place].tolist() == guesses
+    assert cache.owners.tolist() == [0, 1, 2]
+    for document, (first, _), (start, end) in zip(
+        documents, cache.documents.tolist(), cache.answers.tolist(), strict=True
+    ):
+        assert [(start - first, end - first)] == document.spans
+        assert cache.is_answer[first:end].tolist() == [False] * PROMPT + [True] * (end - start)
+    assert cache.num_answer_tokens == sum(d.num_answer_tokens for d in documents)
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, documents = tiny_decoder(), tiny_documents(11)
     whole = extract(decoder, documents, tmp_path / "whole")
-    real, passes = hidden_states._answer_rows, 0
+    real, passes = hidden_states._rows, 0
 
     def count(*args: object) -> object:
         nonlocal passes
@@ -56,7 +55,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(hidden_states, "_answer_rows", count)
+    monkeypatch.setattr(hidden_states, "_rows", count)
     with pytest.raises(KeyboardInterrupt):
         extract(decoder, documents, tmp_path / "killed")
     extract(decoder, documents, tmp_path / "killed")

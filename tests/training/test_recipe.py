@@ -11,10 +11,12 @@ from heads.checkpoint import load_heads
 from tests.training.tiny import VOCAB, tiny_decoder, tiny_documents
 from training import recipe
 from training.dataset import DataError, Document
-from training.medusa1 import Medusa1Config
+from training.recipe import HeadsConfig
+from training.trainer import TrainerConfig
 from trees.family import TreeFamily
 
-CONFIG = Medusa1Config(heads=2, layers=1, vocab=VOCAB, epochs=8, batch=128, lr=2e-2, warmup=5)
+HEADS = HeadsConfig(heads=2, layers=1, vocab=VOCAB)
+CONFIG = TrainerConfig(epochs=8, batch=128, lr=2e-2, warmup=5)
 
 
 def give(monkeypatch: pytest.MonkeyPatch, documents: list[Document]) -> None:
@@ -23,7 +25,7 @@ def give(monkeypatch: pytest.MonkeyPatch, documents: list[Document]) -> None:
 
 def train(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, tiny_documents(120))
-    recipe.train_medusa1("tiny", Path("text.jsonl"), out, out / "cache", 10**6, CONFIG)
+    recipe.train_medusa1("tiny", Path("text.jsonl"), out, out / "cache", 10**6, HEADS, CONFIG)
 
 
 def test_training_leaves_a_complete_head_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,87 @@
+"""Whether a mode answered exactly as speculation off does, and if not, whether rounding may decide there.
+
+Passes of different shapes round differently, so at a near-tie of the model itself two exact modes may part:
+next to never in float32, sometimes in bfloat16. Any other difference is an error of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.evaluate.answers import Difference
+from bench.modes import Engine
+from engine.messages import AddRequest, SamplingParams
+
+# Largest distance of two logits that rounding may turn around. In bfloat16 two neighbouring logits of size 16
+# lie 0.125 apart.
+NEAR_TIE = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.25}
+# Where each logit moves by at most d, the log-odds of any set of tokens move by 2d, its probability by d / 2.
+SHARE_PER_LOGIT = 0.5
+
+
+def first_difference(expected: Sequence[int], found: Sequence[int]) -> int | None:
+    """The first place at which two answers differ, the end of the shorter one included."""
+    pairs = enumerate(zip_longest(expected, found))
+    return next((place for place, (a, b) in pairs if a != b), None)
+
+
+def compare_answers(
+    engine: Engine,
+    prompt: list[int],
+    expected: Sequence[int],
+    found: Sequence[int],
+    temperature: float,
+    seed: int,
+) -> Difference | None:
+    """None where the answers are the same. `engine` is the one without speculation, with nothing to do; it
+    is asked for its distribution at the place where they part."""
+    place = first_difference(expected, found)
+    if place is None:
+        return None
+    if place >= len(expected) or place >= len(found):
+        ended = (*expected[place : place + 1], None)[0], (*found[place : place + 1], None)[0]
+        return Difference(place, *ended, gap=None, near_tie=False)
+    logprobs = distribution(engine, [*prompt, *expected[:place]])
+    threshold = NEAR_TIE[engine.info.dtype]
+    token = found[place]
+    if temperature == 0.0:
+        gap = float(logprobs.max() - min(logprobs[token], logprobs[expected[place]]))
+    else:
+        gap = distance_from_draw(logprobs, temperature, seed, len(prompt) + place, token)
+        threshold *= SHARE_PER_LOGIT / temperature
+    return Difference(place, expected[place], token, gap, gap < threshold)
+
+
+def distribution(engine: Engine, token_ids: list[int]) -> NDArray[np.float64]:
+    """Log-probabilities of the token that follows, [vocab]."""
+    vocab = engine.info.vocab_size
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=vocab)
+    engine.add_request(AddRequest(request_id="probe", prompt_token_ids=token_ids, sampling=sampling))
+    values = np.full(vocab, -np.inf)
+    while engine.has_work():
+        for output in engine.step().outputs:
+            for position in output.logprobs or ():
+                tokens, logprobs = zip(*position.top, strict=True)
+                values[list(tokens)] = logprobs
+    return values
+
+
+def distance_from_draw(
+    logprobs: NDArray[np.float64], temperature: float, seed: int, position: int, token: int
+) -> float:
+    """How far the number drawn at `position` lies from the stretch of [0, 1) that gives `token`; 0 inside.
+
+    logprobs: [vocab]; position: of the token in the request, prompt included.
+    """
+    from engine.runner.sampling import uniforms
+
+    scaled = logprobs / temperature
+    probs = np.exp(scaled - scaled.max())
+    ends = probs.cumsum() / probs.sum()
+    start = ends[token - 1] if token else 0.0
+    drawn = uniforms(np.array([seed], dtype=np.uint64), np.array([position], dtype=np.uint64))[0]
+    return float(max(start - drawn, drawn - ends[token], 0.0))

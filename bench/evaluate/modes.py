@@ -1,0 +1,47 @@
+"""What `gorgon evaluate` compares: engines that differ in who guesses and how much, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bench.modes import EngineMode
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from trees.family import TreeFamily
+
+TREE_NODES = (4, 8, 16, 32, 63)
+OFF = "off"
+
+
+def tree_sizes(asked: Sequence[int] | None, family: TreeFamily) -> list[int]:
+    """Sizes of fixed trees in draft nodes: those asked for, or the usual ones that the family has.
+
+    Raises ConfigError for one that it has not.
+    """
+    held = len(family.paths)
+    if asked is None:
+        return [nodes for nodes in TREE_NODES if nodes <= held]
+    for nodes in asked:
+        if not 1 <= nodes <= held:
+            raise ConfigError(
+                "tree_nodes", f"must be 1 to {held}, the nodes of the head set's tree, not {nodes}"
+            )
+    return sorted(set(asked))
+
+
+def make_modes(config: EngineConfig, sizes: Sequence[int]) -> list[EngineMode]:
+    """One engine for each mode, off first. config: with the head set."""
+    from engine.loop import Engine
+
+    return [
+        EngineMode(OFF, Engine(replace(config, speculation="off"))),
+        EngineMode("auto", Engine(config)),
+        *(EngineMode(f"tree:{nodes}", Engine(config, fixed_drafts=nodes)) for nodes in sizes),
+    ]
+
+
+def nodes_of(mode: str) -> int | None:
+    """Draft nodes of a fixed tree's mode, None for any other."""
+    kind, _, nodes = mode.partition(":")
+    return int(nodes) if kind == "tree" else None

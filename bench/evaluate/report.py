@@ -1,0 +1,160 @@
+"""The blocks of the report, from the document that results.json holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.evaluate.document import Block, Heading, Image, Paragraph, Table
+from bench.evaluate.figures import ALL
+
+MAX_PLACES = 20
+
+_FACTS = {
+    "model": "model",
+    "heads": "head set",
+    "prompt_file": "prompts from",
+    "prompts": "prompts",
+    "turns": "turns answered",
+    "max_tokens": "tokens per answer, at most",
+    "dtype": "number format",
+    "device": "device",
+    "cpu": "processor",
+    "cores": "cores",
+    "load_average": "load average at the end",
+    "torch": "torch",
+    "python": "python",
+    "gorgon": "gorgon",
+    "date": "date",
+    "command": "command",
+}
+
+_METHOD = (
+    "Every prompt is answered by every mode in one process, one request at a time, in an order that rotates "
+    "from prompt to prompt. Later turns of a conversation follow what off answered. Tokens per step count "
+    "every pass that commits tokens, the prompt's own included, with the standard deviation over passes. "
+    "Speed-up is the ratio of tokens per second to off's, from request to last token, prompt by prompt; of "
+    "totals is the same over the summed tokens and times. Accepted by depth is the share of trees reaching a "
+    "depth whose token there was accepted. Each mode is an engine with a prefix cache of its own; at a "
+    "second temperature all of them find the prompt in it."
+)
+_EXACTNESS = (
+    "An answer that differs from off's parted at a near-tie where the model itself cannot tell the two "
+    "tokens apart beyond rounding: their logits, or at a temperature the number drawn and the token's share "
+    "of the distribution, lie closer than this number format resolves. Any other difference is wrong."
+)
+
+
+def report_blocks(document: Mapping[str, Any], plots: Sequence[Sequence[tuple[Path, str]]]) -> list[Block]:
+    """plots: for each temperature of the document its files and captions."""
+    blocks: list[Block] = [Heading(1, f"Evaluation of {document['heads']}")]
+    facts = [(label, str(document[name])) for name, label in _FACTS.items() if document[name] is not None]
+    blocks.append(Table(["fact", "value"], facts, facts=True))
+    for figures, images in zip(document["figures"], plots, strict=True):
+        blocks += _temperature(figures, images)
+    return [*blocks, Heading(2, "How it was measured"), Paragraph(_METHOD)]
+
+
+def main_table(figures: Mapping[str, Any], task: str = ALL) -> Table:
+    """One line for each mode."""
+    headers = ["mode", "tokens/step", "sd", "drafts/step", "tokens/s", "speed-up", "quartiles", "of totals"]
+    rows = []
+    for mode, values in figures["tasks"][task]["modes"].items():
+        speedup, steps = values["speedup"], values["tokens_per_step"]
+        end_to_end = speedup and speedup["end_to_end"]
+        rows.append(
+            [
+                mode,
+                f"{steps['mean']:.2f}",
+                f"{steps['std']:.2f}",
+                f"{values['drafts_per_step']:.1f}",
+                f"{values['tokens_per_second']:.1f}",
+                f"{end_to_end['median']:.2f}" if end_to_end else "1",
+                f"{end_to_end['q1']:.2f} to {end_to_end['q3']:.2f}" if end_to_end else "",
+                f"{speedup['of_totals']:.2f}" if speedup else "1",
+            ]
+        )
+    return Table(headers, rows)
+
+
+def _temperature(figures: Mapping[str, Any], images: Sequence[tuple[Path, str]]) -> Iterator[Block]:
+    yield Heading(2, f"Temperature {figures['temperature']:g}")
+    for refused in figures["refused"]:
+        yield Paragraph(f"Not answered: {refused['id']}: {refused['reason']}")
+    tasks = figures["tasks"]
+    if not tasks:
+        return
+    yield main_table(figures)
+    yield from (Image(path, caption) for path, caption in images)
+    modes = [mode for mode, values in tasks[ALL]["modes"].items() if values["speedup"]]
+    if len(tasks) > 1:
+        yield Heading(3, "Tokens per step by task, mean ± standard deviation")
+        yield _by_task(tasks, modes, _steps)
+        yield Heading(3, "Speed-up by task, median (quartiles) over prompts; of totals")
+        yield _by_task(tasks, modes, _speedup)
+    yield Heading(3, "Accepted by depth, %")
+    yield _shares("depth", {mode: tasks[ALL]["modes"][mode]["acceptance_by_depth"] for mode in modes})
+    yield Heading(3, "Steps by tokens committed, %")
+    histograms = {mode: tasks[ALL]["modes"][mode]["histogram"] for mode in modes}
+    yield _shares("tokens", {m: [n / sum(h.values()) for n in h.values()] for m, h in histograms.items()})
+    yield Heading(3, "Exactness")
+    yield Paragraph(_EXACTNESS)
+    yield from _exactness(figures["exactness"])
+
+
+def _by_task(tasks: Mapping[str, Any], modes: Sequence[str], cell: Any) -> Table:
+    rows = [
+        [name, str(task["prompts"]), *(cell(task["modes"][mode]) for mode in modes)]
+        for name, task in tasks.items()
+    ]
+    return Table(["task", "prompts", *modes], rows)
+
+
+def _steps(values: Mapping[str, Any]) -> str:
+    steps = values["tokens_per_step"]
+    return f"{steps['mean']:.2f} ± {steps['std']:.2f}"
+
+
+def _speedup(values: Mapping[str, Any]) -> str:
+    ratio = values["speedup"]["end_to_end"]
+    totals = values["speedup"]["of_totals"]
+    return f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f}); {totals:.2f}"
+
+
+def _shares(label: str, shares: Mapping[str, Sequence[float]]) -> Table:
+    """A line for each mode; columns 1, 2, ... up to the longest."""
+    longest = max((len(values) for values in shares.values()), default=0)
+    rows = [
+        [mode, *(f"{100 * value:.1f}" for value in values), *[""] * (longest - len(values))]
+        for mode, values in shares.items()
+    ]
+    return Table([f"mode, {label}", *(str(n) for n in range(1, longest + 1))], rows)
+
+
+def _exactness(exactness: Mapping[str, Any]) -> Iterator[Block]:
+    yield Table(
+        ["mode", "answers", "identical", "parted at a near-tie", "wrong"],
+        [
+            [mode, *(str(found[name]) for name in ("answers", "identical", "near_ties", "wrong"))]
+            for mode, found in exactness.items()
+        ],
+    )
+    places = [(mode, place) for mode, found in exactness.items() for place in found["places"]]
+    if not places:
+        return
+    places.sort(key=lambda item: item[1]["near_tie"])  # what is wrong comes first
+    yield Table(
+        ["mode", "prompt", "turn", "at token", "off says", "mode says", "gap", "near-tie"],
+        [
+            [
+                mode,
+                *(str(place[name]) for name in ("id", "turn", "position", "expected", "found")),
+                "" if place["gap"] is None else f"{place['gap']:.4g}",
+                "yes" if place["near_tie"] else "no",
+            ]
+            for mode, place in places[:MAX_PLACES]
+        ],
+    )
+    if len(places) > MAX_PLACES:
+        yield Paragraph(f"And {len(places) - MAX_PLACES} more, all in results.json.")

@@ -1,0 +1,140 @@
+"""What all draft heads share: sizes, the projection onto the vocabulary, and what binds them to a base model.
+
+Heads project with the base's `lm_head`, with a projection of each head's own, or with one of low rank that
+they share; in each case onto the whole vocabulary or onto the most frequent tokens, the token map.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heads.errors import HeadsError
+
+ProjectionKind = Literal["shared", "own", "low_rank"]
+
+
+def plain_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Multiplication by weight [out, in], as torch does it."""
+    return partial(F.linear, weight=weight)
+
+
+class DraftHeads(nn.Module):
+    """Base of every architecture of heads.
+
+    token_map: [num_tokens] int64, the tokens that guesses stand for; None for the whole vocabulary. rank: of
+    a low-rank projection, else 0.
+    """
+
+    architecture: ClassVar[str]
+
+    token_map: Tensor | None  # [num_tokens] int64
+    project: Callable[[Tensor], Tensor] | None  # the base's projection of the mapped tokens, once bound
+    embedding: Tensor | None  # [vocab, hidden], the base's, once bound
+
+    def __init__(
+        self,
+        num_heads: int,
+        hidden_size: int,
+        vocab_size: int,
+        token_map: Tensor | None = None,
+        projection: ProjectionKind = "shared",
+        rank: int = 0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.hidden_size, self.vocab_size = num_heads, hidden_size, vocab_size
+        self.num_tokens = vocab_size if token_map is None else len(token_map)
+        self.projection_kind: ProjectionKind = projection
+        own, low = projection == "own", projection == "low_rank"
+        self.projection = nn.Parameter(torch.zeros(num_heads, self.num_tokens, hidden_size)) if own else None
+        self.reduce = nn.Parameter(torch.zeros(rank, hidden_size)) if low else None
+        self.expand = nn.Parameter(torch.zeros(self.num_tokens, rank)) if low else None
+        self.register_buffer("token_map", token_map)
+        self.project = None
+        self.register_buffer("embedding", None, persistent=False)
+
+    @abstractmethod
+    def facts(self) -> dict[str, object]:
+        """What config.json says of this architecture beyond what all heads have."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What these heads are, in words."""
+
+    @abstractmethod
+    def sequence_features(self, hidden: Tensor, embeddings: Tensor, anchors: Tensor) -> Sequence[Tensor]:
+        """What each head projects where every path is the text itself: per head [num_anchors, hidden].
+
+        hidden, embeddings: [batch, length, hidden]; anchors: [num_anchors] int64, flat rows t whose root is
+        token t + 1. Targets beyond the end of a text are the caller's to leave out.
+        """
+
+    def mapped(self, weight: Tensor) -> Tensor:
+        """The rows of weight [vocab, ...] that guesses stand for, [num_tokens, ...]."""
+        return weight if self.token_map is None else weight[self.token_map].contiguous()
+
+    @torch.no_grad()
+    def start_from(self, lm_head_weight: Tensor) -> None:
+        """Start the heads' projections as the base's, or as near to it as their rank allows.
+
+        lm_head_weight: [vocab, hidden].
+        """
+        weight = self.mapped(lm_head_weight.detach()).float()
+        if self.projection is not None:
+            self.projection.copy_(weight.expand_as(self.projection))
+        if self.reduce is not None and self.expand is not None:
+            rank = len(self.reduce)
+            # The best approximation of a rank: the leading eigenvectors of W^T W (Eckart and Young).
+            _, vectors = torch.linalg.eigh(weight.t() @ weight)
+            leading = vectors[:, -rank:]  # [hidden, rank]
+            self.reduce.copy_(leading.t())
+            self.expand.copy_(weight @ leading)
+
+    def bind(
+        self,
+        lm_head_weight: Tensor,
+        embedding: Tensor,
+        make_linear: Callable[[Tensor], Callable[[Tensor], Tensor]] = plain_linear,
+    ) -> None:
+        """Move to the base's device and dtype and take over what the heads share with it.
+
+        lm_head_weight, embedding: [vocab, hidden]; make_linear turns the projection's weight into what
+        multiplies by it. Raises HeadsError where the base has another shape.
+        """
+        expected = (self.vocab_size, self.hidden_size)
+        if tuple(lm_head_weight.shape) != expected:
+            raise HeadsError(
+                f"the heads were made for a projection of {expected[0]} tokens by {expected[1]}, "
+                f"but the model's is {' by '.join(map(str, lm_head_weight.shape))}"
+            )
+        self.to(device=lm_head_weight.device, dtype=lm_head_weight.dtype)
+        if self.expand is not None:
+            self.project = make_linear(self.expand.detach())
+        elif self.projection is None:
+            self.project = make_linear(self.mapped(lm_head_weight.detach()))
+        self.embedding = embedding.detach()
+
+    def projected(self, head: int, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What to multiply for one head's logits: rows [num_rows, size] and a weight [num_tokens, size] that
+        the heads bring, None for the base's. features: [num_rows, hidden]."""
+        if self.projection is not None:
+            return features, self.projection[head]
+        if self.reduce is not None:
+            return F.linear(features, self.reduce), self.expand
+        return features, None
+
+    def head_logits(self, head: int, features: Tensor) -> Tensor:
+        """One bound head's guesses, [num_rows, num_tokens]. features: [num_rows, hidden]."""
+        rows, weight = self.projected(head, features)
+        if self.project is not None:
+            return self.project(rows)
+        if weight is None:
+            raise HeadsError("these heads share the base's projection; call bind() first")
+        return F.linear(rows, weight)

@@ -1,0 +1,24 @@
+"""Folders of the tiny model, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.bench.evaluate.tiny import save_head_set, save_model
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-model")
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture
+def heads_dir(model_dir: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "heads"
+    folder.mkdir()
+    save_head_set(folder, model_dir)
+    return folder

@@ -1,0 +1,174 @@
+"""An evaluation from the command line to its files, on a tiny model."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bench.evaluate.run
+from cli.main import main
+from tests.bench.evaluate.tiny import write_prompts
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PROMPTS = 4
+
+
+class Evaluation:
+    """The command with settings small enough for the tiny model."""
+
+    def __init__(self, model_dir: Path, heads_dir: Path, folder: Path) -> None:
+        self.heads_dir, self.out = heads_dir, folder / "report"
+        prompts = write_prompts(folder / "prompts.jsonl", PROMPTS)
+        self.argv = ["evaluate", "--model", str(model_dir), "--heads", str(heads_dir)]
+        self.argv += ["--prompts", str(prompts), "--out", str(self.out), "--max-tokens", "20"]
+        self.argv += ["--dtype", "float32", "--device", "cpu", "--kv-cache-memory", "4M", "--block-size", "8"]
+        self.argv += ["--max-num-seqs", "2", "--tree-nodes", "3", "12"]
+
+    def run(self, *more: str) -> dict[str, Any]:
+        assert main([*self.argv, *more]) == 0
+        return dict(json.loads((self.out / "results.json").read_text()))
+
+
+@pytest.fixture
+def evaluation(model_dir: Path, heads_dir: Path, tmp_path: Path) -> Evaluation:
+    return Evaluation(model_dir, heads_dir, tmp_path)
+
+
+def test_the_figures_follow_from_the_rows(evaluation: Evaluation, capsys: Any) -> None:
+    document = evaluation.run("--temperatures", "1", "0", "--all-turns")
+    assert document["modes"] == ["off", "auto", "tree:3", "tree:12"]
+    assert (document["prompts"], document["turns"]) == (PROMPTS, 2 * PROMPTS)
+    assert [figures["temperature"] for figures in document["figures"]] == [0.0, 1.0]
+    for figures in document["figures"]:
+        rows = [row for row in document["rows"] if row["temperature"] == figures["temperature"]]
+        assert list(figures["tasks"]) == ["all tasks", "a", "b"]
+        for task, of_task in figures["tasks"].items():
+            turns = [turn for row in rows if task in ("all tasks", row["task"]) for turn in row["turns"]]
+            assert of_task["turns"] == len(turns) > 0
+            for mode, values in of_task["modes"].items():
+                runs = [turn["runs"][mode] for turn in turns]
+                committed = [count for run in runs for count in run["committed"]]
+                assert values["tokens"] == sum(run["tokens"] for run in runs) == sum(committed)
+                assert values["tokens_per_step"]["mean"] == pytest.approx(
+                    statistics.mean(committed), abs=1e-3
+                )
+                assert values["tokens_per_step"]["std"] == pytest.approx(
+                    statistics.pstdev(committed), abs=1e-3
+                )
+                assert sum(values["histogram"].values()) == len(committed)
+                assert values["histogram"]["1"] == committed.count(1)
+                if mode == "off":
+                    continue
+                ratios = [
+                    (run["tokens"] / run["seconds"])
+                    / (turn["runs"]["off"]["tokens"] / turn["runs"]["off"]["seconds"])
+                    for run, turn in zip(runs, turns, strict=True)
+                ]
+                assert values["speedup"]["end_to_end"]["median"] == pytest.approx(
+                    statistics.median(ratios), abs=1e-3
+                )
+        for found in figures["exactness"].values():
+            assert (found["answers"], found["identical"], found["wrong"]) == (2 * PROMPTS, 2 * PROMPTS, 0)
+    best = document["figures"][0]["tasks"]["all tasks"]["modes"]["tree:12"]
+    assert best["tokens_per_step"]["mean"] > 1.0 and best["drafts_per_step"] > 5.0
+    assert "Next, publish the head set: gorgon heads push" in capsys.readouterr().out
+
+
+def test_the_report_shows_the_figures_and_needs_no_other_file(evaluation: Evaluation) -> None:
+    document = evaluation.run()
+    [figures] = document["figures"]
+    text, page = ((evaluation.out / f"report.{end}").read_text() for end in ("md", "html"))
+    for mode, values in figures["tasks"]["all tasks"]["modes"].items():
+        steps = values["tokens_per_step"]
+        assert f"| {mode} | {steps['mean']:.2f} | {steps['std']:.2f} |" in text
+        assert f"<td>{mode}</td><td>{steps['mean']:.2f}</td>" in page
+    for shown in (text, page):
+        assert document["cpu"] in shown and document["date"] in shown
+    images = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert {name.split("-")[0] for name in images} == {"speedup", "nodes", "depth", "histogram"}
+    embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,(.*?)"', page)]
+    assert embedded == [(evaluation.out / name).read_bytes() for name in images]
+    assert all(image.startswith(PNG) for image in embedded)
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_stopped_evaluation_goes_on(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole = evaluation.run()
+    answers = evaluation.out / "answers.jsonl"
+    lines = answers.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + PROMPTS
+    answers.write_text("".join(lines[:3]) + lines[3][:40])  # killed while it wrote the third prompt
+    capsys.readouterr()
+    resumed = evaluation.run()
+    error = capsys.readouterr().err
+    assert "2 of 4 answered already" in error and "3/4" in error and "2/4," not in error
+    assert resumed["rows"][:2] == whole["rows"][:2]
+    for row, before in zip(resumed["rows"], whole["rows"], strict=True):
+        assert row["id"] == before["id"]
+        for name in ("off", "tree:3"):
+            run, earlier = row["turns"][0]["runs"][name], before["turns"][0]["runs"][name]
+            assert (run["tokens"], run["committed"]) == (earlier["tokens"], earlier["committed"])
+    monkeypatch.setattr(
+        bench.evaluate.run, "machine_facts", lambda: {"cpu": "new", "cores": 1, "gorgon": "1"}
+    )
+    assert main(evaluation.argv) == 2
+    assert "--out" in (message := capsys.readouterr().err) and "cores, cpu, gorgon" in message
+
+
+def test_a_prompt_that_does_not_fit_is_told_and_not_counted(evaluation: Evaluation, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    long = {"id": "long", "category": "a", "messages": [{"role": "user", "content": "w3 " * 300}]}
+    prompts.write_text(prompts.read_text() + json.dumps(long) + "\n")
+    document = evaluation.run()
+    [figures] = document["figures"]
+    assert [refused["id"] for refused in figures["refused"]] == ["long"]
+    assert figures["tasks"]["all tasks"]["prompts"] == PROMPTS
+    assert "Not answered: long: The prompt has 300 tokens" in (evaluation.out / "report.md").read_text()
+
+
+def test_the_card_gets_the_main_table_in_the_place_of_an_older_one(evaluation: Evaluation) -> None:
+    card = evaluation.heads_dir / "README.md"
+    card.write_text("# Heads\n\n## Evaluation\n\nold figures\n\n## Licence\n\nApache-2.0\n")
+    document = evaluation.run("--card")
+    text = card.read_text()
+    steps = document["figures"][0]["tasks"]["all tasks"]["modes"]["tree:12"]["tokens_per_step"]
+    assert f"| tree:12 | {steps['mean']:.2f} |" in text and "old figures" not in text
+    assert text.startswith("# Heads\n\n## Evaluation\n") and text.endswith("\n\n## Licence\n\nApache-2.0\n")
+    evaluation.run("--card")  # its own table does not make the head set another one
+    assert card.read_text().count("## Evaluation") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--tree-nodes", "13"], "--tree-nodes: must be 1 to 12"),
+        (["--heads", "none"], "--heads: "),
+        (["--temperatures", "-1"], "--temperatures: must be 0 or more"),
+        (["--num-prompts", "9"], "--num-prompts: must be 1 to 4"),
+        (["--num-prompts", "0"], "--num-prompts: must be 1 to 4"),
+        (["--max-tokens", "0"], "--max-tokens: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    argv: list[str], message: str, evaluation: Evaluation, capsys: Any
+) -> None:
+    assert main([*evaluation.argv, *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not evaluation.out.exists()
+
+
+def test_without_matplotlib_nothing_is_measured(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("bench.evaluate.plots.find_spec", lambda name: None)
+    assert main(evaluation.argv) == 1
+    assert "pip install 'gorgon-serve[report]'" in capsys.readouterr().err
+    assert not evaluation.out.exists()

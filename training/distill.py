@@ -1,0 +1,225 @@
+"""The model answers prompts itself, in the batched engine: heads learn best from what their own model says.
+
+`distill` is the whole of `gorgon distill`. What is answered and how is for `training.conversation`, what is
+kept on disk for `training.distill_files`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.loop import Engine
+from engine.model.tokenizer import ChatTokenizer, load_chat_tokenizer
+from engine.runner.device import resolve_device, resolve_dtype
+from heads.registry import resolve_heads, resolve_model
+from training.conversation import Conversation, FailedError, Prompt, Sampling, choose, read_prompts
+from training.distill_files import DistillFiles, failed_path
+
+PROGRESS_SECONDS = 5.0
+
+
+@dataclass
+class Totals:
+    """What one run has done, and of all rows in the output what the summary says."""
+
+    rows: int = 0
+    greedy_rows: int = 0
+    tokens: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def count(self, row: dict[str, Any]) -> None:
+        self.rows += 1
+        self.greedy_rows += not row["temperature"]
+        self.tokens += row["tokens"]
+
+
+class Distiller:
+    """Answers prompts, as many at a time as the engine runs: a new one starts when one is done."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: ChatTokenizer,
+        files: DistillFiles,
+        totals: Totals,
+        sampling: Sampling,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._files = files
+        self._totals = totals
+        self._sampling = sampling
+        self._running: dict[str, Conversation] = {}
+
+    def run(self, prompts: Iterable[Prompt], on_step: Callable[[list[int]], None]) -> None:
+        """Answer all. `on_step` gets what each step committed, per request."""
+        waiting = deque(prompts)
+        while waiting or self._running:
+            while waiting and len(self._running) < self._engine.info.max_num_seqs:
+                conversation = Conversation(waiting.popleft(), self._sampling)
+                self._running[conversation.prompt.id] = conversation
+                self._ask(conversation, "stop")
+            if not self._running:
+                continue
+            step = self._engine.step()
+            for output in step.outputs:
+                conversation = self._running[output.request_id]
+                try:
+                    conversation.take(output, self._tokenizer)
+                except FailedError as error:
+                    self._fail(conversation, error)
+                    continue
+                if output.finish_reason is not None:
+                    self._ask(conversation, output.finish_reason)
+            on_step(step.stats.committed_tokens)
+
+    def _ask(self, conversation: Conversation, finish_reason: str) -> None:
+        """Start the next turn of a conversation, or write it where there is none."""
+        try:
+            request = conversation.next_turn(self._tokenizer, self._engine.info)
+        except FailedError as error:
+            self._fail(conversation, error)
+            return
+        if request is not None:
+            self._engine.add_request(request)
+            return
+        del self._running[conversation.prompt.id]
+        row = conversation.row(finish_reason)
+        self._files.append(row)
+        self._totals.count(row)
+
+    def _fail(self, conversation: Conversation, error: FailedError) -> None:
+        del self._running[conversation.prompt.id]
+        self._totals.failures[error.reason] += 1
+        self._files.append_failure(
+            {
+                **conversation.named(),
+                "reason": error.reason,
+                "detail": str(error),
+                "messages": conversation.messages,
+            }
+        )
+
+
+class Progress:
+    """Prints a line and logs it every few seconds: this run's speed, the whole output's rows and tokens."""
+
+    def __init__(self, files: DistillFiles, totals: Totals, num_waiting: int) -> None:
+        self._files, self._totals = files, totals
+        self._num_before, self._num_waiting = totals.rows, num_waiting
+        self._committed = self._passes = 0
+        self._began = self._printed = time.monotonic()
+
+    def step(self, committed: Sequence[int]) -> None:
+        """committed: tokens per request that committed in this step."""
+        self._committed += sum(committed)
+        self._passes += len(committed)
+        if time.monotonic() - self._printed >= PROGRESS_SECONDS:
+            self.report()
+
+    def report(self) -> None:
+        self._printed = time.monotonic()
+        seconds = self._printed - self._began
+        failed = self._totals.failures.total()
+        handled = self._totals.rows - self._num_before + failed
+        rate = self._committed / seconds
+        per_step = self._committed / max(1, self._passes)
+        left = (self._num_waiting - handled) * seconds / handled if handled else None
+        self._files.log(
+            {
+                "rows": self._totals.rows,
+                "failed": failed,
+                "tokens": self._totals.tokens,
+                "tokens_per_second": round(rate, 1),
+                "tokens_per_step": round(per_step, 3),
+                "eta_seconds": None if left is None else round(left),
+            }
+        )
+        print(
+            f"distill: {self._totals.rows}/{self._num_before + self._num_waiting} rows, {failed} failed, "
+            f"{rate:.0f} tokens/s, {per_step:.2f} tokens/step, "
+            + ("no row done yet" if left is None else f"{left / 60:.1f} min left"),
+            flush=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """What `gorgon distill` was asked for. `config` is without folders; `num_prompts` None is all."""
+
+    model: str
+    heads: str
+    config: EngineConfig
+    prompts: Path
+    out: Path
+    num_prompts: int | None
+    sampling: Sampling
+
+
+def distill(options: DistillOptions) -> Totals:
+    """Answer the prompts that are not answered yet, `config.max_num_seqs` at a time, and finish the file.
+
+    Killed at any moment, it goes on when called again with the same options. Rows depend on the settings and
+    their own id alone, as far as the engine's rounding lets them (in bfloat16, passes of another shape may
+    decide a near-tie differently). Raises DataError, ConfigError and what the registry and engine raise.
+    """
+    prompts = read_prompts(options.prompts)
+    order = {prompt.id: place for place, prompt in enumerate(prompts)}
+    if options.num_prompts is not None:
+        prompts = choose(prompts, options.num_prompts, options.sampling.seed)
+    model = resolve_model(options.model)
+    heads_dir = resolve_heads(options.heads, model)
+    config = replace(
+        options.config,
+        model_dir=str(model.model_dir),
+        heads_dir=None if heads_dir is None else str(heads_dir),
+    )
+    with DistillFiles(options.out, _recorded(options, model.name), order) as files:
+        totals = Totals()
+        done = set()
+        for row in files.rows():
+            done.add(row["id"])
+            totals.count(row)
+        waiting = [prompt for prompt in prompts if prompt.id not in done]
+        if done:
+            print(f"{len(done)} rows of {options.out.name} are there, {len(waiting)} are left", flush=True)
+        if waiting:
+            engine = Engine(config)
+            tokenizer = load_chat_tokenizer(model.model_dir)
+            progress = Progress(files, totals, len(waiting))
+            distiller = Distiller(engine, tokenizer, files, totals, options.sampling)
+            distiller.run(waiting, progress.step)
+            progress.report()
+        files.finish()
+    return totals
+
+
+def _recorded(options: DistillOptions, model: str) -> dict[str, object]:
+    """What decides the text of rows. Heads and the number at once do not; more prompts may be asked later."""
+    device = resolve_device(options.config.device)
+    return {
+        "model": model,
+        "prompts_sha256": hashlib.sha256(options.prompts.read_bytes()).hexdigest(),
+        **asdict(options.sampling),
+        "dtype": str(resolve_dtype(options.config.dtype, device)).removeprefix("torch."),
+        "max_model_len": options.config.max_model_len,
+    }
+
+
+def summary(totals: Totals, out: Path, model: str) -> list[str]:
+    """Lines for people: what the output holds, what failed, and what comes next."""
+    share = 100 * totals.greedy_rows / totals.rows if totals.rows else 0.0
+    lines = [f"{out}: {totals.rows} rows, {totals.tokens} answer tokens, {share:.1f}% of rows greedy"]
+    failed = ", ".join(f"{number} {reason}" for reason, number in totals.failures.most_common())
+    if failed:
+        lines.append(f"failed: {failed} (see {failed_path(out)}; the same command tries them again)")
+    if totals.rows:
+        lines.append(f"next: gorgon train medusa1 --model {model} --data {out} --out my-heads")
+    return lines
