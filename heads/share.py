@@ -10,7 +10,10 @@ import huggingface_hub
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from heads.errors import RegistryError
-from heads.registry import HEAD_FILES, fetch_head_files, is_hub_id
+from heads.registry import fetch_head_files, is_hub_id
+
+# By name: training keeps more beside them, in safetensors too.
+_FILES = ("config.json", "heads.safetensors", "tree.json", "README.md")
 
 
 def push_heads(directory: Path, target: str) -> str:
@@ -28,7 +31,7 @@ def push_heads(directory: Path, target: str) -> str:
         commit = api.upload_folder(
             repo_id=target,
             folder_path=directory,
-            allow_patterns=list(HEAD_FILES),
+            allow_patterns=list(_FILES),
             commit_message="Upload a Gorgon head set",
         )
     except LocalTokenNotFoundError as error:
@@ -70,8 +73,8 @@ def copy_heads(source: Path, target: Path) -> None:
         raise RegistryError(f"{target} is where the head set lies already")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for pattern in HEAD_FILES:
-            for file in sorted(source.glob(pattern)):
-                shutil.copyfile(file, target / file.name)
+        for name in _FILES:
+            if (source / name).is_file():  # the card may be missing
+                shutil.copyfile(source / name, target / name)
     except OSError as error:
         raise RegistryError(f"{target} cannot be written: {error}") from error

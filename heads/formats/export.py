@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from heads.base import DraftHeads
 from heads.errors import HeadsError
 from heads.formats.layout import Layout, Place
 from heads.formats.medusa import MEDUSA
@@ -34,7 +35,7 @@ class _Files:
 
 
 def export_heads(
-    format_name: str, module: MedusaHeads, base_model: str, lm_head_weight: Tensor, directory: Path
+    format_name: str, module: DraftHeads, base_model: str, lm_head_weight: Tensor, directory: Path
 ) -> Path:
     """Write the heads to `directory` in one of FORMATS and return the file of their weights.
 
@@ -44,6 +45,8 @@ def export_heads(
     make = FORMATS.get(format_name)
     if make is None:
         raise HeadsError(f"format {format_name!r} is not known; there are {', '.join(FORMATS)}")
+    if not isinstance(module, MedusaHeads):
+        raise HeadsError(f"the {format_name} format holds Medusa heads only, no {module.architecture} heads")
     if module.root_weights is not None:
         raise HeadsError(
             f"the {format_name} format has no heads that see the committed root; train some with "
@@ -90,9 +93,9 @@ def _tgi(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files
 
 def _vllm(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files:
     tensors = _blocks(module, VLLM)
-    shared = module.projection is None
+    one = module.projection is None  # for all heads
     projections = _projections(module, VLLM, lm_head_weight)
-    tensors.update(list(projections.items())[:1] if shared else projections)
+    tensors.update(list(projections.items())[:1] if one else projections)
     num_tokens = module.vocab_size
     if module.token_map is not None:
         tensors["token_map"] = module.token_map.cpu()
@@ -107,7 +110,7 @@ def _vllm(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _File
         "num_heads": module.num_heads,
         "num_hidden_layers": module.num_layers,
         "medusa_fc_bias": True,  # without it vLLM drops the biases in silence
-        "original_lm_head": shared,
+        "original_lm_head": one,
     }
     return _Files(tensors, "model.safetensors", config)
 
@@ -128,7 +131,7 @@ def _medusa_config(module: MedusaHeads, base_model: str) -> dict[str, object]:
 
 
 def _blocks(module: MedusaHeads, layout: Layout) -> dict[str, Tensor]:
-    dtype = _dtype(module)
+    dtype = module.weights[0].dtype
     tensors = {}
     for layer, (weights, biases) in enumerate(zip(module.weights, module.biases, strict=True)):
         for head in range(module.num_heads):
@@ -138,26 +141,18 @@ def _blocks(module: MedusaHeads, layout: Layout) -> dict[str, Tensor]:
 
 
 def _projections(module: MedusaHeads, layout: Layout, lm_head_weight: Tensor) -> dict[str, Tensor]:
-    """Every head's own, or a copy of the base's for each: files hold no tensor twice under two names."""
-    dtype = _dtype(module)
+    """Every head's own, or a copy for each of the one that all use: no tensor is written under two names."""
+    dtype = module.weights[0].dtype
     after = module.num_layers if layout.numbers_projection else 0
-    tensors = {}
-    for head in range(module.num_heads):
-        if module.projection is not None:
-            rows = module.projection[head]
-        else:
-            rows = lm_head_weight if module.token_map is None else lm_head_weight[module.token_map]
-        tensors[layout.key(Place("projection", head, after))] = _copy(rows, dtype)
-    return tensors
+    if module.projection is not None:
+        rows: Sequence[Tensor] = list(module.projection)
+    else:
+        one = module.mapped(lm_head_weight)
+        if module.reduce is not None and module.expand is not None:
+            one = module.expand.float() @ module.reduce.float()  # of low rank, multiplied out
+        rows = [one] * module.num_heads
+    return {layout.key(Place("projection", head, after)): _copy(row, dtype) for head, row in enumerate(rows)}
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True).contiguous()
-
-
-def _dtype(module: MedusaHeads) -> torch.dtype:
-    """The narrowest that holds the heads without loss: they were stored in it before they were loaded."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if all(torch.equal(p.detach().to(dtype).to(p.dtype), p.detach()) for p in module.parameters()):
-            return dtype
-    return torch.float32

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from cli.head_files import EXPORT_FORMATS
 from cli.main import main
-from engine.model.loader import load_decoder
+from engine.model.loader import load_vocabulary
 from heads.checkpoint import load_heads, save_heads
 from heads.formats.export import FORMATS, export_heads
 from heads.medusa import MedusaHeads
@@ -40,9 +40,9 @@ def head_set(model: Path, tmp_path: Path) -> Path:
     module = MedusaHeads(3, 1, 64, 128)
     for parameter in module.parameters():
         parameter.data.normal_(std=0.1)
-    decoder = load_decoder(model, torch.float32, torch.device("cpu"))
+    embedding, _ = load_vocabulary(model)
     folder = tmp_path / "set"
-    save_heads(folder, module, str(model), decoder.embedding)
+    save_heads(folder, module, str(model), embedding)
     TreeFamily(((0,), (0, 0)), (0.5, 0.3)).save(folder / "tree.json")
     (folder / "README.md").write_text("# A card\n")
     return folder
@@ -73,7 +73,7 @@ def test_every_format_can_be_asked_for() -> None:
 
 
 def test_a_lying_config_is_a_warning(model: Path, head_set: Path, tmp_path: Path, capsys: Any) -> None:
-    lm_head = load_decoder(model, torch.float32, torch.device("cpu")).lm_head.weight
+    _, lm_head = load_vocabulary(model)
     export_heads("medusa", load_heads(head_set).module, "tiny", lm_head, tmp_path / "lies")
     (tmp_path / "lies" / "config.json").write_text(json.dumps({"medusa_num_heads": 2}))
     out = str(tmp_path / "out")
@@ -104,6 +104,8 @@ def test_import_of_no_checkpoint_is_one_line(model: Path, tmp_path: Path, capsys
 def test_push_and_pull_through_a_folder(head_set: Path, tmp_path: Path, capsys: Any) -> None:
     (head_set / "notes.txt").write_text("mine alone")
     (head_set / "cache").mkdir()
+    (head_set / "cache" / "rows.safetensors").touch()
+    (head_set / "state.safetensors").touch()
     assert main(["heads", "push", str(head_set), str(tmp_path / "shared" / "set")]) == 0
     assert main(["heads", "pull", str(tmp_path / "shared" / "set"), "--out", str(tmp_path / "mine")]) == 0
     names = {"config.json", "heads.safetensors", "tree.json", "README.md"}
@@ -160,10 +162,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def test_push_and_pull_through_the_hub(hub: FakeHub, head_set: Path, tmp_path: Path, capsys: Any) -> None:
+    names = {path.name for path in head_set.iterdir()}
+    (head_set / "cache").mkdir()
+    (head_set / "cache" / "rows.safetensors").touch()
     assert main(["heads", "push", str(head_set), "org/name"]) == 0
     assert hub.created == [{"repo_id": "org/name", "private": True, "exist_ok": True}]
     assert "hub://org/name" in capsys.readouterr().out
-    assert {path.name for path in hub.folder.iterdir()} == {path.name for path in head_set.iterdir()}
+    assert {path.name for path in hub.folder.iterdir()} == names
     assert main(["heads", "pull", "org/name", "--out", str(tmp_path / "mine")]) == 0
     assert (tmp_path / "mine" / "README.md").read_text() == "# A card\n"
     assert main(["heads", "pull", "org/name"]) == 0

@@ -8,36 +8,42 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from heads.base import ProjectionKind
 from heads.errors import HeadsError
 from heads.formats.export import FORMATS, export_heads
 from heads.formats.load import load_foreign
+from heads.hydra import HydraHeads, PrefixLayer
 from heads.medusa import MedusaHeads
 from tests.heads.formats.checkpoints import HEADS, HIDDEN, TOKEN_MAP, VOCAB, base_lm_head
 
 
 def random_heads(
-    layers: int = 2, token_map: Tensor | None = None, own: bool = False, root_input: bool = False
+    layers: int = 2,
+    token_map: Tensor | None = None,
+    projection: ProjectionKind = "shared",
+    root_input: bool = False,
 ) -> MedusaHeads:
-    """In float32, with values that bfloat16 holds, like a set that was stored in it."""
+    """In bfloat16, like a set that was stored in it."""
     torch.manual_seed(0)
-    module = MedusaHeads(HEADS, layers, HIDDEN, VOCAB, token_map, own, root_input)
+    rank = 4 if projection == "low_rank" else 0
+    module = MedusaHeads(HEADS, layers, HIDDEN, VOCAB, token_map, projection, rank, root_input)
     for parameter in module.parameters():
-        parameter.data.copy_((torch.randn_like(parameter) / 4).bfloat16())
-    return module.requires_grad_(False)
+        parameter.data.normal_(std=0.25)
+    return module.bfloat16().requires_grad_(False)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("projection", ["shared", "own"])
 @pytest.mark.parametrize(
     ("format_name", "token_map"),
     [("medusa", None), ("tgi", None), ("vllm", None), ("vllm", TOKEN_MAP)],
 )
 def test_what_goes_out_comes_back(
-    tmp_path: Path, format_name: str, token_map: Tensor | None, own: bool, layers: int
+    tmp_path: Path, format_name: str, token_map: Tensor | None, projection: ProjectionKind, layers: int
 ) -> None:
-    module = random_heads(layers, token_map, own)
+    module = random_heads(layers, token_map, projection)
     export_heads(format_name, module, "base", base_lm_head(), tmp_path)
     foreign = load_foreign(tmp_path, base_lm_head())
     assert foreign.warnings == ()
@@ -45,7 +51,7 @@ def test_what_goes_out_comes_back(
     state, expected = foreign.module.state_dict(), module.state_dict()
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(state[name].to(tensor.dtype), tensor, rtol=0, atol=0)
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
 
 
 def test_medusa_is_one_pickle_of_tensors_with_every_projection(tmp_path: Path) -> None:
@@ -61,6 +67,31 @@ def test_medusa_is_one_pickle_of_tensors_with_every_projection(tmp_path: Path) -
         "medusa_num_heads": HEADS,
         "medusa_num_layers": 2,
     }
+
+
+class ResBlock(nn.Module):
+    """The paper's block as a module: its parameters have the names that Medusa's code gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.silu(self.linear(x))
+
+
+def test_modules_built_as_medusa_builds_them_take_the_file_whole(tmp_path: Path) -> None:
+    module = random_heads().float()
+    path = export_heads("medusa", module, "base", base_lm_head(), tmp_path)
+    theirs = nn.ModuleList(
+        nn.Sequential(ResBlock(), ResBlock(), nn.Linear(HIDDEN, VOCAB, bias=False)) for _ in range(HEADS)
+    )
+    theirs.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    hidden = torch.randn(3, HIDDEN)
+    module.bind(base_lm_head(), base_lm_head())
+    logits = module.logits(hidden, torch.arange(3), HEADS)
+    for head, answer in zip(theirs, logits, strict=True):
+        torch.testing.assert_close(head(hidden), answer)
 
 
 @pytest.mark.parametrize(("layers", "shares"), [(1, True), (2, False)])
@@ -106,8 +137,24 @@ def test_an_unknown_format_and_another_base(tmp_path: Path) -> None:
         export_heads("tgi", random_heads(), "base", torch.zeros(VOCAB + 1, HIDDEN), tmp_path)
 
 
-def test_values_that_half_precision_would_change_stay_float32(tmp_path: Path) -> None:
-    module = random_heads(own=True)
-    module.weights[0][0, 0, 0] = 1 + 2**-20
-    path = export_heads("tgi", module, "base", base_lm_head(), tmp_path)
-    assert load_file(path)["0.0.linear.weight"][0, 0] == 1 + 2**-20
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_projection_of_low_rank_is_multiplied_out(tmp_path: Path, format_name: str) -> None:
+    module = random_heads(projection="low_rank").float()
+    export_heads(format_name, module, "base", base_lm_head(), tmp_path)
+    theirs = load_foreign(tmp_path, base_lm_head()).module
+    hidden, roots = torch.randn(3, HIDDEN), torch.arange(3)
+    for heads in (module, theirs):
+        heads.bind(base_lm_head(), base_lm_head())
+    torch.testing.assert_close(theirs.logits(hidden, roots, HEADS), module.logits(hidden, roots, HEADS))
+
+
+def test_heads_that_see_their_path_fit_no_format(tmp_path: Path) -> None:
+    module = HydraHeads(HEADS, VOCAB, PrefixLayer(HIDDEN, 2, 1, 8, 24))
+    with pytest.raises(HeadsError, match="the vllm format holds Medusa heads only, no hydra heads"):
+        export_heads("vllm", module, "base", base_lm_head(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_numbers_stay_in_the_precision_they_were_stored_in(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = export_heads("tgi", random_heads().to(dtype), "base", base_lm_head(), tmp_path)
+    assert {tensor.dtype for tensor in load_file(path).values()} == {dtype}
