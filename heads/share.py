@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from heads.errors import RegistryError
-from heads.registry import fetch_head_files, is_hub_id
+from heads.registry import HubHTTPError, fetch_head_files, is_hub_id
 
 # By name: training keeps more beside them, in safetensors too.
 _FILES = ("config.json", "heads.safetensors", "tree.json", "README.md")
@@ -38,7 +37,7 @@ def push_heads(directory: Path, target: str) -> str:
         raise RegistryError(
             f"{target} cannot be pushed without a token; run hf auth login or set HF_TOKEN"
         ) from error
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HubHTTPError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise RegistryError(

@@ -22,6 +22,7 @@ from engine.model.gguf_weights import gguf_tensors, read_gguf_config
 from engine.model.hf_config import read_hf_config
 
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEADS_PREFIX = "medusa_head."  # heads saved in one file with their base; gorgon heads import reads them
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"  # old checkpoints carry it; the rope table is computed
 
 
@@ -83,7 +84,7 @@ def _fill(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
     tied = {_LM_HEAD: decoder.embedding} if decoder.config.tie_embeddings else {}
     repeated: dict[str, Tensor] = {}
     for name, tensor in tensors:
-        if name.endswith(_IGNORED_SUFFIX):
+        if name.endswith(_IGNORED_SUFFIX) or name.startswith(_HEADS_PREFIX):
             continue
         if name in tied:
             repeated[name] = tensor

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from heads.base import DraftHeads
@@ -69,7 +69,8 @@ def export_heads(
     if path.suffix == ".pt":
         torch.save(files.tensors, partial)
     else:
-        save_file(files.tensors, partial, metadata={"format": "pt"})
+        # save_file would leave it readable by its owner alone.
+        partial.write_bytes(save(files.tensors, metadata={"format": "pt"}))
     os.replace(partial, path)
     (directory / "config.json").write_text(json.dumps(files.config, indent=2) + "\n")
     return path

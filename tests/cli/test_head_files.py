@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -115,6 +115,33 @@ def test_push_and_pull_through_a_folder(head_set: Path, tmp_path: Path, capsys: 
     assert "gorgon serve" in capsys.readouterr().out
 
 
+def test_a_tree_that_asks_for_more_guesses_than_there_are_is_not_pushed(
+    head_set: Path, tmp_path: Path, capsys: Any
+) -> None:
+    paths = tuple((rank,) for rank in (0, 128))
+    TreeFamily(paths, (0.5, 0.1)).save(head_set / "tree.json")
+    assert main(["heads", "push", str(head_set), str(tmp_path / "there")]) == 1
+    assert "asks for guess 129 of a head, but the set knows 128 tokens" in capsys.readouterr().err
+
+
+def test_a_merged_checkpoint_is_the_source_of_heads_and_their_base(
+    model: Path, head_set: Path, tmp_path: Path, capsys: Any
+) -> None:
+    merged, out = tmp_path / "merged", str(tmp_path / "out")
+    shutil.copytree(model, merged)
+    tensors = load_file(merged / "model.safetensors")
+    module = load_heads(head_set).module
+    for head in range(3):
+        tensors[f"medusa_head.{head}.0.linear.weight"] = module.state_dict()["weights.0"][head].clone()
+        tensors[f"medusa_head.{head}.0.linear.bias"] = module.state_dict()["biases.0"][head].clone()
+        tensors[f"medusa_head.{head}.1.weight"] = torch.randn(128, 64)
+    save_file(tensors, merged / "model.safetensors", {"format": "pt"})
+    assert main(["heads", "import", str(merged), "--model", str(merged), "--out", out]) == 0
+    assert "trained together with the heads" in capsys.readouterr().err
+    assert main(["heads", "verify", out, "--model", str(merged)]) == 0
+    assert "own projection" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("damaged", ["tree.json", "heads.safetensors"])
 def test_a_damaged_set_is_neither_pushed_nor_pulled(
     damaged: str, head_set: Path, tmp_path: Path, capsys: Any
@@ -175,8 +202,11 @@ def test_push_and_pull_through_the_hub(hub: FakeHub, head_set: Path, tmp_path: P
     assert f"{hub.folder} holds 3 Medusa heads" in capsys.readouterr().out
 
 
+http = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])  # the hub's own
+
+
 def refusal(status: int) -> Exception:
-    response = httpx.Response(status, request=httpx.Request("POST", "https://hub.invalid"))
+    response = http.Response(status, request=http.Request("POST", "https://hub.invalid"))
     return HfHubHTTPError("refused", response=response)
 
 
@@ -187,7 +217,7 @@ def refusal(status: int) -> Exception:
         (refusal(401), "does not let this token write to org/name"),
         (refusal(403), "does not let this token write to org/name"),
         (refusal(500), "check the connection, or give a folder"),
-        (httpx.ConnectError("unreachable"), "check the connection, or give a folder"),
+        (http.ConnectError("unreachable"), "check the connection, or give a folder"),
     ],
 )
 def test_a_hub_that_refuses_is_one_clear_line(
