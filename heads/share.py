@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import httpx
 import huggingface_hub
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from heads.errors import RegistryError
-from heads.registry import HEAD_FILES, fetch_head_files, is_hub_id
+from heads.registry import HubHTTPError, fetch_head_files, is_hub_id
+
+# By name: training keeps more beside them, in safetensors too.
+_FILES = ("config.json", "heads.safetensors", "tree.json", "README.md")
 
 
 def push_heads(directory: Path, target: str) -> str:
@@ -27,14 +30,14 @@ def push_heads(directory: Path, target: str) -> str:
         commit = api.upload_folder(
             repo_id=target,
             folder_path=directory,
-            allow_patterns=list(HEAD_FILES),
+            allow_patterns=list(_FILES),
             commit_message="Upload a Gorgon head set",
         )
-    except huggingface_hub.errors.LocalTokenNotFoundError as error:
+    except LocalTokenNotFoundError as error:
         raise RegistryError(
             f"{target} cannot be pushed without a token; run hf auth login or set HF_TOKEN"
         ) from error
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HubHTTPError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise RegistryError(
@@ -69,8 +72,8 @@ def copy_heads(source: Path, target: Path) -> None:
         raise RegistryError(f"{target} is where the head set lies already")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for pattern in HEAD_FILES:
-            for file in sorted(source.glob(pattern)):
-                shutil.copyfile(file, target / file.name)
+        for name in _FILES:
+            if (source / name).is_file():  # the card may be missing
+                shutil.copyfile(source / name, target / name)
     except OSError as error:
         raise RegistryError(f"{target} cannot be written: {error}") from error

@@ -21,6 +21,8 @@ from engine.model.gguf import find_gguf, open_gguf
 from engine.model.gguf_weights import gguf_tensors, read_gguf_config
 from engine.model.hf_config import read_hf_config
 
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEADS_PREFIX = "medusa_head."  # heads saved in one file with their base; gorgon heads import reads them
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"  # old checkpoints carry it; the rope table is computed
 
 
@@ -45,6 +47,23 @@ def load_decoder(model_dir: Path, dtype: torch.dtype, device: torch.device) -> D
     return decoder.eval()
 
 
+def load_vocabulary(model_dir: Path) -> tuple[Tensor, Tensor]:
+    """The embedding and the projection onto the vocabulary, both [vocab, hidden], in the dtype they are
+    stored in, without the layers between them; one tensor where the model ties them. Raises ModelError.
+    """
+    gguf = find_gguf(model_dir)
+    config = load_config(model_dir)
+    tensors = _safetensors(model_dir) if gguf is None else gguf_tensors(open_gguf(gguf), config)
+    names = [_EMBEDDING] if config.tie_embeddings else [_EMBEDDING, _LM_HEAD]
+    found = {name: tensor for name, tensor in tensors if name in names}
+    for name in names:
+        wanted = (config.vocab_size, config.hidden_size)
+        if name not in found or found[name].shape != wanted:
+            shape = "missing" if name not in found else f"of shape {list(found[name].shape)}"
+            raise ModelError(f"tensor {name} is {shape}, but the configuration asks for {list(wanted)}")
+    return found[names[0]], found[names[-1]]
+
+
 def _allocate(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
     """A decoder whose parameters are uninitialised memory of the right kind, in the right place."""
     with torch.device("meta"):
@@ -62,10 +81,10 @@ def _allocate(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -
 
 def _fill(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
     targets = _targets(decoder)
-    tied = {"lm_head.weight": decoder.embedding} if decoder.config.tie_embeddings else {}
+    tied = {_LM_HEAD: decoder.embedding} if decoder.config.tie_embeddings else {}
     repeated: dict[str, Tensor] = {}
     for name, tensor in tensors:
-        if name.endswith(_IGNORED_SUFFIX):
+        if name.endswith(_IGNORED_SUFFIX) or name.startswith(_HEADS_PREFIX):
             continue
         if name in tied:
             repeated[name] = tensor
@@ -88,11 +107,11 @@ def _fill(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
 def _targets(decoder: Decoder) -> dict[str, Tensor]:
     """Where each tensor of the checkpoint goes: names to parameters, or to rows of the fused ones."""
     targets: dict[str, Tensor] = {
-        "model.embed_tokens.weight": decoder.embedding,
+        _EMBEDDING: decoder.embedding,
         "model.norm.weight": decoder.norm.weight,
     }
     if not decoder.config.tie_embeddings:
-        targets["lm_head.weight"] = decoder.lm_head.weight
+        targets[_LM_HEAD] = decoder.lm_head.weight
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
         targets.update(_layer_targets(f"model.layers.{layer.layer}", layer))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from heads.base import DraftHeads
@@ -46,7 +46,7 @@ def export_heads(
     if make is None:
         raise HeadsError(f"format {format_name!r} is not known; there are {', '.join(FORMATS)}")
     if not isinstance(module, MedusaHeads):
-        raise HeadsError(f"the {format_name} format holds Medusa heads; these are {module.kind}")
+        raise HeadsError(f"the {format_name} format holds Medusa heads only, no {module.architecture} heads")
     if module.root_weights is not None:
         raise HeadsError(
             f"the {format_name} format has no heads that see the committed root; train some with "
@@ -69,7 +69,8 @@ def export_heads(
     if path.suffix == ".pt":
         torch.save(files.tensors, partial)
     else:
-        save_file(files.tensors, partial, metadata={"format": "pt"})
+        # save_file would leave it readable by its owner alone.
+        partial.write_bytes(save(files.tensors, metadata={"format": "pt"}))
     os.replace(partial, path)
     (directory / "config.json").write_text(json.dumps(files.config, indent=2) + "\n")
     return path
@@ -84,7 +85,7 @@ def _medusa(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Fi
 def _tgi(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files:
     tensors, config = _blocks(module, MEDUSA), _medusa_config(module, base_model)
     # Its heads that share the base's projection have exactly one block.
-    if module.projection_kind == "shared" and module.num_layers == 1:
+    if module.projection is None and module.num_layers == 1:
         config["version"] = "2"
     else:
         tensors.update(_projections(module, MEDUSA, lm_head_weight))
@@ -93,12 +94,13 @@ def _tgi(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files
 
 def _vllm(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files:
     tensors = _blocks(module, VLLM)
-    shared = module.projection_kind == "shared"
+    one = module.projection is None  # for all heads
     projections = _projections(module, VLLM, lm_head_weight)
-    tensors.update(list(projections.items())[:1] if shared else projections)
-    num_tokens = module.num_tokens
+    tensors.update(list(projections.items())[:1] if one else projections)
+    num_tokens = module.vocab_size
     if module.token_map is not None:
         tensors["token_map"] = module.token_map.cpu()
+        num_tokens = len(module.token_map)
     config: dict[str, object] = {
         "architectures": ["MedusaModel"],
         "model_type": "medusa",
@@ -109,7 +111,7 @@ def _vllm(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _File
         "num_heads": module.num_heads,
         "num_hidden_layers": module.num_layers,
         "medusa_fc_bias": True,  # without it vLLM drops the biases in silence
-        "original_lm_head": shared,
+        "original_lm_head": one,
     }
     return _Files(tensors, "model.safetensors", config)
 
@@ -130,7 +132,7 @@ def _medusa_config(module: MedusaHeads, base_model: str) -> dict[str, object]:
 
 
 def _blocks(module: MedusaHeads, layout: Layout) -> dict[str, Tensor]:
-    dtype = _dtype(module)
+    dtype = module.weights[0].dtype
     tensors = {}
     for layer, (weights, biases) in enumerate(zip(module.weights, module.biases, strict=True)):
         for head in range(module.num_heads):
@@ -140,28 +142,18 @@ def _blocks(module: MedusaHeads, layout: Layout) -> dict[str, Tensor]:
 
 
 def _projections(module: MedusaHeads, layout: Layout, lm_head_weight: Tensor) -> dict[str, Tensor]:
-    """Every head's own, or a copy of the base's for each: files hold no tensor twice under two names."""
-    dtype = _dtype(module)
+    """Every head's own, or a copy for each of the one that all use: no tensor is written under two names."""
+    dtype = module.weights[0].dtype
     after = module.num_layers if layout.numbers_projection else 0
-    tensors = {}
-    for head in range(module.num_heads):
-        if module.projection is not None:
-            rows = module.projection[head]
-        elif module.expand is not None and module.reduce is not None:
-            rows = module.expand @ module.reduce
-        else:
-            rows = module.mapped(lm_head_weight)
-        tensors[layout.key(Place("projection", head, after))] = _copy(rows, dtype)
-    return tensors
+    if module.projection is not None:
+        rows: Sequence[Tensor] = list(module.projection)
+    else:
+        one = module.mapped(lm_head_weight)
+        if module.reduce is not None and module.expand is not None:
+            one = module.expand.float() @ module.reduce.float()  # of low rank, multiplied out
+        rows = [one] * module.num_heads
+    return {layout.key(Place("projection", head, after)): _copy(row, dtype) for head, row in enumerate(rows)}
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True).contiguous()
-
-
-def _dtype(module: MedusaHeads) -> torch.dtype:
-    """The narrowest that holds the heads without loss: they were stored in it before they were loaded."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if all(torch.equal(p.detach().to(dtype).to(p.dtype), p.detach()) for p in module.parameters()):
-            return dtype
-    return torch.float32

@@ -6,7 +6,7 @@ Nothing here reads a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,8 +34,9 @@ class Layout:
     parse: Callable[[str], Place | None]  # a key's place, None for a key that is no head's
     key: Callable[[Place], str]
     is_base: Callable[[str], bool]  # whether a key belongs to a base model merged into the file
-    counts: Mapping[str, str]  # config.json's names of "heads" and "layers"
+    counts: Mapping[str, Sequence[str]]  # config.json's names of "heads" and "layers"
     believes_config: bool  # its own loader builds the heads from config.json, so a lie there is an error
+    trains_base: bool = False  # the base in the file is not the one it was made from
     numbers_projection: bool = False  # the projection's key tells how many blocks come before it
     may_lack_biases: Callable[[Config], bool] = _never
     may_share: Callable[[Config], bool] = _never  # no projection means the base's

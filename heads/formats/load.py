@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from heads.checkpoint import FINGERPRINT_COSINE
 from heads.errors import HeadsError
+from heads.formats.detect import detect_layout, find_places
 from heads.formats.files import ForeignCheckpoint
 from heads.formats.layout import Layout, Place
-from heads.formats.medusa import MEDUSA, MEDUSA_MERGED
-from heads.formats.tensorrt_llm import TENSORRT_LLM
-from heads.formats.vllm import VLLM
 from heads.medusa import MedusaHeads
 
-LAYOUTS = (MEDUSA, MEDUSA_MERGED, VLLM, TENSORRT_LLM)
+_BASE_PROJECTION = "lm_head.weight"
+_COMPARED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -41,38 +42,9 @@ def load_foreign(source: Path, lm_head_weight: Tensor) -> ForeignHeads:
     share where theirs is a copy of it. Raises HeadsError naming the file and the key at fault.
     """
     checkpoint = ForeignCheckpoint(source)
-    layout = _detect(checkpoint)
-    places = _place(checkpoint, layout)
+    layout = detect_layout(checkpoint)
+    places = find_places(checkpoint, layout)
     return _Assembly(checkpoint, layout, places, lm_head_weight).heads()
-
-
-def _detect(checkpoint: ForeignCheckpoint) -> Layout:
-    for layout in LAYOUTS:
-        for key in checkpoint.keys():  # noqa: SIM118  (no mapping)
-            place = layout.parse(key)
-            if place is not None and place.part == "weight":
-                return layout
-    examples = ", ".join(map(repr, sorted(checkpoint.keys())[:3])) or "nothing"
-    known = ", ".join(layout.name for layout in LAYOUTS)
-    raise HeadsError(f"{checkpoint.path} holds no heads of a known layout ({known}), but {examples}")
-
-
-def _place(checkpoint: ForeignCheckpoint, layout: Layout) -> dict[Place, str]:
-    """Every head's key by its place."""
-    places: dict[Place, str] = {}
-    for key in checkpoint.keys():  # noqa: SIM118  (no mapping)
-        place = layout.parse(key)
-        if place is None:
-            if layout.is_base(key):
-                continue
-            raise HeadsError(
-                f"{checkpoint.file(key)}: {key!r} is not used by heads in the layout of {layout.name}; "
-                "whatever it is would be lost"
-            )
-        if place in places:
-            raise HeadsError(f"{checkpoint.file(key)}: {key!r} and {places[place]!r} are the same tensor")
-        places[place] = key
-    return places
 
 
 class _Assembly:
@@ -90,6 +62,7 @@ class _Assembly:
         self.warnings: list[str] = []
 
     def heads(self) -> ForeignHeads:
+        self._check_base()
         self._check_counts()
         self._check_widths()
         token_map = self._token_map()
@@ -107,18 +80,45 @@ class _Assembly:
                 self.hidden_size,
                 self.vocab_size,
                 token_map,
-                projection="shared" if projection is None else "own",
+                "shared" if projection is None else "own",
             )
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
         dtype = state["weights.0"].dtype
         return ForeignHeads(module, self.layout.name, dtype, tuple(self.warnings))
 
+    def _check_base(self) -> None:
+        """A base in the same file is compared with the one asked for, by its projection where it has one."""
+        layout, path = self.layout, self.checkpoint.path
+        if not layout.is_base(_BASE_PROJECTION):
+            return
+        if layout.trains_base:
+            self.warnings.append(
+                f"{path.name} holds a base model that was trained together with the heads: they guess for "
+                "that one, and worse for the model that it was made from"
+            )
+        if _BASE_PROJECTION not in self.checkpoint.keys():  # noqa: SIM118  (no mapping)
+            return
+        theirs = self.checkpoint.read(_BASE_PROJECTION)
+        if theirs.shape != self.lm_head_weight.shape:
+            shape, asked = tuple(theirs.shape), tuple(self.lm_head_weight.shape)
+            problem = f"a projection of {shape}; this model's is {asked}"
+        else:
+            rows = torch.linspace(0, self.vocab_size - 1, _COMPARED_ROWS).long()
+            ours = self.lm_head_weight[rows.to(self.lm_head_weight.device)].float().cpu()
+            similarity = float(F.cosine_similarity(theirs[rows].float(), ours, dim=1).mean())
+            if similarity > FINGERPRINT_COSINE:
+                return
+            problem = f"another model's projection; this one's agrees to {similarity:.2f}"
+        raise HeadsError(
+            f"{self.checkpoint.file(_BASE_PROJECTION)}: the base beside the heads has {problem}. Name the "
+            "model the heads were made for with --model"
+        )
+
     def _check_counts(self) -> None:
         for what, held in (("heads", self.num_heads), ("layers", self.num_layers)):
-            name = self.layout.counts[what]
-            said = self.checkpoint.config.get(name, held)
-            if said == held:
+            name = next((n for n in self.layout.counts[what] if n in self.checkpoint.config), None)
+            if name is None or (said := self.checkpoint.config[name]) == held:
                 continue
             lie = f"config.json says {name} {said!r}, but the weights hold {held}"
             if self.layout.believes_config:
@@ -169,6 +169,8 @@ class _Assembly:
         path, tokens = self.checkpoint.file(key), self.checkpoint.read(key)
         if tokens.ndim != 1 or not len(tokens) or tokens.dtype not in (torch.int64, torch.int32):
             raise HeadsError(f"{path}: {key!r} must be a row of token ids")
+        if len(set(tokens.tolist())) != len(tokens):
+            raise HeadsError(f"{path}: {key!r} names a token twice")
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
             raise HeadsError(f"{path}: {key!r} names tokens outside the vocabulary of {self.vocab_size}")
         if said not in (None, len(tokens)):
@@ -206,7 +208,7 @@ class _Assembly:
         if token_map is None:
             return self._take(place, (self.vocab_size, self.hidden_size))
         # vLLM cuts a projection of the whole vocabulary when it loads it.
-        whole = len(self.checkpoint.read(key)) == self.vocab_size != len(token_map)
+        whole = self.checkpoint.read(key).shape[:1] == (self.vocab_size,) and self.vocab_size > len(token_map)
         rows = self._take(place, (self.vocab_size if whole else len(token_map), self.hidden_size))
         return rows[token_map] if whole else rows
 

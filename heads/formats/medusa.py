@@ -15,7 +15,7 @@ _MERGED_PREFIX = "medusa_head."
 _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
 _PROJECTION = re.compile(r"(\d+)\.(\d+)\.weight")
 _BASE = re.compile(r"model\..+|lm_head\.weight")
-_COUNTS = {"heads": "medusa_num_heads", "layers": "medusa_num_layers"}
+_COUNTS = {"heads": ["medusa_num_heads"], "layers": ["medusa_num_layers"]}
 
 
 def _parse(key: str) -> Place | None:
@@ -60,5 +60,6 @@ MEDUSA_MERGED = Layout(
     is_base=lambda key: _BASE.fullmatch(key) is not None,
     counts=_COUNTS,
     believes_config=False,
+    trains_base=True,
     numbers_projection=True,
 )

@@ -33,6 +33,6 @@ TENSORRT_LLM = Layout(
     parse=_parse,
     key=_key,
     is_base=lambda key: _BASE.fullmatch(key) is not None,
-    counts={"heads": "num_medusa_heads", "layers": "num_medusa_layers"},
+    counts={"heads": ["num_medusa_heads"], "layers": ["num_medusa_layers"]},
     believes_config=True,
 )

