@@ -101,12 +101,13 @@ def test_the_report_shows_the_figures_and_needs_no_other_file(evaluation: Evalua
 def test_a_stopped_evaluation_goes_on(
     evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    whole = evaluation.run()
+    evaluation.run("--num-prompts", "1")
+    whole = evaluation.run()  # more prompts than before: what is there counts
+    assert "1 of 4 answered already" in capsys.readouterr().err
     answers = evaluation.out / "answers.jsonl"
     lines = answers.read_text().splitlines(keepends=True)
     assert len(lines) == 1 + PROMPTS
     answers.write_text("".join(lines[:3]) + lines[3][:40])  # killed while it wrote the third prompt
-    capsys.readouterr()
     resumed = evaluation.run()
     error = capsys.readouterr().err
     assert "2 of 4 answered already" in error and "3/4" in error and "2/4," not in error
