@@ -27,9 +27,9 @@ class EvaluateError(GorgonError):
 class Difference:
     """Where a mode's answer leaves that of `off`: the first place, and whether rounding may decide there.
 
-    `expected` is off's token and `found` the mode's, None past its end. `gap` is how far off was from
-    `found`: greedy, between the two tokens' logits; sampled, between the drawn number and the token's share
-    of the distribution. None where an answer only ends early.
+    `expected` is off's token and `found` the mode's, None past its end. `gap` is how far the
+    model itself is from saying either: greedy, from its largest logit to theirs; sampled, from the drawn
+    number to their stretch of the distribution. None where an answer only ends early.
     """
 
     position: int  # of the answer's tokens

@@ -18,7 +18,7 @@ table { border-collapse: collapse; margin: 0.5rem 0; font-variant-numeric: tabul
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { background: #f4f4f4; }
 th:first-child, td:first-child { text-align: left; }
-.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.facts th, .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 img { max-width: 100%; display: block; margin: 1rem 0; }
 """
 

@@ -47,13 +47,14 @@ def compare_answers(
         return Difference(place, *ended, gap=None, near_tie=False)
     logprobs = distribution(engine, [*prompt, *expected[:place]])
     threshold = NEAR_TIE[engine.info.dtype]
-    token = found[place]
+    tokens = (expected[place], found[place])
     if temperature == 0.0:
-        gap = float(logprobs.max() - min(logprobs[token], logprobs[expected[place]]))
+        gap = float(logprobs.max() - min(logprobs[token] for token in tokens))
     else:
-        gap = distance_from_draw(logprobs, temperature, seed, len(prompt) + place, token)
+        position = len(prompt) + place
+        gap = max(distance_from_draw(logprobs, temperature, seed, position, token) for token in tokens)
         threshold *= SHARE_PER_LOGIT / temperature
-    return Difference(place, expected[place], token, gap, gap < threshold)
+    return Difference(place, *tokens, gap, gap < threshold)
 
 
 def distribution(engine: Engine, token_ids: list[int]) -> NDArray[np.float64]:

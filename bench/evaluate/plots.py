@@ -60,6 +60,10 @@ def _color(mode: str, modes: Sequence[str]) -> Any:
     return _FIXED.get(mode, "tab:gray")
 
 
+def _legend(axes: Any) -> None:
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
 def _drafting(tasks: Mapping[str, Any]) -> dict[str, Any]:
     return {mode: figures for mode, figures in tasks[ALL]["modes"].items() if mode != OFF}
 
@@ -80,7 +84,7 @@ def _bars(
             yerr=errors[mode] if errors else None,
             error_kw={"elinewidth": 0.8, "ecolor": "0.3"},
         )
-    axes.legend(fontsize=8, ncols=4)
+    _legend(axes)
 
 
 def _speedup(axes: Any, tasks: Mapping[str, Any]) -> bool:
@@ -108,10 +112,12 @@ def _nodes(axes: Any, tasks: Mapping[str, Any]) -> bool:
         axes.plot(
             sizes, means, marker="o", label=name, linewidth=2.5 if whole else 1, zorder=3 if whole else 2
         )
-    axes.set_xticks(sizes)
+    axes.set_xscale("symlog", base=2, linthresh=4)
+    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("draft nodes besides the root")
     axes.set_ylabel("tokens per step")
-    axes.legend(fontsize=8)
+    _legend(axes)
     return True
 
 
@@ -128,7 +134,7 @@ def _depth(axes: Any, tasks: Mapping[str, Any]) -> bool:
     axes.set_xlabel("depth in the tree")
     axes.set_ylabel("accepted, %")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    _legend(axes)
     return True
 
 

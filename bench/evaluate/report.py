@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ _FACTS = {
     "device": "device",
     "cpu": "processor",
     "cores": "cores",
-    "load_average": "load average at the end",
+    "threads": "threads of torch",
+    "load_average": "load average at the start",
     "torch": "torch",
     "python": "python",
     "gorgon": "gorgon",
@@ -71,7 +72,7 @@ def main_table(figures: Mapping[str, Any], task: str = ALL) -> Table:
                 f"{values['drafts_per_step']:.1f}",
                 f"{values['tokens_per_second']:.1f}",
                 f"{end_to_end['median']:.2f}" if end_to_end else "1",
-                f"{end_to_end['q1']:.2f} to {end_to_end['q3']:.2f}" if end_to_end else "",
+                f"{end_to_end['q1']:.2f}-{end_to_end['q3']:.2f}" if end_to_end else "",
                 f"{speedup['of_totals']:.2f}" if speedup else "1",
             ]
         )
@@ -91,8 +92,10 @@ def _temperature(figures: Mapping[str, Any], images: Sequence[tuple[Path, str]])
     if len(tasks) > 1:
         yield Heading(3, "Tokens per step by task, mean ± standard deviation")
         yield _by_task(tasks, modes, _steps)
-        yield Heading(3, "Speed-up by task, median (quartiles) over prompts; of totals")
+        yield Heading(3, "Speed-up by task, median (quartiles) over prompts")
         yield _by_task(tasks, modes, _speedup)
+        yield Heading(3, "Speed-up by task, of totals")
+        yield _by_task(tasks, modes, lambda values: f"{values['speedup']['of_totals']:.2f}")
     yield Heading(3, "Accepted by depth, %")
     yield _shares("depth", {mode: tasks[ALL]["modes"][mode]["acceptance_by_depth"] for mode in modes})
     yield Heading(3, "Steps by tokens committed, %")
@@ -103,7 +106,9 @@ def _temperature(figures: Mapping[str, Any], images: Sequence[tuple[Path, str]])
     yield from _exactness(figures["exactness"])
 
 
-def _by_task(tasks: Mapping[str, Any], modes: Sequence[str], cell: Any) -> Table:
+def _by_task(
+    tasks: Mapping[str, Any], modes: Sequence[str], cell: Callable[[Mapping[str, Any]], str]
+) -> Table:
     rows = [
         [name, str(task["prompts"]), *(cell(task["modes"][mode]) for mode in modes)]
         for name, task in tasks.items()
@@ -118,8 +123,7 @@ def _steps(values: Mapping[str, Any]) -> str:
 
 def _speedup(values: Mapping[str, Any]) -> str:
     ratio = values["speedup"]["end_to_end"]
-    totals = values["speedup"]["of_totals"]
-    return f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f}); {totals:.2f}"
+    return f"{ratio['median']:.2f} ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
 
 
 def _shares(label: str, shares: Mapping[str, Sequence[float]]) -> Table:

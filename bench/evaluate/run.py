@@ -137,7 +137,8 @@ def _settings(
         "heads": info.heads,
         "heads_sha256": _digest(heads_dir),
         "dtype": info.dtype,
-        "device": info.device,
+        "device": _device_name(info),
+        "threads": _num_threads(),
         "modes": list(modes),
         "prompt_file": options.prompts.name,
         "prompts_sha256": hashlib.sha256(options.prompts.read_bytes()).hexdigest(),
@@ -149,6 +150,19 @@ def _settings(
         "cores": facts["cores"],
         "gorgon": facts["gorgon"],
     }
+
+
+def _device_name(info: ModelInfo) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(info.device) if info.device.startswith("cuda") else info.device
+
+
+def _num_threads() -> int:
+    """Cores that torch computes with: OMP_NUM_THREADS and such change it."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _digest(heads_dir: Path) -> str:

@@ -16,9 +16,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def heads_dir(model_dir: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "heads"
-    folder.mkdir()
+@pytest.fixture(scope="session")
+def heads_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-heads")
     save_head_set(folder, model_dir)
     return folder

@@ -36,12 +36,25 @@ class Evaluation:
 
 
 @pytest.fixture
-def evaluation(model_dir: Path, heads_dir: Path, tmp_path: Path) -> Evaluation:
+def evaluation(
+    model_dir: Path, heads_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Evaluation:
+    """Without plots, which take longer than the rest."""
+    monkeypatch.setattr(bench.evaluate.run, "draw", lambda figures, folder: [])
     return Evaluation(model_dir, heads_dir, tmp_path)
 
 
-def test_the_figures_follow_from_the_rows(evaluation: Evaluation, capsys: Any) -> None:
-    document = evaluation.run("--temperatures", "1", "0", "--all-turns")
+@pytest.fixture(scope="module")
+def done(
+    model_dir: Path, heads_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The folder and results of an evaluation with everything in it."""
+    evaluation = Evaluation(model_dir, heads_dir, tmp_path_factory.mktemp("done"))
+    return evaluation.out, evaluation.run("--temperatures", "1", "0", "--all-turns")
+
+
+def test_the_figures_follow_from_the_rows(done: tuple[Path, dict[str, Any]]) -> None:
+    _, document = done
     assert document["modes"] == ["off", "auto", "tree:3", "tree:12"]
     assert (document["prompts"], document["turns"]) == (PROMPTS, 2 * PROMPTS)
     assert [figures["temperature"] for figures in document["figures"]] == [0.0, 1.0]
@@ -77,23 +90,23 @@ def test_the_figures_follow_from_the_rows(evaluation: Evaluation, capsys: Any) -
             assert (found["answers"], found["identical"], found["wrong"]) == (2 * PROMPTS, 2 * PROMPTS, 0)
     best = document["figures"][0]["tasks"]["all tasks"]["modes"]["tree:12"]
     assert best["tokens_per_step"]["mean"] > 1.0 and best["drafts_per_step"] > 5.0
-    assert "Next, publish the head set: gorgon heads push" in capsys.readouterr().out
 
 
-def test_the_report_shows_the_figures_and_needs_no_other_file(evaluation: Evaluation) -> None:
-    document = evaluation.run()
-    [figures] = document["figures"]
-    text, page = ((evaluation.out / f"report.{end}").read_text() for end in ("md", "html"))
-    for mode, values in figures["tasks"]["all tasks"]["modes"].items():
-        steps = values["tokens_per_step"]
-        assert f"| {mode} | {steps['mean']:.2f} | {steps['std']:.2f} |" in text
-        assert f"<td>{mode}</td><td>{steps['mean']:.2f}</td>" in page
+def test_the_report_shows_the_figures_and_needs_no_other_file(done: tuple[Path, dict[str, Any]]) -> None:
+    out, document = done
+    text, page = ((out / f"report.{end}").read_text() for end in ("md", "html"))
+    for figures in document["figures"]:
+        for mode, values in figures["tasks"]["all tasks"]["modes"].items():
+            steps = values["tokens_per_step"]
+            assert f"| {mode} | {steps['mean']:.2f} | {steps['std']:.2f} |" in text
+            assert f"<td>{mode}</td><td>{steps['mean']:.2f}</td>" in page
     for shown in (text, page):
         assert document["cpu"] in shown and document["date"] in shown
     images = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert {name.split("-")[0] for name in images} == {"speedup", "nodes", "depth", "histogram"}
+    plots = {"speedup", "nodes", "depth", "histogram"}
+    assert set(images) == {f"{plot}-t{temperature}.png" for plot in plots for temperature in (0, 1)}
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,(.*?)"', page)]
-    assert embedded == [(evaluation.out / name).read_bytes() for name in images]
+    assert embedded == [(out / name).read_bytes() for name in images]
     assert all(image.startswith(PNG) for image in embedded)
     assert not re.search(r'(src|href)="(?!data:)', page)
 
@@ -101,12 +114,13 @@ def test_the_report_shows_the_figures_and_needs_no_other_file(evaluation: Evalua
 def test_a_stopped_evaluation_goes_on(
     evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    whole = evaluation.run()
+    evaluation.run("--num-prompts", "1")
+    whole = evaluation.run()  # more prompts than before: what is there counts
+    assert "1 of 4 answered already" in capsys.readouterr().err
     answers = evaluation.out / "answers.jsonl"
     lines = answers.read_text().splitlines(keepends=True)
     assert len(lines) == 1 + PROMPTS
     answers.write_text("".join(lines[:3]) + lines[3][:40])  # killed while it wrote the third prompt
-    capsys.readouterr()
     resumed = evaluation.run()
     error = capsys.readouterr().err
     assert "2 of 4 answered already" in error and "3/4" in error and "2/4," not in error
@@ -134,7 +148,9 @@ def test_a_prompt_that_does_not_fit_is_told_and_not_counted(evaluation: Evaluati
     assert "Not answered: long: The prompt has 300 tokens" in (evaluation.out / "report.md").read_text()
 
 
-def test_the_card_gets_the_main_table_in_the_place_of_an_older_one(evaluation: Evaluation) -> None:
+def test_the_card_gets_the_main_table_in_the_place_of_an_older_one(
+    evaluation: Evaluation, capsys: Any
+) -> None:
     card = evaluation.heads_dir / "README.md"
     card.write_text("# Heads\n\n## Evaluation\n\nold figures\n\n## Licence\n\nApache-2.0\n")
     document = evaluation.run("--card")
@@ -142,6 +158,7 @@ def test_the_card_gets_the_main_table_in_the_place_of_an_older_one(evaluation: E
     steps = document["figures"][0]["tasks"]["all tasks"]["modes"]["tree:12"]["tokens_per_step"]
     assert f"| tree:12 | {steps['mean']:.2f} |" in text and "old figures" not in text
     assert text.startswith("# Heads\n\n## Evaluation\n") and text.endswith("\n\n## Licence\n\nApache-2.0\n")
+    assert "Next, publish the head set: gorgon heads push" in capsys.readouterr().out
     evaluation.run("--card")  # its own table does not make the head set another one
     assert card.read_text().count("## Evaluation") == 1
 
