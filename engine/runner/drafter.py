@@ -59,6 +59,7 @@ class Drafter(Protocol):
     def attach(self, config: DecoderConfig, cache: KVCache) -> None:
         """Called once before the first pass: the base model, and the cache whose last `num_cache_layers`
         layers are the drafter's."""
+        return
 
     def limit(self, request: Request, num_drafts: int) -> int:
         """How many of these draft tokens it has guesses for. Asked before a pass is laid out: what has no
@@ -74,6 +75,7 @@ class Drafter(Protocol):
 
         hidden: [num_tokens, hidden], the base's rows after its final norm.
         """
+        return
 
 
 def chain_parents(num_requests: int, num_nodes: int, device: torch.device) -> Tensor:
