@@ -17,7 +17,8 @@ from engine.model.config import DecoderConfig
 from engine.model.loader import load_config, load_decoder
 from engine.model.packing import fast_linear, pack_linears
 from engine.runner import device as hardware
-from engine.runner.drafter import Drafter, HeadsDrafter
+from engine.runner.drafter import Drafter
+from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kv_cache import KVCache, bytes_per_token
 from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
@@ -40,7 +41,8 @@ class Engine:
     """Loads a model and runs its requests, synchronously, step by step.
 
     `fixed_drafts` gives every request a tree of that many draft tokens instead of choosing the size.
-    `drafter` and `family` come together and replace the head set of the configuration.
+    `drafter` and `family` come together and replace the head set of the configuration; the family says how
+    large and deep its trees may be, and what each further node is expected to gain.
     """
 
     def __init__(
@@ -60,30 +62,35 @@ class Engine:
         heads_name, num_heads = None, 0
         if drafter is None and config.heads_dir is not None and config.speculation != "off":
             heads = load_heads(Path(config.heads_dir))
-            bound = heads.bind(decoder.embedding, decoder.lm_head.weight, fast_linear)
-            if not isinstance(bound, MedusaHeads):
-                raise HeadsError(
-                    f"head set {heads.name}: {bound.kind} cannot be served yet; train Medusa heads"
-                )
-            drafter = HeadsDrafter(bound)
             family = TreeFamily.load(Path(config.heads_dir) / "tree.json")
             _check_tree(family, heads)
+            module = heads.bind(decoder.embedding, decoder.lm_head.weight, fast_linear)
+            if not isinstance(module, MedusaHeads):
+                raise HeadsError(
+                    f"head set {heads.name}: {module.kind} cannot be served yet; train Medusa heads"
+                )
+            drafter = HeadsDrafter(module, family)
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
         if drafter is None or config.speculation == "off":
             drafter, family = None, _NO_TREE
+        # A tree may take its nodes from anywhere in the family, so it may be as deep as any of them.
+        max_depth = min(family.max_depth, config.max_tree_nodes - 1)
         family = family.prefix(config.max_tree_nodes - 1)
         pack_linears(decoder)
 
-        num_blocks = _resolve_num_blocks(config, model, dtype, device, max_model_len)
+        extra_layers = 0 if drafter is None else drafter.num_cache_layers
+        token_bytes = bytes_per_token(model, dtype, extra_layers)
+        token_bytes += 0 if drafter is None else drafter.cache_bytes_per_token
+        num_blocks = _resolve_num_blocks(config, token_bytes, device, max_model_len)
         max_tokens = config.max_num_batched_tokens or max(
             hardware.default_batched_tokens(device), config.max_num_seqs
         )
         with _allocating("kv_cache_memory", f"a KV cache of {num_blocks * config.block_size} tokens"):
-            cache = KVCache(model, num_blocks, config.block_size, dtype, device)
+            cache = KVCache(model, num_blocks, config.block_size, dtype, device, extra_layers)
         with _allocating("max_num_seqs", f"the state of {config.max_num_seqs} requests"):
-            self._runner = Runner(decoder, cache, family, drafter, config.max_num_seqs)
+            self._runner = Runner(decoder, cache, drafter, config.max_num_seqs)
         self._num_lost_steps = 0
-        self._drafts_at_depth = _first_draft_at_depth(family)
+        self._max_depth = max_depth
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max_tokens,
@@ -116,7 +123,7 @@ class Engine:
             return FixedSpeculation(fixed_drafts)
         if not family.paths:
             return FixedSpeculation(0)
-        costs = measure_costs(self._runner, limits.max_num_seqs, limits.max_num_batched_tokens)
+        costs = measure_costs(self._runner, limits)
         return AdaptiveSpeculation(family, costs)
 
     def add_request(self, message: AddRequest) -> None:
@@ -188,12 +195,9 @@ class Engine:
         return outputs
 
     def _stats(self, batch: Batch, duration: float) -> StepStats:
-        depth = len(self._drafts_at_depth)
-        drafted_by_depth, accepted_by_depth = [0] * depth, [0] * depth
-        for scheduled in batch.scheduled:
-            for level, first_draft in enumerate(self._drafts_at_depth):
-                drafted_by_depth[level] += scheduled.num_drafts >= first_draft
-                accepted_by_depth[level] += scheduled.num_accepted > level
+        levels = range(self._max_depth)
+        drafted_by_depth = [sum(s.draft_depth > level for s in batch.scheduled) for level in levels]
+        accepted_by_depth = [sum(s.num_accepted > level for s in batch.scheduled) for level in levels]
         return StepStats(
             duration=duration,
             num_tokens=batch.num_tokens,
@@ -208,11 +212,6 @@ class Engine:
             prefix_queries=batch.prefix_queries,
             prefix_hits=batch.prefix_hits,
         )
-
-
-def _first_draft_at_depth(family: TreeFamily) -> list[int]:
-    """The number of draft tokens from which on a tree reaches depth 1, 2, ..."""
-    return [family.depths.index(depth) for depth in range(1, family.max_depth + 1)]
 
 
 def _check_tree(family: TreeFamily, heads: HeadSet) -> None:
@@ -250,9 +249,9 @@ def _resolve_model_len(config: EngineConfig, model: DecoderConfig) -> int:
 
 
 def _resolve_num_blocks(
-    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
+    config: EngineConfig, token_bytes: int, device: torch.device, max_model_len: int
 ) -> int:
-    block_bytes = bytes_per_token(model, dtype) * config.block_size
+    block_bytes = token_bytes * config.block_size
     memory = config.kv_cache_memory or hardware.free_memory_for_cache(device)
     num_blocks = memory // block_bytes
     needed = -(-max_model_len // config.block_size)

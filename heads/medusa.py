@@ -100,23 +100,31 @@ class MedusaHeads(DraftHeads):
     @torch.inference_mode()
     def fill_tree(
         self, hidden: Tensor, roots: Tensor, parents: Tensor, depths: Tensor, ranks: Tensor
-    ) -> Tensor:
-        """The tokens of one draft tree shape for each request.
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens of one draft tree shape for each request, and how sure the heads are of each.
 
         hidden: [num_requests, hidden], the row of each request's last computed token.
         roots: [num_requests] int64, the token committed after it, which the tree hangs on.
         parents, depths, ranks: [num_nodes] int64, the root first; best on the CPU, where reading how deep
         they go costs no synchronisation.
-        Returns [num_requests, num_nodes] int64 token ids, column 0 the roots. A Medusa head does not see
-        its path, so that parents are not read.
+        Returns [num_requests, num_nodes] int64 token ids, column 0 the roots, and their log-probabilities
+        given their parents, [num_requests, num_nodes] float32, column 0 zeros: the softmax over what the
+        head projects on. A Medusa head does not see its path, so that parents are not read.
         """
         if len(depths) == 1:
-            return roots.unsqueeze(1)
+            return roots.unsqueeze(1), hidden.new_zeros(len(roots), 1, dtype=torch.float32)
         num_heads, num_ranks = int(depths.max()), int(ranks.max()) + 1
         if num_heads > self.num_heads:
             raise HeadsError(f"the tree is {num_heads} deep, but there are {self.num_heads} heads")
-        guesses = self.logits(hidden, roots, num_heads).topk(num_ranks, dim=-1).indices
-        if self.token_map is not None:
-            guesses = self.token_map[guesses]
-        drafts = guesses[depths[1:] - 1, :, ranks[1:]]  # [num_drafts, num_requests]
-        return torch.cat((roots.unsqueeze(1), drafts.t()), dim=1)
+        logits = self.logits(hidden, roots, num_heads)
+        best = logits.topk(num_ranks, dim=-1)
+        guesses = best.indices if self.token_map is None else self.token_map[best.indices]
+        log_probs = best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)
+        # Rounding must not make a guess likelier than certain: then a child would outdo its parent.
+        log_probs = log_probs.clamp_(max=0.0)
+        heads, ranks = depths[1:] - 1, ranks[1:]
+        drafts, sure = guesses[heads, :, ranks], log_probs[heads, :, ranks]  # [num_drafts, num_requests]
+        return (
+            torch.cat((roots.unsqueeze(1), drafts.t()), dim=1),
+            F.pad(sure.t(), (1, 0)),
+        )

@@ -1,8 +1,8 @@
 """Which path of each tree to keep: pure functions on small tensors, batched over requests.
 
-All requests of a step use one nested family, so that a tree is a prefix of the family's node list and the
-tables below serve every request. The walk goes by node; short trees are told apart by a mask, never by a
-padding token, since every token id is a real one.
+Every request of a step has a tree of its own shape, given by its nodes' parents. The walk goes by node;
+short trees are told apart by their number of nodes, never by a padding token, since every token id is a
+real one.
 """
 
 from __future__ import annotations
@@ -12,57 +12,79 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trees.family import TreeFamily
-
 
 @dataclass(frozen=True)
-class TreeTables:
-    """A family's structure on the device. Node 0 is the root, nodes follow in the family's order."""
+class DraftTrees:
+    """The filled trees of a step. Node 0 of each is its root; what lies past `num_nodes` means nothing."""
 
-    parents: Tensor  # [num_nodes] int64, the root's is itself
-    depths: Tensor  # [num_nodes] int64
-    ranks: Tensor  # [num_nodes] int64
-    paths: Tensor  # [num_nodes, max_depth + 1] int64: nodes from the root to the node, then the node repeated
+    tokens: Tensor  # [num_requests, max_nodes] int64
+    parents: Tensor  # [num_requests, max_nodes] int64, the root's is itself
+    num_nodes: Tensor  # [num_requests] int64, root included
+    depths: Tensor  # [num_requests, max_nodes] int64, the root's 0
+    ancestors: Tensor  # [num_requests, max_nodes] int64 bit sets of the nodes each sees, itself included
+    paths: Tensor  # [num_requests, max_nodes, depth + 1] int64: from the root to the node, then it repeated
 
     @classmethod
-    def build(cls, family: TreeFamily, device: torch.device) -> TreeTables:
-        paths = [[*path, *[path[-1]] * (family.max_depth + 1 - len(path))] for path in family.path_nodes]
+    def build(cls, tokens: Tensor, parents: Tensor, num_nodes: Tensor, max_depth: int) -> DraftTrees:
+        """Derive depths, ancestors and paths from the parents, without reading a tensor on the host.
+
+        tokens, parents: [num_requests, max_nodes] int64, column 0 the roots, each node after its parent;
+        num_nodes: [num_requests] int64; max_depth: no node lies deeper.
+        """
+        requests, width = parents.shape
+        max_depth = min(max_depth, width - 1)
+        nodes = torch.arange(width, device=parents.device)
+        # chains[..., i] is the i-th node on the way up, the root repeated past it. Each round doubles them:
+        # the second half of a way is the way of the node that lies half the way up.
+        chains = nodes.expand(requests, width).unsqueeze(2)
+        jumps = parents
+        while chains.shape[2] <= max_depth:
+            above = jumps.unsqueeze(2).expand_as(chains)
+            chains = torch.cat((chains, chains.gather(1, above)), dim=2)
+            jumps = jumps.gather(1, jumps)
+        chains = chains[:, :, : max_depth + 1]
+        below_root = chains > 0
+        depths = below_root.sum(dim=2)
+        # The nodes of a way differ, so that adding their bits unites them; the root is in every set.
+        bits = torch.bitwise_left_shift(below_root.long(), chains)
+        up = depths.unsqueeze(2) - torch.arange(max_depth + 1, device=parents.device)
         return cls(
-            parents=torch.tensor(family.parents, device=device),
-            depths=torch.tensor(family.depths, device=device),
-            ranks=torch.tensor(family.ranks, device=device),
-            paths=torch.tensor(paths, device=device),
+            tokens=tokens,
+            parents=parents,
+            num_nodes=num_nodes,
+            depths=depths,
+            ancestors=bits.sum(dim=2) + 1,
+            paths=chains.gather(2, up.clamp_(min=0)),
         )
 
-    def prefix(self, num_nodes: int) -> TreeTables:
-        """The tables of the family's first `num_nodes` nodes, root included."""
-        return TreeTables(
-            self.parents[:num_nodes],
-            self.depths[:num_nodes],
-            self.ranks[:num_nodes],
-            self.paths[:num_nodes, :num_nodes],  # no path is longer than the tree has nodes
-        )
+    @property
+    def tree_depths(self) -> Tensor:
+        """How deep each request's tree reaches, [num_requests] int64."""
+        inside = torch.arange(self.parents.shape[1], device=self.parents.device) < self.num_nodes.unsqueeze(1)
+        return torch.where(inside, self.depths, 0).amax(dim=1)
+
+    def paths_to(self, nodes: Tensor) -> Tensor:
+        """The path to one node of each request, [num_requests, depth + 1]; nodes: [num_requests] int64."""
+        return self.paths[torch.arange(len(nodes), device=nodes.device), nodes]
 
 
-def exact_edges(tokens: Tensor, targets: Tensor, tables: TreeTables) -> Tensor:
-    """Whether each node is the token its parent's target asks for, [num_requests, num_nodes] bool.
+def exact_edges(targets: Tensor, trees: DraftTrees) -> Tensor:
+    """Whether each node is the token its parent's target asks for, [num_requests, max_nodes] bool.
 
-    tokens, targets: [num_requests, num_nodes] int64. The root's own entry means nothing.
+    targets: [num_requests, max_nodes] int64. The root's own entry means nothing.
     """
-    return tokens == targets[:, tables.parents]
+    return trees.tokens == targets.gather(1, trees.parents)
 
 
-def deepest_accepted(edges: Tensor, num_nodes: Tensor, tables: TreeTables) -> Tensor:
+def deepest_accepted(edges: Tensor, trees: DraftTrees) -> Tensor:
     """The deepest node of each tree whose whole path from the root is accepted, [num_requests] int64.
 
-    edges: [num_requests, num_nodes] bool, whether a node may follow its parent; num_nodes: [num_requests]
-    int64, root included. Of two equally deep nodes the earlier one wins.
+    edges: [num_requests, max_nodes] bool, whether a node may follow its parent. Of two equally deep nodes
+    the earlier one wins.
     """
     width = edges.shape[1]
-    accepted = edges & (torch.arange(width, device=edges.device) < num_nodes.unsqueeze(1))
+    accepted = edges & (torch.arange(width, device=edges.device) < trees.num_nodes.unsqueeze(1))
     accepted[:, 0] = True
-    own = accepted
-    for _ in range(tables.paths.shape[1] - 1):
-        accepted = own & accepted[:, tables.parents]
+    on_path = accepted.unsqueeze(1).expand(-1, width, -1).gather(2, trees.paths)
     # argmax returns the first of several maxima
-    return torch.where(accepted, tables.depths, -1).argmax(dim=1)
+    return torch.where(on_path.all(dim=2), trees.depths, -1).argmax(dim=1)

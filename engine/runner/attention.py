@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.runner.kv_cache import KVCache
-from engine.runner.step_input import StepInput
+from engine.runner.step_input import PassInput
 from trees.family import MAX_DRAFT_NODES
 
 
@@ -49,7 +49,7 @@ class AttentionGroup:
 class PagedAttention:
     """The attention callable of one pass (see `engine.model.decoder.Attention`)."""
 
-    def __init__(self, step: StepInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(self, step: PassInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> None:
         self._cache = cache
         self._slots = step.slots
         self._num_kv_heads = num_kv_heads
@@ -86,7 +86,7 @@ class PagedAttention:
         out = out.view(requests, self._num_kv_heads, self._heads_per_kv, queries, head_dim)
         return out.permute(0, 3, 1, 2, 4).reshape(requests * queries, -1)
 
-    def _make_group(self, step: StepInput, members: list[int]) -> AttentionGroup:
+    def _make_group(self, step: PassInput, members: list[int]) -> AttentionGroup:
         lengths = [int(step.starts[i + 1] - step.starts[i]) for i in members]
         queries = max(lengths)
         num_blocks = max(_blocks_used(step, i, self._cache.block_size) for i in members)
@@ -98,15 +98,16 @@ class PagedAttention:
             blocks[row, : len(used)] = used
         real = np.flatnonzero(np.arange(queries) < np.array(lengths)[:, None])
         device = self._cache.k.device
+        flat_rows = torch.from_numpy(rows.reshape(-1)).to(device)
         visible = visibility(
             torch.from_numpy(step.prefix_len[rows]).to(device),
-            torch.from_numpy(step.ancestors[rows]).to(device),
+            step.ancestors.index_select(0, flat_rows).view(rows.shape),
             num_blocks * self._cache.block_size,
         )
         bias = torch.zeros(visible.shape, dtype=self._cache.k.dtype, device=device)
         bias.masked_fill_(~visible, float("-inf"))
         return AttentionGroup(
-            rows=torch.from_numpy(rows.reshape(-1)).to(device),
+            rows=flat_rows,
             blocks=torch.from_numpy(blocks).to(device),
             run=int(blocks[0, 0]) if len(blocks) == 1 and bool((np.diff(blocks[0]) == 1).all()) else None,
             bias=bias.repeat(1, self._heads_per_kv, 1).unsqueeze(1),
@@ -130,11 +131,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(dim=-1).flatten(0, 1), v).view(q.shape)
 
 
-def _blocks_used(step: StepInput, request: int, block_size: int) -> int:
+def _blocks_used(step: PassInput, request: int, block_size: int) -> int:
     return -(-int(step.context_lens[request]) // block_size)
 
 
-def _group_requests(step: StepInput, block_size: int) -> list[list[int]]:
+def _group_requests(step: PassInput, block_size: int) -> list[list[int]]:
     """Requests by queries and context, each within a factor of two, so that padding stays bounded."""
     groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for i in range(len(step.starts) - 1):

@@ -2,31 +2,82 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from heads.medusa import MedusaHeads
-from trees.verify import TreeTables
+from engine.model.config import DecoderConfig
+from engine.runner.kv_cache import KVCache
+from engine.runner.step_input import StepInput
+from engine.scheduling.request import Request
+from trees.verify import DraftTrees
+
+
+@dataclass(frozen=True)
+class DraftInput:
+    """What a drafter may go by, for the requests of a step that have a budget of drafts.
+
+    The root of request i lies at position `len(requests[i].token_ids) - 1`; node j of its tree writes its KV
+    to `node_slots[i, j]`, and every position before the root has its KV in the cache.
+    """
+
+    requests: Sequence[Request]
+    budgets: Sequence[int]  # nodes of each tree, root included
+    num_nodes: Tensor  # [num_requests] int64, the same on the device
+    max_nodes: int  # the largest of them
+    hidden: Tensor  # [num_requests, hidden], the base's row that each root was drawn from
+    roots: Tensor  # [num_requests] int64 token ids
+    positions: Tensor  # [num_requests] int64, of the roots
+    node_slots: Tensor  # [num_requests, max_nodes] int64
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Trees of `max_nodes` columns. What lies past a request's budget is not read, but is valid all the same:
+    token ids of the vocabulary, parents that come before their children."""
+
+    tokens: Tensor  # [num_requests, max_nodes] int64, column 0 the roots themselves; siblings differ
+    parents: Tensor  # [num_requests, max_nodes] int64, the root's is itself; each node after its parent
+    max_depth: int  # a bound that the host knows
 
 
 class Drafter(Protocol):
-    """Fills trees with guesses. It sees the committed root, so a guess may depend on the path before it."""
+    """Fills trees with guesses. It sees the committed root, so a guess may depend on the path before it.
 
-    def propose(self, hidden: Tensor, roots: Tensor, tree: TreeTables) -> Tensor:
-        """Token ids of every node, [num_requests, num_nodes] int64, column 0 the roots themselves.
+    A drafter inherits from this class. One with KV of its own asks for `num_cache_layers` more layers of the
+    base's shape in the base's cache, where compaction moves them along, or keeps `cache_bytes_per_token`
+    elsewhere, under the same slots.
+    """
 
-        hidden: [num_requests, hidden], the row the root was drawn from; roots: [num_requests] int64. The
-        children of one node must differ.
+    num_cache_layers: int = 0
+    cache_bytes_per_token: int = 0
+
+    def attach(self, config: DecoderConfig, cache: KVCache) -> None:
+        """Called once before the first pass: the base model, and the cache whose last `num_cache_layers`
+        layers are the drafter's."""
+        return
+
+    def limit(self, request: Request, num_drafts: int) -> int:
+        """How many of these draft tokens it has guesses for. Asked before a pass is laid out: what has no
+        guess takes no row of it."""
+        return num_drafts
+
+    @abstractmethod
+    def propose(self, draft: DraftInput) -> Proposal:
+        """Guesses for every node."""
+
+    def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> None:
+        """Called after every pass of the base, before accepted nodes are moved.
+
+        hidden: [num_tokens, hidden], the base's rows after its final norm.
         """
-        ...
+        return
 
 
-class HeadsDrafter:
-    """Guesses of a head set that is bound to its base model."""
-
-    def __init__(self, heads: MedusaHeads) -> None:
-        self._heads = heads
-
-    def propose(self, hidden: Tensor, roots: Tensor, tree: TreeTables) -> Tensor:
-        return self._heads.fill_tree(hidden, roots, tree.parents, tree.depths, tree.ranks)
+def chain_parents(num_requests: int, num_nodes: int, device: torch.device) -> Tensor:
+    """Parents of trees without branches, [num_requests, num_nodes] int64."""
+    return torch.arange(-1, num_nodes - 1, device=device).clamp_(min=0).expand(num_requests, -1)

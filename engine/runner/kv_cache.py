@@ -10,14 +10,14 @@ from torch import Tensor
 from engine.model.config import DecoderConfig
 
 
-def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+def bytes_per_token(config: DecoderConfig, dtype: torch.dtype, extra_layers: int = 0) -> int:
+    return 2 * (config.num_layers + extra_layers) * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 class KVCache:
     """K and V of all layers, each [num_layers, num_blocks * block_size, num_kv_heads, head_dim].
 
-    A *slot* is a row of the second dimension.
+    A *slot* is a row of the second dimension. `extra_layers` come after the model's own: a drafter's.
     """
 
     def __init__(
@@ -27,10 +27,12 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        extra_layers: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (config.num_layers, num_blocks * block_size, config.num_kv_heads, config.head_dim)
+        num_layers = config.num_layers + extra_layers
+        shape = (num_layers, num_blocks * block_size, config.num_kv_heads, config.head_dim)
         self.k = _zeros(shape, dtype, device)
         self.v = _zeros(shape, dtype, device)
 

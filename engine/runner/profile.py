@@ -13,6 +13,7 @@ from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.cost import CostModel, Curve
 from engine.scheduling.request import Request
+from engine.scheduling.scheduler import SchedulerLimits
 from engine.scheduling.speculation import Acceptance
 
 _TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -22,18 +23,20 @@ _REPEATS = 3
 _TIME_LIMIT = 4.0  # seconds for either curve: on a slow or busy machine the largest sizes are extrapolated
 
 
-def measure_costs(runner: Runner, max_num_seqs: int, max_num_tokens: int) -> CostModel:
+def measure_costs(runner: Runner, limits: SchedulerLimits) -> CostModel:
     """Time passes of growing size and drafting for growing numbers of requests.
 
     Writes into the cache and the per-request state; run it before the first request.
     """
     drafter, runner.drafter = runner.drafter, None
-    batches = {n: _batch(runner, n, max_num_seqs) for n in _TOKENS if n <= max_num_tokens}
+    batches = {n: _batch(runner, limits, n) for n in _TOKENS if n <= limits.max_num_batched_tokens}
     passes = _curve({n: partial(runner.execute, batch) for n, batch in batches.items() if batch is not None})
     runner.drafter = drafter
     drafting: Curve = ((1, 0.0),)
     if drafter is not None:
-        drafting = _curve({n: partial(runner.draft_for, n) for n in _REQUESTS if n <= max_num_seqs})
+        most = min(limits.max_num_seqs, runner.cache.num_blocks)
+        sizes = [n for n in _REQUESTS if n <= most]
+        drafting = _curve({n: partial(runner.draft, _largest_trees(runner, limits, n)) for n in sizes})
     return CostModel(passes=passes, drafting=drafting)
 
 
@@ -48,20 +51,34 @@ def _curve(runs: dict[int, Callable[[], object]]) -> Curve:
     return tuple(points)
 
 
-def _batch(runner: Runner, num_tokens: int, max_num_seqs: int) -> Batch | None:
+def _batch(runner: Runner, limits: SchedulerLimits, num_tokens: int) -> Batch | None:
     """Decoding requests with even trees that make up `num_tokens`; None where the cache is too small."""
-    widest = len(runner.family.depths)
-    num_requests = min(max(1, -(-num_tokens // min(8, widest))), max_num_seqs)
-    if num_tokens > num_requests * widest:
+    widest = limits.max_drafts + 1
+    num_requests = min(max(1, -(-num_tokens // min(8, widest))), limits.max_num_seqs)
+    if num_tokens > num_requests * widest or -(-num_tokens // num_requests) > _room(runner, num_requests):
         return None
+    shares = [num_tokens // num_requests + (i < num_tokens % num_requests) for i in range(num_requests)]
+    return _decoding(runner, shares)
+
+
+def _largest_trees(runner: Runner, limits: SchedulerLimits, num_requests: int) -> Batch:
+    """Requests with the largest trees that they have room for."""
+    return _decoding(runner, [min(limits.max_drafts + 1, _room(runner, num_requests))] * num_requests)
+
+
+def _room(runner: Runner, num_requests: int) -> int:
+    """Positions that each of these requests can have."""
     blocks_each = runner.cache.num_blocks // num_requests
-    room = min(blocks_each * runner.cache.block_size, runner.decoder.config.max_positions)
-    context = min(_CONTEXT, room - -(-num_tokens // num_requests))
-    if context < 0:
-        return None
-    blocks_each = min(blocks_each, -(-(context + widest) // runner.cache.block_size))
+    return min(blocks_each * runner.cache.block_size, runner.decoder.config.max_positions)
+
+
+def _decoding(runner: Runner, trees: list[int]) -> Batch:
+    """Requests that decode with trees of these sizes, root included, each with blocks of its own."""
+    widest = max(trees)
+    context = min(_CONTEXT, _room(runner, len(trees)) - widest)
+    blocks_each = -(-(context + widest) // runner.cache.block_size)
     batch = Batch()
-    for index in range(num_requests):
+    for index, num_nodes in enumerate(trees):
         request = Request(
             request_id=str(index),
             arrival=index,
@@ -75,8 +92,7 @@ def _batch(runner: Runner, num_tokens: int, max_num_seqs: int) -> Batch | None:
             slot=index,
             has_hidden=True,
         )
-        share = num_tokens // num_requests + (index < num_tokens % num_requests)
-        batch.scheduled.append(ScheduledRequest(request, 1, share - 1))
+        batch.scheduled.append(ScheduledRequest(request, 1, num_nodes - 1))
     return batch
 
 

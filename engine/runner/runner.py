@@ -7,90 +7,107 @@ from torch import Tensor
 
 from engine.model.decoder import Decoder
 from engine.runner.attention import PagedAttention
-from engine.runner.drafter import Drafter
+from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
 from engine.runner.sampler import Sampler, token_logprobs
-from engine.runner.step_input import CommitRows, StepInput, StepInputBuilder
+from engine.runner.step_input import CommitRows, StepInput, build_step
 from engine.scheduling.batch import Batch, CommittedTokens
-from trees.family import TreeFamily
-from trees.verify import TreeTables, deepest_accepted
+from trees.verify import DraftTrees, deepest_accepted
 
 
 class Runner:
     """Executes batches. Between steps it keeps the KV cache and one hidden row per running request, the row
     that request's next draft starts from."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        cache: KVCache,
-        family: TreeFamily,
-        drafter: Drafter | None,
-        max_num_seqs: int,
-    ) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, drafter: Drafter | None, max_num_seqs: int) -> None:
         self.decoder = decoder
         self.cache = cache
-        self.family = family
         self.drafter = drafter
         config = decoder.config
         self._device = decoder.embedding.device
-        self._builder = StepInputBuilder(family, cache.block_size, self._device)
         self._sampler = Sampler(config.vocab_size, config.eos_token_ids)
-        self._tables = TreeTables.build(family, self._device)
         self._hidden = decoder.embedding.new_zeros(max_num_seqs, config.hidden_size)
+        if drafter is not None:
+            drafter.attach(config, cache)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[CommittedTokens]:
-        """Run one pass; entry i of the result belongs to `batch.scheduled[i]`."""
-        step = self._builder.build(batch)
-        commits = step.commits
-        tables = self._tables.prefix(commits.max_nodes)
-        tokens = self._fill_trees(step, tables)
-        config = self.decoder.config
+        """Run one pass; entry i of the result belongs to `batch.scheduled[i]`.
+
+        Lowers `num_drafts` of requests that the drafter has fewer guesses for.
+        """
+        step, trees = self._draft(batch)
+        config, commits = self.decoder.config, step.commits
         attention = PagedAttention(step, self.cache, config.num_heads, config.num_kv_heads)
         hidden = self.decoder(step.token_ids, step.positions, attention)
+        if self.drafter is not None:
+            self.drafter.observe(step, trees, hidden)
         if not commits.scheduled:
             return [CommittedTokens([]) for _ in batch.scheduled]
         hidden = hidden.index_select(0, commits.rows)
         logits = self.decoder.logits(hidden)
-        verdict = self._sampler.judge(logits, commits, tokens, tables)
-        last = deepest_accepted(verdict.edges, commits.num_nodes, tables)
-        self._compact(commits, last, tables)
+        verdict = self._sampler.judge(logits, commits, trees)
+        last = deepest_accepted(verdict.edges, trees)
+        self._compact(commits, last, trees)
         self._hidden[commits.state_slots] = hidden[commits.first_row + last]
-        return self._collect(batch, commits, last, tokens, verdict.targets, tables, logits)
+        return self._collect(batch, commits, last, trees, verdict.targets, logits)
 
     @torch.inference_mode()
-    def draft_for(self, num_requests: int) -> None:
-        """Draft whole trees for the first `num_requests` state rows, to measure what it costs."""
+    def draft(self, batch: Batch) -> None:
+        """Only the guesses of a pass, to measure what they cost."""
+        self._draft(batch)
+
+    def _draft(self, batch: Batch) -> tuple[StepInput, DraftTrees]:
+        """The pass of a batch with its trees filled in."""
         if self.drafter is not None:
-            roots = torch.zeros(num_requests, dtype=torch.int64, device=self._device)
-            self.drafter.propose(self._hidden[:num_requests], roots, self._tables)
-
-    def _fill_trees(self, step: StepInput, tables: TreeTables) -> Tensor:
-        """Put the drafter's guesses into the flat row; returns the trees, [num_commits, max_nodes]."""
+            for scheduled in batch.scheduled:
+                if scheduled.num_drafts:
+                    scheduled.num_drafts = self.drafter.limit(scheduled.request, scheduled.num_drafts)
+        step = build_step(batch, self.cache.block_size, self._device)
         commits = step.commits
-        if commits.max_nodes == 1:
-            return commits.roots.unsqueeze(1)
-        if self.drafter is None:  # only when costs are measured: every node guesses token 0
-            return commits.roots.new_zeros(len(commits.scheduled), commits.max_nodes)
-        if commits.drafting is None:
-            tokens = self.drafter.propose(self._hidden[commits.state_slots], commits.roots, tables)
-        else:
-            tokens = commits.roots.unsqueeze(1).repeat(1, commits.max_nodes)
-            slots, roots = commits.state_slots[commits.drafting], commits.roots[commits.drafting]
-            tokens[commits.drafting] = self.drafter.propose(self._hidden[slots], roots, tables)
-        step.token_ids[commits.rows] = tokens[commits.request, commits.node]
-        return tokens
+        proposal = self._propose(commits)
+        trees = DraftTrees.build(proposal.tokens, proposal.parents, commits.num_nodes, proposal.max_depth)
+        step.fill(trees)
+        return step, trees
 
-    def _compact(self, commits: CommitRows, last: Tensor, tables: TreeTables) -> None:
+    def _propose(self, commits: CommitRows) -> Proposal:
+        """Trees of all that commit, [num_commits, max_nodes]: of most, or of many, the root alone."""
+        tokens = torch.nn.functional.pad(commits.roots.unsqueeze(1), (0, commits.max_nodes - 1))
+        parents = torch.zeros_like(tokens)
+        if not commits.drafting:
+            return Proposal(tokens, parents, 0)
+        if self.drafter is None:  # only when costs are measured: every node guesses token 0
+            return Proposal(tokens, parents, 1)
+        chosen = [commits.scheduled[index] for index in commits.drafting]
+        all_draft = len(chosen) == len(commits.scheduled)
+        members = slice(None) if all_draft else torch.tensor(commits.drafting, device=self._device)
+        requests = [scheduled.request for scheduled in chosen]
+        draft = DraftInput(
+            requests=requests,
+            budgets=[scheduled.num_drafts + 1 for scheduled in chosen],
+            num_nodes=commits.num_nodes[members],
+            max_nodes=commits.max_nodes,
+            hidden=self._hidden[commits.state_slots[members]],
+            roots=commits.roots[members],
+            positions=torch.tensor([len(request.token_ids) - 1 for request in requests], device=self._device),
+            node_slots=commits.node_slots[members],
+        )
+        proposal = self.drafter.propose(draft)
+        if all_draft:
+            return proposal
+        tokens[members], parents[members] = proposal.tokens, proposal.parents
+        return Proposal(tokens, parents, proposal.max_depth)
+
+    def _compact(self, commits: CommitRows, last: Tensor, trees: DraftTrees) -> None:
         """Move the K and V of accepted nodes to the logical positions base + 1, base + 2, ..."""
         if commits.max_nodes == 1:
             return
-        paths = tables.paths[last]  # [num_commits, depth + 1]
+        paths = trees.paths_to(last)  # [num_commits, depth + 1]
         order = torch.arange(paths.shape[1], device=paths.device)
+        depths = trees.depths.gather(1, last.unsqueeze(1))
         # A node that already lies where it belongs, and the repeated tail of a path, stay: the tail would
         # otherwise write over positions the path has not earned.
-        moves = (order <= tables.depths[last].unsqueeze(1)) & (paths != order)
+        moves = (order <= depths) & (paths != order)
         sources = commits.node_slots.gather(1, paths)[moves]
         destinations = commits.node_slots[:, : paths.shape[1]][moves]
         if sources.numel():
@@ -101,25 +118,24 @@ class Runner:
         batch: Batch,
         commits: CommitRows,
         last: Tensor,
-        tokens: Tensor,
+        trees: DraftTrees,
         targets: Tensor,
-        tables: TreeTables,
         logits: Tensor,
     ) -> list[CommittedTokens]:
         """Bring the committed tokens to the host, in one transfer."""
-        index = torch.arange(len(last), device=last.device)
-        bonus = targets[index, last]
-        path_tokens = tokens.gather(1, tables.paths[last])
-        packed = torch.cat((last.unsqueeze(1), bonus.unsqueeze(1), path_tokens), dim=1).tolist()
+        end, paths = last.unsqueeze(1), trees.paths_to(last)
+        facts = (trees.tree_depths.unsqueeze(1), trees.depths.gather(1, end), targets.gather(1, end))
+        packed = torch.cat((*facts, paths, trees.tokens.gather(1, paths)), dim=1).tolist()
         results = []
-        for number, (scheduled, row) in enumerate(zip(commits.scheduled, packed, strict=True)):
-            node, bonus_token, path = row[0], row[1], row[2:]
-            token_ids = [*path[1 : self.family.depths[node] + 1], bonus_token]
+        for first, scheduled, row in zip(commits.offsets, commits.scheduled, packed, strict=True):
+            draft_depth, num_accepted, bonus_token = row[:3]
+            nodes, path = row[3 : 3 + paths.shape[1]], row[3 + paths.shape[1] :]
+            token_ids = [*path[1 : num_accepted + 1], bonus_token]
             logprobs = None
             num_top = scheduled.request.sampling.logprobs
             if num_top is not None:
-                nodes = [commits.offsets[number] + n for n in self.family.path_nodes[node]]
-                logprobs = token_logprobs(logits[nodes], token_ids, num_top)
-            results.append(CommittedTokens(token_ids, logprobs))
+                rows = [first + node for node in nodes[: num_accepted + 1]]
+                logprobs = token_logprobs(logits[rows], token_ids, num_top)
+            results.append(CommittedTokens(token_ids, logprobs, draft_depth))
         committed = iter(results)
         return [next(committed) if s.commits else CommittedTokens([]) for s in batch.scheduled]

@@ -16,7 +16,7 @@ from engine.messages import SamplingParams, SpeculationParams, TokenLogprobs
 from engine.runner import sampling
 from engine.runner.step_input import CommitRows
 from engine.scheduling.request import Request
-from trees.verify import TreeTables, exact_edges
+from trees.verify import DraftTrees, exact_edges
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Sampler:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
 
-    def judge(self, logits: Tensor, commits: CommitRows, tokens: Tensor, tables: TreeTables) -> Verdict:
+    def judge(self, logits: Tensor, commits: CommitRows, trees: DraftTrees) -> Verdict:
         """Targets of all nodes, and which nodes agree with them.
 
-        logits: [num_nodes_total, vocab]; tokens: [num_commits, max_nodes] int64, the filled trees.
+        logits: [num_nodes_total, vocab].
         """
-        targets = torch.zeros_like(tokens)
-        targets[commits.request, commits.node] = sampling.argmax(logits)
+        targets = torch.zeros_like(trees.tokens)
+        targets.view(-1)[commits.places] = sampling.argmax(logits)
         special: list[tuple[int, Tensor]] = []  # (index among commits, its adjusted float32 rows)
         for index, scheduled in enumerate(commits.scheduled):
             params = scheduled.request.sampling
@@ -54,32 +54,36 @@ class Sampler:
                 first, count = commits.offsets[index], scheduled.num_drafts + 1
                 # A copy even in float32: adjustments must not reach the logits that logprobs are taken from.
                 rows = logits[first : first + count].to(torch.float32, copy=True)
-                special.append((index, self._adjust(rows, scheduled.request, tokens[index], tables)))
-        sampled = self._draw_special(special, commits, targets, tables)
-        edges = exact_edges(tokens, targets, tables)
+                special.append((index, self._adjust(rows, scheduled.request, index, trees)))
+        sampled = self._draw_special(special, commits, targets, trees)
+        edges = exact_edges(targets, trees)
         for index, probs in sampled:
             speculation = commits.scheduled[index].request.sampling.speculation
             if speculation.acceptance == "typical":
                 count = probs.shape[0]
-                edges[index, :count] = _typical_edges(probs, speculation, tokens[index, :count], tables)
+                tokens, parents = trees.tokens[index, :count], trees.parents[index, :count]
+                edges[index, :count] = _typical_edges(probs, speculation, tokens, parents)
         return Verdict(targets, edges)
 
-    def _adjust(self, rows: Tensor, request: Request, tokens: Tensor, tables: TreeTables) -> Tensor:
-        """Logit bias, penalties and minimum length on the rows of one request's tree."""
+    def _adjust(self, rows: Tensor, request: Request, index: int, trees: DraftTrees) -> Tensor:
+        """Logit bias, penalties and minimum length on the rows of one request's tree.
+
+        rows: [num_nodes, vocab] float32; index: of the request among the trees.
+        """
         params = request.sampling
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=rows.device)
             rows[:, ids] += torch.tensor(list(params.logit_bias.values()), device=rows.device)
         if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
-            rows = self._penalise(rows, request, tokens, tables)
+            rows = self._penalise(rows, request, index, trees)
         if request.num_output_tokens < params.min_tokens:
-            early = request.num_output_tokens + tables.depths[: rows.shape[0]] < params.min_tokens
+            early = request.num_output_tokens + trees.depths[index, : rows.shape[0]] < params.min_tokens
             ends = (*self._eos_token_ids, *params.stop_token_ids)
             for token_id in ends:
                 rows[early, token_id] = float("-inf")
         return rows
 
-    def _penalise(self, rows: Tensor, request: Request, tokens: Tensor, tables: TreeTables) -> Tensor:
+    def _penalise(self, rows: Tensor, request: Request, index: int, trees: DraftTrees) -> Tensor:
         params, num_nodes = request.sampling, rows.shape[0]
         prompt = np.array(request.token_ids[: request.num_prompt_tokens])
         output = np.array(request.token_ids[request.num_prompt_tokens :], dtype=np.int64)
@@ -87,10 +91,10 @@ class Sampler:
         committed = torch.from_numpy(np.bincount(output, minlength=self._vocab_size)).to(rows)
         counts = committed.repeat(num_nodes, 1)
         # The root is committed already; what a node adds are the drafts on its path.
-        paths = tables.paths[:num_nodes]
+        paths = trees.paths[index, :num_nodes]
         depth = torch.arange(paths.shape[1], device=rows.device)
-        on_path = (depth > 0) & (depth <= tables.depths[:num_nodes].unsqueeze(1))
-        counts.scatter_add_(1, tokens[paths], on_path.to(rows))
+        on_path = (depth > 0) & (depth <= trees.depths[index, :num_nodes].unsqueeze(1))
+        counts.scatter_add_(1, trees.tokens[index][paths], on_path.to(rows))
         return sampling.apply_penalties(
             rows,
             counts,
@@ -101,7 +105,7 @@ class Sampler:
         )
 
     def _draw_special(
-        self, special: list[tuple[int, Tensor]], commits: CommitRows, targets: Tensor, tables: TreeTables
+        self, special: list[tuple[int, Tensor]], commits: CommitRows, targets: Tensor, trees: DraftTrees
     ) -> list[tuple[int, Tensor]]:
         """Overwrite the targets of adjusted and sampled requests, all sampled rows in one draw.
 
@@ -131,9 +135,12 @@ class Sampler:
             per_row([p.top_p for p in params], torch.float64),
             per_row([p.min_p for p in params], torch.float32),
         )
-        depths = tables.depths.cpu().numpy()
+        depths = trees.depths.cpu().numpy()
         positions = np.concatenate(
-            [len(r.token_ids) + depths[:count] for r, count in zip(requests, counts, strict=True)]
+            [
+                len(request.token_ids) + depths[index, :count]
+                for (index, _), request, count in zip(sampled, requests, counts, strict=True)
+            ]
         )
         seeds = np.repeat(np.array([r.seed % 2**64 for r in requests], dtype=np.uint64), counts)
         uniform = torch.from_numpy(sampling.uniforms(seeds, positions.astype(np.uint64))).to(device)
@@ -144,13 +151,10 @@ class Sampler:
         return list(zip(indices, torch.split(probs, counts), strict=True))
 
 
-def _typical_edges(
-    probs: Tensor, speculation: SpeculationParams, tokens: Tensor, tables: TreeTables
-) -> Tensor:
-    """probs: [num_nodes, vocab], truncated, any sum; tokens: [num_nodes] int64 -> [num_nodes] bool."""
+def _typical_edges(probs: Tensor, speculation: SpeculationParams, tokens: Tensor, parents: Tensor) -> Tensor:
+    """probs: [num_nodes, vocab], truncated, any sum; tokens, parents: [num_nodes] -> [num_nodes] bool."""
     probs = probs / probs.sum(dim=1, keepdim=True)
     threshold = sampling.typical_threshold(probs, speculation.epsilon, speculation.delta)
-    parents = tables.parents[: probs.shape[0]]
     return probs[parents, tokens] > threshold[parents]
 
 

@@ -4,11 +4,15 @@ The flat row of a pass: for each request its known tokens, then its draft nodes.
 
     | chunk ... root | node 1 ... node n | chunk ... | root | node 1 ... | ...
       request 0                            request 1   request 2
+
+How many nodes a tree has is known here, which shape it has is not: the drafter says so on the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +20,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.scheduling.batch import Batch, ScheduledRequest
-from trees.family import TreeFamily
+from engine.scheduling.request import Request
+from trees.verify import DraftTrees
 
 IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PassInput:
+    """What a decoder and its attention need of one pass over rows of several requests."""
+
+    token_ids: Tensor  # [num_tokens] int64
+    positions: Tensor  # [num_tokens] int64, as the model counts them: base + depth in a tree
+    slots: Tensor  # [num_tokens] int64, slot mapping
+    prefix_len: IntArray  # [num_tokens] committed positions each token sees
+    ancestors: Tensor  # [num_tokens] int64 bit set of the tree nodes each token sees
+    starts: IntArray  # [num_requests + 1] flat row where each request begins
+    block_tables: list[list[int]]  # per request
+    context_lens: IntArray  # [num_requests] logical positions in use, this pass included
 
 
 @dataclass(frozen=True)
@@ -28,116 +47,146 @@ class CommitRows:
     scheduled: list[ScheduledRequest]
     num_nodes: Tensor  # [num_commits] int64, root included
     rows: Tensor  # [num_nodes_total] int64: flat row of each root and draft node, request by request
-    request: Tensor  # [num_nodes_total] int64: index into `scheduled`
-    node: Tensor  # [num_nodes_total] int64: tree node
+    places: (
+        Tensor  # [num_nodes_total] int64: request * max_nodes + node, its place in [num_commits, max_nodes]
+    )
     roots: Tensor  # [num_commits] int64: root token ids
     offsets: list[int]  # [num_commits]: index of each root in `rows`
     first_row: Tensor  # [num_commits] int64: the same on the device
-    drafting: Tensor | None  # [num_drafting] int64: which of them have drafts; None where all have
+    drafting: list[int]  # which of them have drafts
     node_slots: Tensor  # [num_commits, max_nodes] int64: slots of the logical positions base + node
     state_slots: Tensor  # [num_commits] int64: rows of the runner's per-request state
     max_nodes: int  # of the largest tree, root included
 
 
 @dataclass(frozen=True)
-class StepInput:
-    """One pass. Draft rows of `token_ids` are zero until the drafter fills them."""
+class StepInput(PassInput):
+    """One pass of the base model. Draft rows are unfinished until `fill` has seen the trees."""
 
-    token_ids: Tensor  # [num_tokens] int64
-    positions: Tensor  # [num_tokens] int64, as the model counts them: base + depth in a tree
-    slots: Tensor  # [num_tokens] int64, slot mapping
-    prefix_len: IntArray  # [num_tokens] committed positions each token sees
-    ancestors: IntArray  # [num_tokens] bit set of the tree nodes each token sees
-    starts: IntArray  # [num_requests + 1] flat row where each request begins
-    block_tables: list[list[int]]  # per request
-    context_lens: IntArray  # [num_requests] logical positions in use, this pass included
+    scheduled: list[ScheduledRequest]  # the whole batch, in the order of the flat row
     commits: CommitRows
 
+    def fill(self, trees: DraftTrees) -> None:
+        """Put tokens, positions and visibility of the trees into the flat row."""
+        rows, places = self.commits.rows, self.commits.places
+        self.token_ids[rows] = trees.tokens.reshape(-1)[places]
+        self.positions[rows] += trees.depths.reshape(-1)[places]
+        self.ancestors[rows] = trees.ancestors.reshape(-1)[places]
 
-class StepInputBuilder:
-    """Holds what every pass shares: the family's node tables and the block size."""
 
-    def __init__(self, family: TreeFamily, block_size: int, device: torch.device) -> None:
-        self._block_size = block_size
-        self._device = device
-        self._depths = np.array(family.depths, dtype=np.int64)
-        # The set's 64th bit is int64's sign bit, hence through uint64.
-        self._ancestors = np.array(family.ancestors, dtype=np.uint64).view(np.int64)
+def build_step(batch: Batch, block_size: int, device: torch.device) -> StepInput:
+    """The pass that a batch asks for. Tree rows hold the root's position, and no token and ancestors yet."""
+    scheduled = batch.scheduled
+    known = [s.request.num_computed + s.num_tokens for s in scheduled]
+    rows = _lay_out(
+        [s.request for s in scheduled],
+        [s.request.num_computed for s in scheduled],
+        [end + s.num_drafts for s, end in zip(scheduled, known, strict=True)],
+        block_size,
+    )
+    first_nodes = []
+    for s, end, stop in zip(scheduled, known, rows.starts[1:], strict=True):
+        if s.commits:
+            # The root is node 0 of its tree: it sees what is before it, and itself by its own bit.
+            first = int(stop) - s.num_drafts - 1
+            rows.positions[first:stop] = rows.prefix_len[first:stop] = end - 1
+            first_nodes.append(first)
+    commits = _commit_rows([s for s in scheduled if s.commits], first_nodes, rows.slots, device)
+    return StepInput(**_on_device(rows, device), scheduled=scheduled, commits=commits)
 
-    def build(self, batch: Batch) -> StepInput:
-        scheduled = batch.scheduled
-        lengths = np.array([s.num_tokens + s.num_drafts for s in scheduled], dtype=np.int64)
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        total = int(starts[-1])
-        token_ids, positions, logical, prefix_len, ancestors = (
-            np.zeros(total, dtype=np.int64) for _ in range(5)
-        )
-        tables = [s.request.block_table for s in scheduled]
-        slots = np.zeros(total, dtype=np.int64)
-        for s, start, end in zip(scheduled, starts[:-1], starts[1:], strict=True):
-            request, computed, nodes = s.request, s.request.num_computed, s.num_drafts
-            drafts = start + s.num_tokens
-            known = np.arange(computed, computed + s.num_tokens)
-            token_ids[start:drafts] = request.token_ids[computed : computed + s.num_tokens]
-            positions[start:drafts] = known
-            prefix_len[start:drafts] = known + 1
-            logical[start:end] = np.arange(computed, computed + s.num_tokens + nodes)
-            if nodes:
-                base = len(request.token_ids) - 1
-                positions[drafts:end] = base + self._depths[1 : nodes + 1]
-                prefix_len[drafts:end] = base
-                ancestors[drafts:end] = self._ancestors[1 : nodes + 1]
-            slots[start:end] = self._slots_of(request.block_table, logical[start:end])
-        return StepInput(
-            token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
-            prefix_len=prefix_len,
-            ancestors=ancestors,
-            starts=starts,
-            block_tables=tables,
-            context_lens=logical[starts[1:] - 1] + 1,
-            commits=self._commit_rows(scheduled, starts, slots),
-        )
 
-    def _commit_rows(
-        self, scheduled: list[ScheduledRequest], starts: IntArray, slots: IntArray
-    ) -> CommitRows:
-        indices = [i for i, s in enumerate(scheduled) if s.commits]
-        committing = [scheduled[i] for i in indices]
-        num_nodes = np.array([s.num_drafts + 1 for s in committing], dtype=np.int64)
-        max_nodes = int(num_nodes.max(initial=1))
-        root_rows = starts[1:][indices] - num_nodes
-        first = np.concatenate([[0], np.cumsum(num_nodes)]).astype(np.int64)
-        request = np.repeat(np.arange(len(committing)), num_nodes)
-        node = np.arange(int(first[-1])) - first[:-1][request]
-        rows = root_rows[request] + node
-        drafting = np.flatnonzero(num_nodes > 1)
-        node_slots = np.zeros((len(committing), max_nodes), dtype=np.int64)
-        node_slots[request, node] = slots[rows]
-        return CommitRows(
-            scheduled=committing,
-            num_nodes=self._tensor(num_nodes),
-            rows=self._tensor(rows),
-            request=self._tensor(request),
-            node=self._tensor(node),
-            roots=self._tensor(np.array([s.request.token_ids[-1] for s in committing], dtype=np.int64)),
-            offsets=first[:-1].tolist(),
-            first_row=self._tensor(first[:-1]),
-            drafting=None if len(drafting) == len(committing) else self._tensor(drafting),
-            node_slots=self._tensor(node_slots),
-            state_slots=self._tensor(np.array([s.request.slot for s in committing], dtype=np.int64)),
-            max_nodes=max_nodes,
-        )
+def build_rows(
+    requests: Sequence[Request],
+    firsts: Sequence[int],
+    ends: Sequence[int],
+    block_size: int,
+    device: torch.device,
+) -> PassInput:
+    """A plain causal pass over the positions firsts[i] to ends[i] - 1 of each request, for drafters with KV
+    of their own. Where a position is past the known tokens, its token id is 0 for the caller to fill."""
+    return PassInput(**_on_device(_lay_out(requests, firsts, ends, block_size), device))
 
-    def _slots_of(self, block_table: list[int], logical: IntArray) -> IntArray:
-        first = int(logical[0]) // self._block_size
-        last = int(logical[-1]) // self._block_size
-        blocks = np.array(block_table[first : last + 1], dtype=np.int64)
-        slots: IntArray = (
-            blocks[logical // self._block_size - first] * self._block_size + logical % self._block_size
-        )
-        return slots
 
-    def _tensor(self, values: IntArray) -> Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+@dataclass(frozen=True)
+class _Rows:
+    token_ids: IntArray
+    positions: IntArray
+    slots: IntArray
+    prefix_len: IntArray
+    starts: IntArray
+    block_tables: list[list[int]]
+    context_lens: IntArray
+
+
+def _lay_out(
+    requests: Sequence[Request], firsts: Sequence[int], ends: Sequence[int], block_size: int
+) -> _Rows:
+    lengths = np.array(ends, dtype=np.int64) - np.array(firsts, dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    total = int(starts[-1])
+    token_ids, slots = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
+    positions = np.arange(total) - np.repeat(starts[:-1] - np.array(firsts, dtype=np.int64), lengths)
+    for request, first, end, start, stop in zip(requests, firsts, ends, starts, starts[1:], strict=False):
+        known = request.token_ids[first:end]
+        token_ids[start : start + len(known)] = known
+        slots[start:stop] = _slots_of(request.block_table, positions[start:stop], block_size)
+    return _Rows(
+        token_ids=token_ids,
+        positions=positions,
+        slots=slots,
+        prefix_len=positions + 1,
+        starts=starts,
+        block_tables=[request.block_table for request in requests],
+        context_lens=np.array(ends, dtype=np.int64),
+    )
+
+
+def _commit_rows(
+    committing: list[ScheduledRequest], first_nodes: list[int], slots: IntArray, device: torch.device
+) -> CommitRows:
+    num_nodes = np.array([s.num_drafts + 1 for s in committing], dtype=np.int64)
+    max_nodes = int(num_nodes.max(initial=1))
+    first = np.concatenate([[0], np.cumsum(num_nodes)]).astype(np.int64)
+    request = np.repeat(np.arange(len(committing)), num_nodes)
+    node = np.arange(int(first[-1])) - first[:-1][request]
+    rows = np.array(first_nodes, dtype=np.int64)[request] + node
+    node_slots = np.zeros((len(committing), max_nodes), dtype=np.int64)
+    node_slots[request, node] = slots[rows]
+    return CommitRows(
+        scheduled=committing,
+        num_nodes=_tensor(num_nodes, device),
+        rows=_tensor(rows, device),
+        places=_tensor(request * max_nodes + node, device),
+        roots=_tensor(np.array([s.request.token_ids[-1] for s in committing], dtype=np.int64), device),
+        offsets=first[:-1].tolist(),
+        first_row=_tensor(first[:-1], device),
+        drafting=np.flatnonzero(num_nodes > 1).tolist(),
+        node_slots=_tensor(node_slots, device),
+        state_slots=_tensor(np.array([s.request.slot for s in committing], dtype=np.int64), device),
+        max_nodes=max_nodes,
+    )
+
+
+def _slots_of(block_table: list[int], logical: IntArray, block_size: int) -> IntArray:
+    first = int(logical[0]) // block_size
+    last = int(logical[-1]) // block_size
+    blocks = np.array(block_table[first : last + 1], dtype=np.int64)
+    slots: IntArray = blocks[logical // block_size - first] * block_size + logical % block_size
+    return slots
+
+
+def _on_device(rows: _Rows, device: torch.device) -> dict[str, Any]:
+    return {
+        "token_ids": _tensor(rows.token_ids, device),
+        "positions": _tensor(rows.positions, device),
+        "slots": _tensor(rows.slots, device),
+        "prefix_len": rows.prefix_len,
+        "ancestors": torch.zeros(len(rows.slots), dtype=torch.int64, device=device),
+        "starts": rows.starts,
+        "block_tables": rows.block_tables,
+        "context_lens": rows.context_lens,
+    }
+
+
+def _tensor(values: IntArray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)

@@ -35,6 +35,7 @@ class ScheduledRequest:
     num_drafts: int = 0
     num_committed: int = 0  # what the step brought, once it is known
     num_accepted: int = 0
+    draft_depth: int = 0  # how deep its tree reached
 
     @property
     def commits(self) -> bool:
@@ -61,3 +62,4 @@ class CommittedTokens:
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
+    draft_depth: int = 0  # how deep the request's tree reached

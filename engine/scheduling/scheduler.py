@@ -234,6 +234,7 @@ class Scheduler:
         request.num_computed = base + 1 + num_accepted
         request.has_hidden = True
         scheduled.num_committed, scheduled.num_accepted = len(appended), num_accepted
+        scheduled.draft_depth = result.draft_depth
         request.decode_steps += 1
         request.drafted_tokens += scheduled.num_drafts
         request.accepted_tokens += num_accepted

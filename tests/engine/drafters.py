@@ -2,80 +2,109 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
-from engine.runner.drafter import Drafter
-from engine.scheduling.batch import Batch
-from engine.scheduling.scheduler import Scheduler
-from trees.verify import TreeTables
+from engine.runner.drafter import Drafter, DraftInput, Proposal
+from tests.engine.families import chain
+from trees.family import TreeFamily
 
 
-class RandomDrafter:
+class ShapedDrafter(Drafter):
+    """Draws trees of its family, or, where `scrambled`, every request's tree of a shape of its own each time.
+
+    A TinyEngine gives it its own family.
+    """
+
+    def __init__(self, seed: int, vocab_size: int, family: TreeFamily, scrambled: bool) -> None:
+        self.family = family
+        self._generator = random.Random(seed)
+        self._vocab_size = vocab_size
+        self._scrambled = scrambled
+
+    def propose(self, draft: DraftInput) -> Proposal:
+        tokens, parents = [], []
+        for index, request in enumerate(draft.requests):
+            assert request.token_ids[-1] == int(draft.roots[index])
+            assert len(request.token_ids) - 1 == int(draft.positions[index])
+            assert draft.budgets[index] == int(draft.num_nodes[index]) <= draft.max_nodes
+            shape = self._shape(draft.max_nodes)
+            children: list[list[int]] = [[] for _ in shape]
+            for node in range(1, len(shape)):
+                children[shape[node]].append(node)
+            row = [request.token_ids[-1]] * len(shape)
+            depths = [0] * len(shape)
+            for node, below in enumerate(children):
+                for child in below:
+                    depths[child] = depths[node] + 1
+                self.guess(request.request_id, len(request.token_ids) + depths[node], below, row)
+            tokens.append(row)
+            parents.append(shape)
+        return Proposal(torch.tensor(tokens), torch.tensor(parents), self.max_depth)
+
+    def guess(self, request_id: str, place: int, siblings: list[int], row: list[int]) -> None:
+        """Write the tokens of one node's children, which are guesses at the token of this place."""
+        start = self._generator.randrange(self._vocab_size)
+        for offset, child in enumerate(siblings):
+            row[child] = (start + offset) % self._vocab_size
+
+    @property
+    def max_depth(self) -> int:
+        return self.family.max_depth
+
+    def _shape(self, num_nodes: int) -> list[int]:
+        if not self._scrambled:
+            return list(self.family.parents[:num_nodes])
+        parents, depths = [0], [0]
+        while len(parents) < num_nodes:
+            parent = self._generator.randrange(len(parents))
+            if depths[parent] < self.max_depth:
+                parents.append(parent)
+                depths.append(depths[parent] + 1)
+        return parents
+
+
+class RandomDrafter(ShapedDrafter):
     """Guesses that have nothing to do with anything, token 0 and EOS among them; siblings differ."""
 
-    def __init__(self, seed: int = 0, vocab_size: int = 128) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._vocab_size = vocab_size
-
-    def propose(self, hidden: Tensor, roots: Tensor, tree: TreeTables) -> Tensor:
-        shape = (len(roots), len(tree.ranks))
-        guesses = torch.randint(0, self._vocab_size, shape, generator=self._generator)
-        # The same offset for one parent's children keeps them apart.
-        tokens = (guesses[:, tree.parents] + tree.ranks) % self._vocab_size
-        tokens[:, 0] = roots
-        return tokens
+    def __init__(
+        self,
+        seed: int = 0,
+        vocab_size: int = 128,
+        *,
+        family: TreeFamily = chain(1),  # noqa: B008  (frozen)
+        scrambled: bool = False,
+    ) -> None:
+        super().__init__(seed, vocab_size, family, scrambled)
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(ShapedDrafter):
     """Knows how every request goes on, and tells the truth with probability `hit_rate` a node: 1 is an
     oracle, 0 is always wrong. Which of a node's children is the right one is left to chance.
 
-    `script(request_id)` gives all tokens of that request, prompt included. `batch` is set by `watch`.
+    `script(request_id)` gives all tokens of that request, prompt included.
     """
 
     def __init__(
-        self, script: Callable[[str], Sequence[int]], hit_rate: float, seed: int = 0, vocab_size: int = 128
+        self,
+        script: Callable[[str], Sequence[int]],
+        hit_rate: float,
+        seed: int = 0,
+        vocab_size: int = 128,
+        *,
+        family: TreeFamily = chain(1),  # noqa: B008  (frozen)
+        scrambled: bool = False,
     ) -> None:
-        self.batch = Batch()
-        self._vocab_size = vocab_size
+        super().__init__(seed, vocab_size, family, scrambled)
         self._script = script
         self._hit_rate = hit_rate
-        self._generator = torch.Generator().manual_seed(seed)
 
-    def propose(self, hidden: Tensor, roots: Tensor, tree: TreeTables) -> Tensor:
-        parents, depths = tree.parents.tolist(), tree.depths.tolist()
-        children: list[list[int]] = [[] for _ in parents]
-        for node in range(1, len(parents)):
-            children[parents[node]].append(node)
-        drafting = [s.request for s in self.batch.scheduled if s.num_drafts]
-        assert [r.token_ids[-1] for r in drafting] == roots.tolist()
-        rows = []
-        for request in drafting:
-            script, known = self._script(request.request_id), len(request.token_ids)
-            row = [request.token_ids[-1]] + [0] * (len(parents) - 1)
-            for node, below in enumerate(children):
-                place = known + depths[node]
-                truth = script[place] if place < len(script) else 0
-                for offset, child in enumerate(below):
-                    row[child] = (truth + 1 + offset) % self._vocab_size
-                if below and float(torch.rand((), generator=self._generator)) < self._hit_rate:
-                    chosen = int(torch.randint(len(below), (), generator=self._generator))
-                    row[below[chosen]] = truth
-            rows.append(row)
-        return torch.tensor(rows)
-
-
-def watch(scheduler: Scheduler, drafter: Drafter | None) -> None:
-    """Show each batch to the drafter, where it wants to see it: a real one knows only the hidden rows."""
-    if not hasattr(drafter, "batch"):
-        return
-    schedule = scheduler.schedule
-
-    def watched() -> Batch:
-        drafter.batch = schedule()
-        return drafter.batch
-
-    scheduler.schedule = watched  # type: ignore[method-assign]
+    def guess(self, request_id: str, place: int, siblings: list[int], row: list[int]) -> None:
+        script = self._script(request_id)
+        truth = script[place] if place < len(script) else 0
+        for offset, child in enumerate(siblings):
+            row[child] = (truth + 1 + offset) % self._vocab_size
+        if siblings and self._generator.random() < self._hit_rate:
+            row[self._generator.choice(siblings)] = truth

@@ -22,13 +22,14 @@ from engine.messages import AddRequest, SamplingParams
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
-from engine.runner.drafter import HeadsDrafter
+from engine.runner.heads_drafter import HeadsDrafter
 from heads.medusa import MedusaHeads
 from heads.registry import DEFAULT_MODEL, resolve_heads, resolve_model
-from tests.engine.drafters import ScriptedDrafter, watch
+from tests.engine.drafters import ScriptedDrafter
 from tests.engine.families import full
 from tests.engine.helpers import params
 from tests.engine.prompts import CHATS
+from trees.family import TreeFamily
 
 pytestmark = pytest.mark.timeout(1200)  # the first test also makes the references
 
@@ -144,15 +145,17 @@ def make_engine(
         if drafts == "heads":
             return Engine(config, fixed_drafts=12)
         if drafts == "random":
-            return Engine(config, fixed_drafts=4, drafter=_random_heads(decoder), family=full(4, 2, 2))
+            family = full(4, 2, 2)
+            return Engine(config, fixed_drafts=4, drafter=_random_heads(decoder, family), family=family)
+        family = full(14, 2, 3)
         oracle = ScriptedDrafter(
             lambda name: [*references[name].prompt, *references[name].tokens],
             hit_rate=1.0 if drafts == "oracle" else 0.7,
             vocab_size=decoder.config.vocab_size,
+            family=family,
+            scrambled=drafts == "mixed",
         )
-        built = Engine(config, fixed_drafts=14, drafter=oracle, family=full(14, 2, 3))
-        watch(built.scheduler, oracle)
-        return built
+        return Engine(config, fixed_drafts=14, drafter=oracle, family=family)
 
     return build
 
@@ -164,7 +167,7 @@ def _heads_dir() -> str:
     return str(folder)
 
 
-def _random_heads(decoder: Decoder) -> HeadsDrafter:
+def _random_heads(decoder: Decoder, family: TreeFamily) -> HeadsDrafter:
     """Real heads whose weights and tokens mean nothing."""
     torch.manual_seed(0)
     config = decoder.config
@@ -174,7 +177,7 @@ def _random_heads(decoder: Decoder) -> HeadsDrafter:
         parameter.data.normal_(std=0.5)
     heads.requires_grad_(False)
     heads.bind(decoder.lm_head.weight, decoder.embedding)
-    return HeadsDrafter(heads)
+    return HeadsDrafter(heads, family)
 
 
 @dataclass

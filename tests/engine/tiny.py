@@ -19,7 +19,7 @@ from engine.runner.drafter import Drafter
 from engine.runner.kv_cache import KVCache
 from engine.runner.runner import Runner
 from engine.scheduling.speculation import FixedSpeculation, SpeculationPolicy
-from tests.engine.drafters import watch
+from tests.engine.drafters import ShapedDrafter
 from tests.engine.helpers import make_scheduler
 from tests.fakes import DenseCausalAttention
 from trees.family import TreeFamily
@@ -166,9 +166,11 @@ class TinyEngine:
             max_drafts=len(family.paths),
             policy=policy or FixedSpeculation(len(family.paths) if drafts is None else drafts),
         )
-        cache = KVCache(CONFIG, num_blocks, block_size, torch.float32, CPU)
-        watch(self.scheduler, drafter)
-        self.runner = Runner(tiny_decoder(), cache, family, drafter, max_num_seqs)
+        extra_layers = 0 if drafter is None else drafter.num_cache_layers
+        cache = KVCache(CONFIG, num_blocks, block_size, torch.float32, CPU, extra_layers)
+        if isinstance(drafter, ShapedDrafter):
+            drafter.family = family
+        self.runner = Runner(tiny_decoder(), cache, drafter, max_num_seqs)
         self.num_preemptions = 0
         self.num_accepted = 0
 
@@ -201,7 +203,8 @@ class TinyEngine:
         """K and V of the first `length` positions, each [num_layers, length, num_kv_heads, head_dim]."""
         size = self.runner.cache.block_size
         slots = torch.tensor([block_table[p // size] * size + p % size for p in range(length)])
-        return self.runner.cache.k[:, slots], self.runner.cache.v[:, slots]
+        layers = slice(CONFIG.num_layers)
+        return self.runner.cache.k[layers, slots], self.runner.cache.v[layers, slots]
 
 
 def log_softmax(logits: Tensor) -> Tensor:

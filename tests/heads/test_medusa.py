@@ -89,8 +89,9 @@ def test_a_node_is_the_guess_of_its_rank_of_the_head_of_its_depth(
     heads = random_heads(token_map, root_input=root_input)
     heads.bind(weight := torch.randn(VOCAB, HIDDEN), weight)
     hidden, roots = torch.randn(4, HIDDEN), torch.tensor([7, 0, 39, 1])
-    filled = heads.fill_tree(hidden, roots, *tree_of(FAMILY))
-    order = heads.logits(hidden, roots, HEADS).argsort(dim=-1, descending=True)
+    filled, log_probs = heads.fill_tree(hidden, roots, *tree_of(FAMILY))
+    logits = heads.logits(hidden, roots, HEADS)
+    order, softmax = logits.argsort(dim=-1, descending=True), logits.softmax(dim=-1)
     assert filled.dtype == torch.int64
     assert filled.shape == (4, len(FAMILY.paths) + 1)
     assert filled[:, 0].tolist() == roots.tolist()
@@ -99,6 +100,10 @@ def test_a_node_is_the_guess_of_its_rank_of_the_head_of_its_depth(
             column = int(order[len(path) - 1, request, path[-1]])
             expected = column if token_map is None else int(token_map[column])
             assert filled[request, node] == expected
+            probability = softmax[len(path) - 1, request, column]
+            torch.testing.assert_close(log_probs[request, node].exp(), probability)
+    assert log_probs.shape == filled.shape
+    assert (log_probs[:, 0] == 0).all() and (log_probs <= 0).all()
 
 
 def test_only_the_heads_that_the_tree_is_deep_run() -> None:
@@ -106,15 +111,16 @@ def test_only_the_heads_that_the_tree_is_deep_run() -> None:
     heads.bind(weight := torch.randn(VOCAB, HIDDEN), weight)
     with torch.no_grad():
         heads.weights[0][1:] = float("nan")
-    filled = heads.fill_tree(torch.randn(2, HIDDEN), torch.tensor([1, 2]), *tree_of(FAMILY.prefix(2)))
+    filled, _ = heads.fill_tree(torch.randn(2, HIDDEN), torch.tensor([1, 2]), *tree_of(FAMILY.prefix(2)))
     assert filled.shape == (2, 3)
 
 
 def test_a_tree_of_the_root_alone_runs_no_head() -> None:
-    filled = random_heads().fill_tree(
+    filled, log_probs = random_heads().fill_tree(
         torch.randn(2, HIDDEN), torch.tensor([1, 2]), *tree_of(FAMILY.prefix(0))
     )
     assert filled.tolist() == [[1], [2]]
+    assert log_probs.tolist() == [[0.0], [0.0]]
 
 
 def test_a_tree_deeper_than_the_heads_is_an_error() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.runner import attention
 from engine.runner.attention import PagedAttention, visibility
 from engine.runner.kv_cache import KVCache
-from engine.runner.step_input import StepInputBuilder
+from engine.runner.step_input import build_step
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.request import Request
 from engine.scheduling.speculation import Acceptance
@@ -18,6 +18,7 @@ from tests.engine.families import chain, families, full
 from tests.engine.helpers import params
 from tests.engine.tiny import CONFIG, CPU, VOCAB, plain_pass, tiny_decoder
 from trees.family import TreeFamily
+from trees.verify import DraftTrees
 
 signed_sets = st.integers(0, 2**64 - 1).map(lambda bits: bits - 2**64 if bits >= 2**63 else bits)
 
@@ -59,7 +60,6 @@ def node_logits(
     blocks_each = -(-longest // block_size)
     num_blocks = blocks_each * len(contexts) + 1
     cache = KVCache(CONFIG, num_blocks, block_size, torch.float32, CPU)
-    builder = StepInputBuilder(family, block_size, CPU)
     decoder = tiny_decoder()
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).tolist()
     requests = [
@@ -76,14 +76,18 @@ def node_logits(
         if all(s.commits for s in batch.scheduled) and len(batch.scheduled) == len(requests):
             break
         batch.scheduled = [s for s in batch.scheduled if not s.commits]
-        step = builder.build(batch)
+        step = build_step(batch, block_size, CPU)
         decoder(step.token_ids, step.positions, PagedAttention(step, cache, 4, 2))
         for scheduled in batch.scheduled:
             scheduled.request.num_computed += scheduled.num_tokens
-    step = builder.build(batch)
-    tokens = [token for s, tree in zip(batch.scheduled, trees, strict=True) for token in (0, *tree)]
-    drafts = step.commits.node > 0
-    step.token_ids[step.commits.rows[drafts]] = torch.tensor(tokens, dtype=torch.int64)[drafts]
+    step = build_step(batch, block_size, CPU)
+    width = step.commits.max_nodes
+    tokens = [
+        [known[-1], *tree, *[0] * (width - 1 - len(tree))]
+        for known, tree in zip(contexts, trees, strict=True)
+    ]
+    parents = torch.tensor(family.parents[:width]).expand(len(trees), -1)
+    step.fill(DraftTrees.build(torch.tensor(tokens), parents, step.commits.num_nodes, family.max_depth))
     hidden = decoder(step.token_ids, step.positions, PagedAttention(step, cache, 4, 2))
     logits = decoder.logits(hidden[step.commits.rows])
     return list(torch.split(logits, step.commits.num_nodes.tolist()))

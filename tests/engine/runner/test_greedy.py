@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.runner.drafter import Drafter
+from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
 from tests.engine.drafters import RandomDrafter, ScriptedDrafter
 from tests.engine.families import chain, families, full
@@ -24,7 +24,6 @@ from tests.engine.tiny import (
     plain_pass,
 )
 from trees.family import TreeFamily
-from trees.verify import TreeTables
 
 LENGTH = 32
 PROMPTS = tuple(
@@ -41,12 +40,16 @@ def script(request_id: str) -> tuple[int, ...]:
 
 
 def make_drafter(kind: str, seed: int = 0) -> Drafter:
-    if kind == "random":
-        return RandomDrafter(seed)
-    return ScriptedDrafter(script, {"oracle": 1.0, "mixed": 0.6, "wrong": 0.0}[kind], seed)
+    """`scrambled` trees have another shape for every request and step."""
+    name, _, shape = kind.partition(" ")
+    scrambled = shape == "scrambled"
+    if name == "random":
+        return RandomDrafter(seed, scrambled=scrambled)
+    hit_rate = {"oracle": 1.0, "mixed": 0.6, "wrong": 0.0}[name]
+    return ScriptedDrafter(script, hit_rate, seed, scrambled=scrambled)
 
 
-KINDS = ("oracle", "mixed", "random", "wrong")
+KINDS = ("oracle", "mixed", "random", "wrong", "oracle scrambled", "mixed scrambled")
 
 
 def check_outputs(engine: TinyEngine, arrivals: list[Arrival]) -> None:
@@ -107,13 +110,13 @@ def test_output_equals_plain_decoding(
 def test_full_batch_with_the_largest_tree(kind: str) -> None:
     engine = TinyEngine(full(), make_drafter(kind), num_blocks=128, budget=600)
     check_outputs(engine, arrivals_of(list(range(8)), [0] * 8, [LENGTH] * 8))
-    if kind == "oracle":
+    if kind.startswith("oracle"):
         assert engine.num_accepted > 4 * LENGTH
     if kind == "wrong":
         assert engine.num_accepted == 0
 
 
-@pytest.mark.parametrize("kind", ["oracle", "mixed", "random"])
+@pytest.mark.parametrize("kind", ["oracle", "mixed", "random", "mixed scrambled"])
 def test_preemption_changes_nothing(kind: str) -> None:
     # Four requests of up to 92 tokens in room for little more than one.
     engine = TinyEngine(full(12), make_drafter(kind), num_blocks=28, block_size=4, max_model_len=100)
@@ -124,7 +127,7 @@ def test_preemption_changes_nothing(kind: str) -> None:
 @settings(max_examples=15, deadline=None)
 @given(
     family=families(max_nodes=16),
-    kind=st.sampled_from(["oracle", "mixed", "random"]),
+    kind=st.sampled_from(["oracle", "mixed", "random", "oracle scrambled", "mixed scrambled"]),
     block_size=st.integers(1, 20),
     seed=st.integers(0, 100),
 )
@@ -158,13 +161,12 @@ class Inspector(ScriptedDrafter):
 
     inspected = 0
 
-    def propose(self, hidden: torch.Tensor, roots: torch.Tensor, tree: TreeTables) -> torch.Tensor:
-        drafting = [s.request for s in self.batch.scheduled if s.num_drafts]
-        for row, request in zip(hidden, drafting, strict=True):
+    def propose(self, draft: DraftInput) -> Proposal:
+        for row, request in zip(draft.hidden, draft.requests, strict=True):
             expected = plain_pass(request.token_ids[:-1]).hidden[-1]
             torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-5)
             self.inspected += 1
-        return super().propose(hidden, roots, tree)
+        return super().propose(draft)
 
 
 def test_drafter_sees_the_row_each_root_was_drawn_from() -> None:

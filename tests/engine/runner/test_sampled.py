@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.scheduling.batch import Batch
+from engine.runner.drafter import Drafter, DraftInput, Proposal
 from tests.engine.drafters import RandomDrafter, ScriptedDrafter
 from tests.engine.families import chain, full
 from tests.engine.helpers import params
@@ -22,7 +22,6 @@ from tests.engine.tiny import (
     plain_pass,
 )
 from trees.family import TreeFamily
-from trees.verify import TreeTables
 
 PROMPTS = tuple(tuple((11 * i + 3 * p) % VOCAB for p in range(n)) for i, n in enumerate((3, 17, 30)))
 LENGTH = 40
@@ -93,6 +92,7 @@ def test_seeded_request_gives_the_same_tokens_with_any_tree(kind: str) -> None:
         "wide": TinyEngine(full(63), ScriptedDrafter(script, 0.7, 2)),
         "oracle, small": TinyEngine(full(9), ScriptedDrafter(script, 1.0, 3), block_size=5, budget=30),
         "random": TinyEngine(full(30), RandomDrafter(4)),
+        "scrambled": TinyEngine(full(20), ScriptedDrafter(script, 0.8, 7, scrambled=True)),
         "preempted": TinyEngine(
             full(9), ScriptedDrafter(script, 0.9, 5), block_size=4, num_blocks=27, max_model_len=100
         ),
@@ -154,11 +154,13 @@ def test_temperature_near_zero_is_greedy() -> None:
     )
 
 
-class OneGuess:
+class OneGuess(Drafter):
     """Always drafts the same two tokens below the root."""
 
-    def propose(self, hidden: torch.Tensor, roots: torch.Tensor, tree: TreeTables) -> torch.Tensor:
-        return torch.cat((roots.unsqueeze(1), torch.tensor([[5, 9]]).expand(len(roots), 2)), dim=1)
+    def propose(self, draft: DraftInput) -> Proposal:
+        guesses = torch.tensor([[5, 9]]).expand(len(draft.roots), 2)
+        tokens = torch.cat((draft.roots.unsqueeze(1), guesses), dim=1)
+        return Proposal(tokens, torch.zeros_like(tokens), 1)
 
 
 @pytest.mark.parametrize("speculating", [False, True])
@@ -267,13 +269,13 @@ class TestTypicalAcceptance:
         speculation = {"acceptance": "typical", "epsilon": epsilon, "delta": delta}
         sampling = params(30, temperature=0.8, seed=3, ignore_eos=True, speculation=speculation)
 
-        class Ranked:
-            batch = Batch()
-
-            def propose(self, hidden: torch.Tensor, roots: torch.Tensor, tree: TreeTables) -> torch.Tensor:
-                [scheduled] = self.batch.scheduled
-                logits = plain_pass(scheduled.request.token_ids).logits[-1]
-                return torch.tensor([[int(roots[0]), int(logits.argsort(descending=True)[guess])]])
+        class Ranked(Drafter):
+            def propose(self, draft: DraftInput) -> Proposal:
+                [request] = draft.requests
+                guessed = plain_pass(request.token_ids).logits[-1].argsort(descending=True)[guess]
+                return Proposal(
+                    torch.stack((draft.roots[0], guessed)).unsqueeze(0), torch.zeros(1, 2).long(), 1
+                )
 
         engine = TinyEngine(chain(1), Ranked())
         [result] = engine.run([Arrival("0", PROMPTS[0], sampling)]).values()
