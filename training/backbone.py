@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def load_model(model_dir: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """transformers calls activation checkpointing by a new name and warns of the old one, which works."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
+
+
 class Backbone(nn.Module):
     """A transformers model that trains, and what it was before as the teacher.
 
@@ -85,15 +94,14 @@ class Backbone(nn.Module):
             config = LoraConfig(
                 r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=sorted(names)
             )
-            with warnings.catch_warnings():
-                # peft asks for it by its old name, which is no business of whoever trains.
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            with _old_names():  # peft uses one
                 self.model: Any = get_peft_model(model, config)
             self._inner: Any = self.model.get_base_model()
         else:
             self.model = self._inner = model.requires_grad_(True)
         if gradient_checkpointing:
-            self._inner.gradient_checkpointing_enable({"use_reentrant": False})
+            with _old_names():  # the new one is not in all of transformers 5
+                self._inner.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def embedding(self) -> Tensor:

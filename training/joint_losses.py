@@ -72,7 +72,7 @@ def head_losses(
     sums = []
     for head in range(heads.num_heads):
         known = columns[:, head] >= 0
-        rows, targets = features[head][known], columns[known, head]
+        rows, targets = features[head][known].to(_product_dtype(features)), columns[known, head]
         if heads.projection is None:
             # Under autocast its products would be of two number formats.
             with torch.autocast(rows.device.type, enabled=False):
@@ -80,6 +80,12 @@ def head_losses(
         else:
             sums.append(_in_blocks(_own_projection_loss(heads.projection[head]), rows, targets))
     return torch.stack(sums)
+
+
+def _product_dtype(features: Tensor) -> torch.dtype:
+    """The format in which a linear layer would multiply these features."""
+    device = features.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
 
 
 def _own_projection_loss(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -64,12 +64,15 @@ def train_medusa2(options: Medusa2Options, config: Medusa2Config) -> Medusa2Resu
         raise JointTrainingError(
             "fresh heads would bend the backbone towards their noise: give --heads or --heads-first-steps"
         )
-    documents = _documents(options, config.seed)
+    accelerator = _accelerator(options.mixed_precision, bool(config.heads_first_steps))
+    with accelerator.main_process_first():  # which fetches the model where need be
+        source = resolve_model(options.model).model_dir
+    documents = _documents(options, source, config.seed)
+    answers = sum(d.num_answer_tokens for d in documents)
+    accelerator.print(f"{len(documents)} conversations, {answers} answer tokens", flush=True)
     held_out = [d for d in documents if d.held_out]
     if not held_out:
         raise DataError(f"none of the conversations of {options.data.name} falls into the held-out share")
-    accelerator = _accelerator(options.mixed_precision, bool(config.heads_first_steps))
-    source = resolve_model(options.model).model_dir
     backbone = _backbone(options, config, source, accelerator.mixed_precision == "bf16")
     heads = _heads(options, backbone, documents)
     trainer = Medusa2Trainer(config, documents, backbone, heads, options.out, accelerator)
@@ -80,15 +83,12 @@ def train_medusa2(options: Medusa2Options, config: Medusa2Config) -> Medusa2Resu
     return _finish(options, config, source, trainer.joint.backbone, heads, held_out, accelerator.device.type)
 
 
-def _documents(options: Medusa2Options, seed: int) -> list[Document]:
-    tokenizer = load_chat_tokenizer(resolve_model(options.model).model_dir)
+def _documents(options: Medusa2Options, source: Path, seed: int) -> list[Document]:
+    tokenizer = load_chat_tokenizer(source)
     if tokenizer.eos_token is None:
         raise DataError(f"{options.model} has no end-of-turn token, so that its answers have no end to learn")
     limits = options.max_positions, options.max_length
-    documents = load_documents(options.data, tokenizer, tokenizer.eos_token, *limits, seed)
-    answers = sum(d.num_answer_tokens for d in documents)
-    print(f"{len(documents)} conversations, {answers} answer tokens", flush=True)
-    return documents
+    return load_documents(options.data, tokenizer, tokenizer.eos_token, *limits, seed)
 
 
 def _accelerator(mixed_precision: str, heads_first: bool) -> Any:

@@ -62,7 +62,8 @@ def save_text(path: Path, number: int) -> Path:
     """Conversations whose answers count on from the question."""
     with path.open("w") as file:
         for i in range(number):
-            question = " ".join(f"w{w}" for w in _words(i * 5, 3 + i % 3))
+            # The first word is noise, so that no two questions are the same.
+            question = " ".join(f"w{w}" for w in [i // WORDS, *_words(i * 5, 3 + i % 3)])
             answer = " ".join(f"w{w}" for w in _words(i * 5 + 3 + i % 3, 6 + i % 7))
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages}) + "\n")
