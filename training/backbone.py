@@ -53,10 +53,6 @@ def load_model(model_dir: Path, dtype: torch.dtype) -> Any:
     if gguf is not None:
         options = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **options)
-    if gguf is not None:
-        # Both say that the weights are still those of the GGUF file, and forbid to save them.
-        del model.config.quantization_config
-        model.hf_quantizer = None
     # A GGUF file names these in its tokenizer; the merged folder has to end its answers like the original.
     model.config.eos_token_id = model.generation_config.eos_token_id = list(served.eos_token_ids)
     model.config.use_cache = False
