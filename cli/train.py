@@ -1,4 +1,4 @@
-"""`gorgon train medusa1|calibrate|overlap`: make a head set from a model's own text, and measure one."""
+"""`gorgon train medusa1|medusa2|calibrate|overlap`: make head sets from a model's own text, measure one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from cli import overlap
+from cli import overlap, train_medusa2
 from cli.parser import Subparsers
 from cli.serve import DEFAULT_MODEL
 
@@ -48,6 +48,8 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "--lr", type=_positive_float, default=1.5e-3, metavar="X", help="highest learning rate (0.0015)"
     )
     parser.set_defaults(run=run_medusa1)
+
+    train_medusa2.register(commands, DEFAULT_MODEL, _positive, _positive_float)
 
     parser = commands.add_parser("calibrate", help="measure a head set on held-out text, rewrite its tree")
     _add_common(parser)

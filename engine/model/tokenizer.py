@@ -37,12 +37,25 @@ class ChatTokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
+        self._chat_template = chat_template
         self._template = None if chat_template is None else ChatTemplate(chat_template)
         self._special_tokens = special_tokens
 
     @property
     def eos_token(self) -> str | None:
         return self._special_tokens.get("eos_token")
+
+    def save(self, directory: Path) -> None:
+        """Write what `load_chat_tokenizer` reads, whatever format this one came from."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(directory / "tokenizer.json"))
+        # The class that takes tokenizer.json as it is, for transformers.
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special_tokens}
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=1) + "\n", encoding="utf-8"
+        )
+        if self._chat_template is not None:
+            (directory / "chat_template.jinja").write_text(self._chat_template, encoding="utf-8")
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids; with `add_special_tokens` also what the model wants around a text, such as BOS.

@@ -1,0 +1,172 @@
+"""The whole way of joint training, from conversations to a model and a head set that are served together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from engine.config import Device
+from engine.model.loader import load_decoder
+from engine.model.tokenizer import load_chat_tokenizer
+from engine.runner.device import resolve_dtype
+from heads.checkpoint import load_heads, save_heads
+from heads.medusa import MedusaHeads
+from heads.registry import resolve_model
+from training.backbone import Backbone, JointTrainingError, check_installed, load_model
+from training.calibrate import Calibration
+from training.dataset import DataError, Document, load_documents
+from training.medusa2 import Medusa2Config, Medusa2Trainer
+from training.output_cost import OutputCost, measure_cost
+from training.recipe import calibrate_heads
+
+MEASURED_DOCUMENTS = 64  # held-out conversations that the cost in output is measured on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Medusa2Options:
+    """What goes in and out. `heads`: a trained head set to start from; without one, fresh heads of the given
+    numbers. `max_length`: tokens of a conversation, longer ones are left out."""
+
+    model: str
+    data: Path
+    out: Path
+    heads: Path | None = None
+    num_heads: int = 4
+    layers: int = 1
+    vocab: int = 2**31
+    root_input: bool = True
+    max_positions: int = 1_300_000
+    max_length: int = 1024
+    cost_prompts: int = 32
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Medusa2Result:
+    """What a finished run measured."""
+
+    calibration: Calibration
+    cost: OutputCost
+
+
+def train_medusa2(options: Medusa2Options, config: Medusa2Config) -> Medusa2Result | None:
+    """Train, merge, calibrate, compare; a killed run goes on where it stopped. `out` then holds `model` and
+    `heads`, which belong together, and `report.json`. None on all devices but the first.
+    """
+    check_installed()
+    if options.heads is None and not config.heads_first_steps:
+        raise JointTrainingError(
+            "fresh heads would bend the backbone towards their noise: give --heads or --heads-first-steps"
+        )
+    accelerator = _accelerator(options.mixed_precision, bool(config.heads_first_steps))
+    with accelerator.main_process_first():  # which fetches the model where need be
+        source = resolve_model(options.model).model_dir
+    documents = _documents(options, source, config.seed)
+    answers = sum(d.num_answer_tokens for d in documents)
+    accelerator.print(f"{len(documents)} conversations, {answers} answer tokens", flush=True)
+    held_out = [d for d in documents if d.held_out]
+    if not held_out:
+        raise DataError(f"none of the conversations of {options.data.name} falls into the held-out share")
+    backbone = _backbone(options, config, source, accelerator.mixed_precision == "bf16")
+    heads = _heads(options, backbone, documents)
+    trainer = Medusa2Trainer(config, documents, backbone, heads, options.out, accelerator)
+    trainer.run()
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None
+    return _finish(options, config, source, trainer.joint.backbone, heads, held_out, accelerator.device.type)
+
+
+def _documents(options: Medusa2Options, source: Path, seed: int) -> list[Document]:
+    tokenizer = load_chat_tokenizer(source)
+    if tokenizer.eos_token is None:
+        raise DataError(f"{options.model} has no end-of-turn token, so that its answers have no end to learn")
+    limits = options.max_positions, options.max_length
+    return load_documents(options.data, tokenizer, tokenizer.eos_token, *limits, seed)
+
+
+def _accelerator(mixed_precision: str, heads_first: bool) -> Any:
+    """auto: bfloat16 where the hardware computes in it."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    if mixed_precision == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        mixed_precision = "bf16" if resolve_dtype("auto", device) == torch.bfloat16 else "no"
+    # While the heads train alone, the backbone has no gradients to wait for.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=heads_first)
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[ddp])
+
+
+def _backbone(options: Medusa2Options, config: Medusa2Config, source: Path, bf16: bool) -> Backbone:
+    """Weights that train are float32; those under adapters are in the format they are computed in."""
+    dtype = torch.bfloat16 if bf16 and not config.full else torch.float32
+    torch.manual_seed(config.seed)  # adapters start at random
+    return Backbone(
+        load_model(source, dtype),
+        lora=not config.full,
+        teacher=config.lm_loss == "distill",
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+
+
+def _heads(options: Medusa2Options, backbone: Backbone, documents: Sequence[Document]) -> MedusaHeads:
+    """The head set to start from, in float32, or fresh heads over the answers' most frequent tokens."""
+    embedding = backbone.embedding
+    vocab_size, hidden_size = embedding.shape
+    if options.heads is not None:
+        load_heads(options.heads).bind(embedding, backbone.projection())  # refuses another model's
+        return load_heads(options.heads).module.float().requires_grad_(True)
+    token_map = None
+    if options.vocab < vocab_size:
+        answers = [d.token_ids[a:b] for d in documents if not d.held_out for a, b in d.spans]
+        counts = torch.bincount(torch.tensor([t for answer in answers for t in answer]), minlength=vocab_size)
+        token_map = counts.argsort(descending=True, stable=True)[: options.vocab].sort().values
+    return MedusaHeads(
+        options.num_heads, options.layers, hidden_size, vocab_size, token_map, root_input=options.root_input
+    )
+
+
+def _finish(
+    options: Medusa2Options,
+    config: Medusa2Config,
+    source: Path,
+    backbone: Backbone,
+    heads: MedusaHeads,
+    held_out: Sequence[Document],
+    device: str,
+) -> Medusa2Result:
+    model_dir, heads_dir = options.out / "model", options.out / "heads"
+    backbone.save_merged(model_dir, source)
+    merged = load_decoder(model_dir, torch.float32, torch.device("cpu"))
+    save_heads(heads_dir, heads, f"{options.model} trained jointly with these heads", merged.embedding)
+    _write_card(heads_dir, options, config)
+    cache = options.out / "cache"
+    calibration = calibrate_heads(heads_dir, str(model_dir), options.data, cache, config.seed)
+    place: Device = "cuda" if device == "cuda" else "cpu"
+    cost = measure_cost(source, model_dir, held_out[:MEASURED_DOCUMENTS], options.cost_prompts, place)
+    report = {
+        "settings": {**asdict(options), **asdict(config)},
+        "calibration": calibration.facts(),
+        "cost_in_output": cost.facts(),
+    }
+    (options.out / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    with (heads_dir / "README.md").open("a") as card:
+        card.write("\n## What it costs in output\n\n" + "\n".join(f"- {x}" for x in cost.lines()) + "\n")
+    return Medusa2Result(calibration, cost)
+
+
+def _write_card(heads_dir: Path, options: Medusa2Options, config: Medusa2Config) -> None:
+    """The head of the card; calibration adds its figures."""
+    how = "all weights" if config.full else "LoRA, merged"
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+    (heads_dir / "README.md").write_text(
+        f"# Heads for {options.model}, trained jointly (Medusa-2)\n\n"
+        f"They belong to the model beside them ({how}): with the original they guess worse, and its text is "
+        f"not theirs.\n\nTrained on `{options.data.name}`. Settings: {settings}.\n\n"
+    )
