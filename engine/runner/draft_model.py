@@ -80,7 +80,7 @@ class DraftModelDrafter(Drafter):
             tokens[rows, node + 1] = sampling.argmax(self._decoder.logits(hidden))
         for request, base, budget in zip(requests, bases, draft.budgets, strict=True):
             self._progress[request].length = base + budget - 1
-        return Proposal(tokens, chain_parents(*tokens.shape, device), draft.max_nodes - 1)
+        return Proposal(tokens, chain_parents(tokens), draft.max_nodes - 1)
 
     def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> None:
         """Compute the known tokens of requests that drafted nothing: the prompts' chunks, above all."""
