@@ -78,6 +78,6 @@ class Drafter(Protocol):
         return
 
 
-def chain_parents(num_requests: int, num_nodes: int, device: torch.device) -> Tensor:
-    """Parents of trees without branches, [num_requests, num_nodes] int64."""
-    return torch.arange(-1, num_nodes - 1, device=device).clamp_(min=0).expand(num_requests, -1)
+def chain_parents(tokens: Tensor) -> Tensor:
+    """Parents of trees without branches, for tokens of [num_requests, num_nodes], int64 of the same shape."""
+    return torch.arange(-1, tokens.shape[1] - 1, device=tokens.device).clamp_(min=0).expand_as(tokens)

@@ -26,7 +26,7 @@ class NgramDrafter(Drafter):
             guesses = self._guesses(request, budget - 1)
             rows.append([request.token_ids[-1], *guesses, *[0] * (width - len(guesses))])
         tokens = torch.tensor(rows, device=draft.roots.device)
-        return Proposal(tokens, chain_parents(*tokens.shape, tokens.device), width)
+        return Proposal(tokens, chain_parents(tokens), width)
 
     def _guesses(self, request: Request, num_drafts: int) -> list[int]:
         index = self._indices[request]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
+from engine.errors import ConfigError
+from engine.model.decoder import Decoder
+from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import DraftInput, Proposal
 from engine.runner.ngram_drafter import NgramDrafter
 from tests.engine.families import chain
 from tests.engine.helpers import params
-from tests.engine.tiny import VOCAB, Arrival, TinyEngine
+from tests.engine.tiny import CONFIG, VOCAB, Arrival, TinyEngine, tiny_decoder
 
 LENGTH = 40
 REPEATING = tuple([5, 9, 17, 33, 8] * 6)  # the tiny model does not go on with it, but its own answers repeat
 FRESH = tuple((7 * p + p * p) % VOCAB for p in range(12))
 
 
-def arrivals(prompts: tuple[tuple[int, ...], ...], **sampling: float) -> list[Arrival]:
+def arrivals(prompts: tuple[tuple[int, ...], ...], **sampling: Any) -> list[Arrival]:
     settings = {"ignore_eos": True, **sampling}
     return [
         Arrival(str(i), prompt, params(LENGTH, **settings), step=2 * i) for i, prompt in enumerate(prompts)
@@ -36,7 +42,7 @@ class CountingNgrams(NgramDrafter):
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("num_blocks", [64, 26], ids=["room", "preempted"])
-def test_ngrams_leave_the_text_as_it_is(sampling: dict[str, float], num_blocks: int) -> None:
+def test_ngrams_leave_the_text_as_it_is(sampling: dict[str, Any], num_blocks: int) -> None:
     requests = arrivals((REPEATING, FRESH, REPEATING[:13], FRESH[:3]), **sampling)
     sizes = {"num_blocks": num_blocks, "block_size": 4, "max_model_len": 80}
     expected = TinyEngine(**sizes).run(requests)
@@ -56,3 +62,73 @@ def test_only_what_has_a_guess_takes_a_row() -> None:
     assert [len(output.token_ids) for output in result.outputs[:4]] == [1, 1, 1, 7]
     assert usage.drafted_tokens == sum(budget - 1 for budget in drafter.budgets)
     assert usage.accepted_tokens == engine.num_accepted > 12
+
+
+PROMPTS = (REPEATING, FRESH, (*REPEATING, 3, 4), FRESH[:1])
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sizes", [{}, {"num_blocks": 26, "block_size": 4, "budget": 9}], ids=str)
+def test_first_layers_leave_the_text_as_it_is(sampling: dict[str, Any], sizes: dict[str, int]) -> None:
+    requests = arrivals(PROMPTS, **sampling)
+    expected = TinyEngine(max_model_len=80, **sizes).run(requests)
+    drafter = DraftModelDrafter(first_layers(tiny_decoder(), 1))
+    engine = TinyEngine(chain(5), drafter, max_model_len=80, **sizes)
+    for name, result in engine.run(requests).items():
+        assert result.tokens == expected[name].tokens
+    assert bool(sizes) == (engine.num_preemptions > 0)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"block_size": 3, "num_blocks": 300, "budget": 14}], ids=str)
+def test_a_model_that_drafts_for_itself_is_always_right(sizes: dict[str, int]) -> None:
+    # Its own KV must be whole for that: prompts in chunks, a shared beginning, chains accepted to the end.
+    engine = TinyEngine(chain(5), DraftModelDrafter(tiny_decoder()), **sizes)
+    results = engine.run(arrivals(PROMPTS))
+    for result in results.values():
+        usage = result.outputs[-1].usage
+        assert len(result.tokens) == LENGTH
+        # The last step may draft past the answer's end.
+        assert usage.drafted_tokens - 5 <= usage.accepted_tokens <= usage.drafted_tokens
+        assert usage.accepted_tokens >= 20
+
+
+def test_a_model_that_drafts_for_itself_is_right_after_steps_without_drafts() -> None:
+    # Budgets differ between requests; the second one drafts nothing at all.
+    requests = arrivals((FRESH, REPEATING, FRESH[:5]))
+    for request, speculation in zip(requests, ({"max_nodes": 2}, {"enabled": False}, {}), strict=True):
+        request.sampling = params(LENGTH, ignore_eos=True, speculation=speculation)
+    requests.append(
+        Arrival("3", REPEATING, params(LENGTH, ignore_eos=True), step=60)
+    )  # finds "1" in the cache
+    engine = TinyEngine(chain(4), DraftModelDrafter(tiny_decoder()))
+    results = engine.run(requests)
+    for result in results.values():
+        usage = result.outputs[-1].usage
+        assert usage.drafted_tokens - 4 <= usage.accepted_tokens <= usage.drafted_tokens
+    assert results["1"].outputs[-1].usage.drafted_tokens == 0
+    assert results["3"].outputs[-1].usage.cached_tokens > 0
+
+
+def test_a_draft_model_with_a_shorter_context_stops_where_it_ends() -> None:
+    short = first_layers(tiny_decoder(), 2)
+    short.config = replace(CONFIG, max_positions=30)
+    short.cos, short.sin = short.cos[:30], short.sin[:30]
+    [request] = arrivals((FRESH,))
+    engine = TinyEngine(chain(4), DraftModelDrafter(short))
+    [result] = engine.run([request]).values()
+    [expected] = TinyEngine().run([request]).values()
+    assert result.tokens == expected.tokens
+    usage = result.outputs[-1].usage
+    assert 0 < usage.accepted_tokens == usage.drafted_tokens <= 30 - len(FRESH)
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused() -> None:
+    other = Decoder(replace(CONFIG, vocab_size=64))
+    with pytest.raises(ConfigError, match="64 tokens, but the model has 128"):
+        TinyEngine(chain(2), DraftModelDrafter(other))
+
+
+@pytest.mark.parametrize("num_layers", [0, 3])
+def test_more_layers_than_there_are_is_an_error(num_layers: int) -> None:
+    with pytest.raises(ConfigError, match="1 to 2"):
+        first_layers(tiny_decoder(), num_layers)

@@ -1,0 +1,136 @@
+"""Drafts a chain with a second, smaller decoder of the same vocabulary, token after token.
+
+Its KV lives in a cache of its own under the base's block tables, so that whoever shares a block of the base's
+shares the draft model's too. It is computed when the base's is: in `observe` for known tokens, in `propose`
+for drafts. A chain never moves in compaction.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import ConfigError
+from engine.model.config import DecoderConfig
+from engine.model.decoder import Decoder
+from engine.runner import sampling
+from engine.runner.attention import PagedAttention
+from engine.runner.drafter import Drafter, DraftInput, Proposal, chain_parents
+from engine.runner.kv_cache import KVCache, bytes_per_token
+from engine.runner.per_request import PerRequest
+from engine.runner.step_input import StepInput, build_rows
+from engine.scheduling.request import Request
+from trees.verify import DraftTrees
+
+
+@dataclass
+class _Progress:
+    """`length`: positions of a request whose draft KV was computed, drafts included that may be refused."""
+
+    length: int
+
+
+class DraftModelDrafter(Drafter):
+    """Pack the decoder's linear layers beforehand where that makes it faster."""
+
+    _cache: KVCache  # there once attached
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.cache_bytes_per_token = bytes_per_token(decoder.config, decoder.embedding.dtype)
+        # What it starts with, the prefix cache has given it, the draft model's part included.
+        self._progress = PerRequest(lambda request: _Progress(request.num_computed))
+
+    def attach(self, config: DecoderConfig, cache: KVCache) -> None:
+        """Raises ConfigError where the vocabularies differ."""
+        own = self._decoder.config
+        if own.vocab_size != config.vocab_size:
+            raise ConfigError(
+                "drafter",
+                f"the draft model has {own.vocab_size} tokens, but the model has {config.vocab_size}; "
+                "choose one of the same family",
+            )
+        embedding = self._decoder.embedding
+        self._cache = KVCache(own, cache.num_blocks, cache.block_size, embedding.dtype, embedding.device)
+
+    def limit(self, request: Request, num_drafts: int) -> int:
+        return max(0, min(num_drafts, self._decoder.config.max_positions - len(request.token_ids)))
+
+    def propose(self, draft: DraftInput) -> Proposal:
+        requests, device = draft.requests, draft.roots.device
+        tokens = torch.nn.functional.pad(draft.roots.unsqueeze(1), (0, draft.max_nodes - 1))
+        bases = [len(request.token_ids) - 1 for request in requests]
+        # A chain that was accepted whole left its last node, which no draft followed, uncomputed.
+        firsts = [min(self._known(request), base) for request, base in zip(requests, bases, strict=True)]
+        hidden = self._run(requests, firsts, [base + 1 for base in bases])
+        lengths = [base + 1 - first for base, first in zip(bases, firsts, strict=True)]
+        ends = torch.tensor(list(itertools.accumulate(lengths)), device=device)
+        tokens[:, 1] = sampling.argmax(self._decoder.logits(hidden[ends - 1]))
+        for node in range(1, draft.max_nodes - 1):
+            going_on = [i for i, budget in enumerate(draft.budgets) if budget > node + 1]
+            places = [bases[i] + node for i in going_on]
+            rows = torch.tensor(going_on, device=device)
+            hidden = self._run(
+                [requests[i] for i in going_on], places, [p + 1 for p in places], tokens[rows, node]
+            )
+            tokens[rows, node + 1] = sampling.argmax(self._decoder.logits(hidden))
+        for request, base, budget in zip(requests, bases, draft.budgets, strict=True):
+            self._progress[request].length = base + budget - 1
+        return Proposal(tokens, chain_parents(tokens), draft.max_nodes - 1)
+
+    def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> None:
+        """Compute the known tokens of requests that drafted nothing: the prompts' chunks, above all."""
+        requests, firsts, ends = [], [], []
+        for scheduled in step.scheduled:
+            request = scheduled.request
+            first, end = self._known(request), request.num_computed + scheduled.num_tokens
+            end = min(end, self._decoder.config.max_positions)
+            if scheduled.num_drafts or first >= end:
+                continue
+            requests.append(request)
+            firsts.append(first)
+            ends.append(end)
+            self._progress[request].length = end
+        if requests:
+            self._run(requests, firsts, ends)
+
+    def _known(self, request: Request) -> int:
+        """The positions whose draft KV is that of the request's tokens."""
+        return min(self._progress[request].length, request.num_computed)
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        firsts: Sequence[int],
+        ends: Sequence[int],
+        token_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden rows of these positions, [num_tokens, hidden]; token_ids: of drafts, [num_tokens]."""
+        config = self._decoder.config
+        rows = build_rows(requests, firsts, ends, self._cache.block_size, self._decoder.embedding.device)
+        attention = PagedAttention(rows, self._cache, config.num_heads, config.num_kv_heads)
+        hidden: Tensor = self._decoder(
+            rows.token_ids if token_ids is None else token_ids, rows.positions, attention
+        )
+        return hidden
+
+
+def first_layers(decoder: Decoder, num_layers: int) -> Decoder:
+    """The decoder without its later layers, as a draft model of itself. It shares the weights.
+
+    Raises ConfigError where there are not so many layers.
+    """
+    if not 1 <= num_layers <= decoder.config.num_layers:
+        raise ConfigError(
+            "num_layers", f"must be 1 to {decoder.config.num_layers}, the model's own, not {num_layers}"
+        )
+    with torch.device("meta"):
+        short = Decoder(replace(decoder.config, num_layers=num_layers))
+    short.embedding, short.norm, short.lm_head = decoder.embedding, decoder.norm, decoder.lm_head
+    short.layers = nn.ModuleList(list(decoder.layers)[:num_layers])
+    short.cos, short.sin = decoder.cos, decoder.sin
+    return short.eval()
