@@ -64,7 +64,7 @@ def train_medusa2(options: Medusa2Options, config: Medusa2Config) -> Medusa2Resu
         raise JointTrainingError(
             "fresh heads would bend the backbone towards their noise: give --heads or --heads-first-steps"
         )
-    accelerator = _accelerator(options.mixed_precision, bool(config.heads_first_steps))
+    accelerator = make_accelerator(options.mixed_precision, heads_first=bool(config.heads_first_steps))
     with accelerator.main_process_first():  # which fetches the model where need be
         source = resolve_model(options.model).model_dir
     documents = _documents(options, source, config.seed)
@@ -91,8 +91,9 @@ def _documents(options: Medusa2Options, source: Path, seed: int) -> list[Documen
     return load_documents(options.data, tokenizer, tokenizer.eos_token, *limits, seed)
 
 
-def _accelerator(mixed_precision: str, heads_first: bool) -> Any:
-    """auto: bfloat16 where the hardware computes in it."""
+def make_accelerator(mixed_precision: str, *, heads_first: bool) -> Any:
+    """accelerate's Accelerator. auto: bfloat16 where the hardware computes in it; heads_first: whether some
+    steps train the heads alone."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     if mixed_precision == "auto":
