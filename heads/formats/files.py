@@ -62,8 +62,9 @@ class ForeignCheckpoint:
             tensor = reader[key] if isinstance(reader, dict) else reader.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise HeadsError(f"{self._files[key]} is damaged or truncated: {error}") from error
-        if not isinstance(tensor, Tensor):
-            raise HeadsError(f"{self._files[key]}: {key!r} is a {type(tensor).__name__} and no tensor")
+        # Pickles may hold sparse tensors, and such without memory, too.
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise HeadsError(f"{self._files[key]}: {key!r} is a {type(tensor).__name__}, but no dense tensor")
         return tensor
 
 
@@ -114,7 +115,7 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
         raise HeadsError(f"{path} is missing; fetch the checkpoint anew") from error
-    except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+    except (SafetensorError, OSError, EOFError) as error:
         raise HeadsError(f"{path} is damaged or truncated: {error}; fetch it anew") from error
 
 
@@ -129,6 +130,10 @@ def _open_pickle(path: Path) -> dict[str, Any]:
         raise HeadsError(
             f"{path} is damaged or holds more than tensors, such as code that opening it would run. It was "
             "not opened; ask its authors for safetensors"
+        ) from error
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
+        raise HeadsError(
+            f"{path} is damaged or truncated ({type(error).__name__}: {error}); fetch it anew"
         ) from error
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise HeadsError(f"{path} holds a {type(content).__name__}, but should map names to tensors")

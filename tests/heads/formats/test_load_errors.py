@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from tests.heads.formats.checkpoints import (
     write,
 )
 
+SPARSE = torch.eye(HIDDEN).to_sparse()
 ALL_BIASES = [f"{i}.{j}.linear.bias" for i in range(HEADS) for j in range(2)]
 
 
@@ -151,6 +153,28 @@ def test_a_truncated_file(tmp_path: Path, file: str, kept: int) -> None:
         load_foreign(tmp_path, base_lm_head())
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("file", ["medusa_lm_head.safetensors", "medusa_lm_head.pt", "legacy.pt"])
+def test_no_damage_whatever_is_a_traceback(tmp_path: Path, file: str) -> None:
+    """Bytes are overwritten where names and shapes stand; what no longer opens says so in our own words."""
+    path, random = tmp_path / file, Random(0)
+    write(tmp_path, file, medusa_tensors(raw_heads(layers=1)))
+    if file == "legacy.pt":
+        torch.save(medusa_tensors(raw_heads()), path, _use_new_zipfile_serialization=False)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(120):
+        damaged = bytearray(whole)
+        for place in random.sample(range(1500), 3):
+            damaged[place] = random.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_foreign(path, base_lm_head())
+        except HeadsError as error:
+            assert file in str(error)
+            refused += 1
+    assert refused > 30
+
+
 class Bomb:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -176,6 +200,8 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path, zipped: bool) -> No
     [
         ([torch.zeros(1)], "holds a list"),
         ({"0.0.linear.weight": 3.0, "0.0.linear.bias": 0.0}, r"'0\.0\.linear\.weight' is a float"),
+        ({"0.0.linear.weight": SPARSE, "0.0.linear.bias": 0.0}, r"weight' is a Tensor, but no dense tensor"),
+        ({"0.0.linear.weight": SPARSE.to("meta"), "0.0.linear.bias": 0.0}, r"but no dense tensor"),
     ],
 )
 def test_a_pickle_of_other_things(tmp_path: Path, content: Any, message: str) -> None:
