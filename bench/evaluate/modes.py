@@ -25,7 +25,7 @@ def tree_sizes(asked: Sequence[int] | None, family: TreeFamily) -> list[int]:
     for nodes in asked:
         if not 1 <= nodes <= held:
             raise ConfigError(
-                "tree_nodes", f"must be 1 to {held}, the nodes of the head set's tree, not {nodes}"
+                "tree_nodes", f"must be 1 to {held}, the head set's tree within --max-tree-nodes, not {nodes}"
             )
     return sorted(set(asked))
 

@@ -11,7 +11,7 @@ from bench.evaluate.answers import EvaluateError
 from bench.evaluate.figures import ALL
 from bench.evaluate.modes import OFF, nodes_of
 
-_FIXED = {"auto": "tab:orange", "ngram": "tab:green", "draft": "tab:red"}
+_COLORS = ("tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 def check_matplotlib() -> None:
@@ -57,7 +57,8 @@ def _color(mode: str, modes: Sequence[str]) -> Any:
     trees = [name for name in modes if nodes_of(name) is not None]
     if mode in trees:
         return colormaps["Blues"](0.35 + 0.6 * trees.index(mode) / max(1, len(trees) - 1))
-    return _FIXED.get(mode, "tab:gray")
+    others = [name for name in modes if name not in trees]
+    return _COLORS[others.index(mode) % len(_COLORS)]
 
 
 def _legend(axes: Any) -> None:

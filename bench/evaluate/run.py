@@ -66,7 +66,8 @@ def run(options: EvaluateOptions) -> int:
     heads_dir = resolve_heads(options.heads, model)
     if heads_dir is None:
         raise ConfigError("heads", f"{model.name} has no head set of its own; name the one to evaluate")
-    sizes = tree_sizes(options.tree_nodes, TreeFamily.load(heads_dir / "tree.json"))
+    family = TreeFamily.load(heads_dir / "tree.json").prefix(options.config.max_tree_nodes - 1)
+    sizes = tree_sizes(options.tree_nodes, family)
     config = replace(options.config, model_dir=str(model.model_dir), heads_dir=str(heads_dir))
     tokenizer = load_chat_tokenizer(model.model_dir)
     modes = make_modes(config, sizes)
@@ -108,7 +109,7 @@ def run(options: EvaluateOptions) -> int:
     if options.card:
         update_card(heads_dir, document)
         print(f"The card has the main figures: {heads_dir / CARD}")
-    print(f"Next, publish the head set: gorgon heads push {heads_dir} ...")
+    print(f"Next, publish the head set: gorgon heads push {heads_dir} ORG/NAME")
     return 0
 
 

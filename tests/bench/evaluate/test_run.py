@@ -167,6 +167,7 @@ def test_the_card_gets_the_main_table_in_the_place_of_an_older_one(
     ("argv", "message"),
     [
         (["--tree-nodes", "13"], "--tree-nodes: must be 1 to 12"),
+        (["--tree-nodes", "8", "--max-tree-nodes", "8"], "--tree-nodes: must be 1 to 7"),
         (["--heads", "none"], "--heads: "),
         (["--temperatures", "-1"], "--temperatures: must be 0 or more"),
         (["--num-prompts", "9"], "--num-prompts: must be 1 to 4"),
