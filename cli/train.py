@@ -15,21 +15,48 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("train", help="train and calibrate head sets")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    parser = commands.add_parser("medusa1", help="train Medusa heads on a frozen model, then calibrate them")
+    parser = commands.add_parser("medusa1", help="train heads on a frozen model, then calibrate them")
     _add_common(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where the head set is written"
     )
+    parser.add_argument(
+        "--architecture",
+        choices=("medusa", "hydra"),
+        default="medusa",
+        help="independent heads, or heads that see the tokens guessed before them (medusa)",
+    )
+    parser.add_argument(
+        "--start", type=Path, metavar="DIR", help="head set to go on from; it decides on all sizes below"
+    )
     parser.add_argument("--heads", type=_positive, default=4, metavar="N", help="tokens guessed ahead (4)")
-    parser.add_argument("--layers", type=_positive, default=3, metavar="N", help="blocks of each head (3)")
     parser.add_argument(
         "--vocab", type=_positive, default=8192, metavar="N", help="most frequent tokens kept (8192)"
+    )
+    parser.add_argument(
+        "--projection",
+        choices=("shared", "own", "low_rank"),
+        default="shared",
+        help="onto the vocabulary: the model's, one for each head, or a small one of their own (shared)",
+    )
+    parser.add_argument(
+        "--rank", type=_positive, default=128, metavar="N", help="of a low-rank projection (128)"
+    )
+    parser.add_argument(
+        "--layers", type=_positive, default=3, metavar="N", help="medusa: blocks of each head (3)"
     )
     parser.add_argument(
         "--root-input",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="let heads see the token just committed (default: yes; no is Medusa as published)",
+        help="medusa: see the token just committed (default: yes; no is Medusa as published)",
+    )
+    parser.add_argument(
+        "--prefix-width",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="hydra: inner size of the prefix layer (the model's hidden size)",
     )
     parser.add_argument(
         "--targets",
@@ -100,7 +127,17 @@ def run_medusa1(args: argparse.Namespace) -> int:
     from training.trainer import TrainerConfig
 
     _check_data(args.data)
-    heads = HeadsConfig(heads=args.heads, layers=args.layers, vocab=args.vocab, root_input=args.root_input)
+    heads = HeadsConfig(
+        architecture=args.architecture,
+        start=args.start,
+        heads=args.heads,
+        vocab=args.vocab,
+        projection=args.projection,
+        rank=args.rank,
+        layers=args.layers,
+        root_input=args.root_input,
+        prefix_width=args.prefix_width,
+    )
     config = TrainerConfig(
         targets=args.targets, epochs=args.epochs, batch=args.batch, lr=args.lr, seed=args.seed
     )

@@ -5,8 +5,8 @@ its better variant: a prefix layer attends over everything before the root, then
 each taking its predecessor's features and the embedding of the token guessed last.
 
 The prefix layer has one *entry* for every token: the token's embedding beside the base's hidden row of the
-token before it, which predicted it. Keys and values come from entries alone, so that they can be kept in the
-base's KV cache like a layer of its own; only the root's entry asks.
+token before it, which predicted it; the first token's has zeros there. Keys and values come from entries
+alone, so that they can be kept in the base's KV cache like a layer of its own; only the root's entry asks.
 
     entry   x = [rms(h of the token before), rms(e)]
     prefix  g = h + Wo attention(Wq x, Wk X, Wv X), then g + Wd (SiLU(Wg rms(g)) * Wu rms(g))
@@ -90,13 +90,14 @@ class PrefixLayer(nn.Module):
 
         hidden, embeddings: [batch, length, hidden] of the same tokens; as many come out.
         """
-        entries = self.entries(hidden, embeddings.roll(-1, dims=1))
+        before = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        entries = self.entries(before, embeddings)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         q, (k, v) = self.queries(entries, positions), self.keys_values(entries, positions)
         repeats = self.num_heads // self.num_kv_heads
         k, v = (x.transpose(1, 2).repeat_interleave(repeats, dim=1) for x in (k, v))
         read = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True)
-        return self.finish(hidden, read.transpose(1, 2).flatten(2))
+        return self.finish(hidden, read.transpose(1, 2).flatten(2).roll(-1, dims=1))
 
 
 class HydraHeads(DraftHeads):

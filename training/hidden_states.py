@@ -130,12 +130,12 @@ def extract(decoder: Decoder, documents: list[Document], cache_dir: Path) -> Hid
 
     Those of other models and documents in `cache_dir` are left alone.
     """
-    key = {"model": fingerprint(decoder), "documents": digest(documents)}
+    key = {"version": MANIFEST_VERSION, "model": fingerprint(decoder), "documents": digest(documents)}
     directory = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     directory.mkdir(parents=True, exist_ok=True)
     table, answers = _tables(documents)
     num_rows, hidden_size = int(table[-1, 1]), decoder.config.hidden_size
-    header = {"version": MANIFEST_VERSION, **key, "num_rows": num_rows, "hidden_size": hidden_size}
+    header = {**key, "num_rows": num_rows, "hidden_size": hidden_size}
     path = directory / "manifest.json"
     manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if {name: manifest.get(name) for name in header} != header:

@@ -15,6 +15,7 @@ from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
 from engine.runner.device import resolve_dtype
 from heads.checkpoint import load_heads, save_heads
+from heads.errors import HeadsError
 from heads.medusa import MedusaHeads
 from heads.registry import resolve_model
 from training.backbone import Backbone, JointTrainingError, check_installed, load_model
@@ -121,8 +122,13 @@ def _heads(options: Medusa2Options, backbone: Backbone, documents: Sequence[Docu
     embedding = backbone.embedding
     vocab_size, hidden_size = embedding.shape
     if options.heads is not None:
-        load_heads(options.heads).bind(embedding, backbone.projection())  # refuses another model's
-        return load_heads(options.heads).module.float().requires_grad_(True)
+        head_set = load_heads(options.heads)
+        head_set.check_base(embedding)
+        if not isinstance(head_set.module, MedusaHeads):
+            raise HeadsError(
+                f"{head_set.name}: joint training is for Medusa heads, not {head_set.module.kind}"
+            )
+        return head_set.module.float().requires_grad_(True)
     token_map = None
     if options.vocab < vocab_size:
         answers = [d.token_ids[a:b] for d in documents if not d.held_out for a, b in d.spans]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
+from heads.base import DraftHeads, ProjectionKind
 from heads.checkpoint import load_heads
+from heads.hydra import HydraHeads, PrefixLayer
 from heads.medusa import MedusaHeads
 from heads.registry import resolve_model
 from training.calibrate import Calibration, calibrate
@@ -38,12 +41,61 @@ def _load(model_name: str, data: Path, max_positions: int, seed: int) -> tuple[D
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """What is trained. `vocab` is the size of the token map, at most the whole vocabulary."""
+    """What is trained. `start` is a head set to go on from, which then says all else. `vocab` is the size of
+    the token map, at most the whole vocabulary; `rank` counts for a low-rank projection; `layers` and
+    `root_input` are Medusa's, `prefix_width` (the inner size of the prefix layer, 0 for the model's hidden
+    size) is Hydra's."""
 
+    architecture: Literal["medusa", "hydra"] = "medusa"
+    start: Path | None = None
     heads: int = 4
-    layers: int = 3
     vocab: int = 8192
+    projection: ProjectionKind = "shared"
+    rank: int = 128
+    layers: int = 3
     root_input: bool = True
+    prefix_width: int = 0
+
+    def settings(self) -> dict[str, object]:
+        """What the card says of it."""
+        if self.start is not None:
+            return {"start": self.start.name}
+        left_out = {
+            "start",
+            *(("prefix_width",) if self.architecture == "medusa" else ("layers", "root_input")),
+        }
+        if self.projection != "low_rank":
+            left_out.add("rank")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+
+def make_heads(config: HeadsConfig, decoder: Decoder, cache: HiddenCache) -> DraftHeads:
+    """Heads ready to be trained, in float32. Raises HeadsError where `start` belongs to another model."""
+    if config.start is not None:
+        head_set = load_heads(config.start)
+        head_set.check_base(decoder.embedding)
+        return head_set.module.float().requires_grad_(True)
+    vocab_size, hidden_size = decoder.lm_head.weight.shape
+    tokens = token_map(cache, config.vocab, vocab_size)
+    rank = config.rank if config.projection == "low_rank" else 0
+    if config.architecture == "medusa":
+        heads: DraftHeads = MedusaHeads(
+            config.heads,
+            config.layers,
+            hidden_size,
+            vocab_size,
+            tokens,
+            config.projection,
+            rank,
+            root_input=config.root_input,
+        )
+    else:
+        base = decoder.config
+        width = config.prefix_width or hidden_size
+        prefix = PrefixLayer(hidden_size, base.num_heads, base.num_kv_heads, base.head_dim, width)
+        heads = HydraHeads(config.heads, vocab_size, prefix, tokens, config.projection, rank)
+    heads.start_from(decoder.lm_head.weight)
+    return heads
 
 
 def train_medusa1(
@@ -58,19 +110,11 @@ def train_medusa1(
     """Extract, train, calibrate, write the head set to `out`; a killed run goes on where it stopped."""
     decoder, documents = _load(model_name, data, max_positions, config.seed)
     cache = extract(decoder, documents, cache_dir)
-    vocab_size, hidden_size = decoder.lm_head.weight.shape
-    module = MedusaHeads(
-        heads.heads,
-        heads.layers,
-        hidden_size,
-        vocab_size,
-        token_map(cache, heads.vocab, vocab_size),
-        root_input=heads.root_input,
-    )
+    module = make_heads(heads, decoder, cache)
     trainer = HeadsTrainer(config, module, cache, decoder.embedding, decoder.lm_head.weight, model_name, out)
     trainer.run()
     result = _calibrate(out, decoder, cache)
-    settings = {**asdict(heads), **asdict(config), "max_positions": max_positions}
+    settings = {**heads.settings(), **asdict(config), "max_positions": max_positions}
     write_card(out, result, data.name, cache, settings)
     return result
 

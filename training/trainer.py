@@ -78,7 +78,6 @@ class HeadsTrainer:
     ) -> None:
         self.config, self.heads, self.directory, self.base_model = config, heads, directory, base_model
         self.embedding = embedding.detach().to(torch.bfloat16)
-        heads.start_from(lm_head_weight)
         weight = lm_head_weight.detach().to(torch.bfloat16)
         self.projection = heads.mapped(weight)  # [num_tokens, hidden], the base's
         self._columns = _columns(heads.token_map, len(weight))

@@ -38,16 +38,17 @@ def turned(x: Tensor, position: int) -> Tensor:
 
 def start_of(prefix: PrefixLayer, hidden: Tensor, embeddings: Tensor, t: int) -> Tensor:
     """What the heads start from at anchor t, from the docstring's formulas."""
-    entries = [torch.cat((unit(hidden[s]), unit(embeddings[s + 1]))) for s in range(t + 1)]
+    before = [torch.zeros(HIDDEN), *map(unit, hidden[: t + 1])]
+    entries = [torch.cat((row, unit(embeddings[p]))) for p, row in enumerate(before)]
     kv = [(prefix.kv.weight @ x).view(2, KV_HEADS, HEAD_DIM) for x in entries]
-    q = (prefix.q.weight @ entries[t]).view(HEADS, HEAD_DIM)
+    q = (prefix.q.weight @ entries[t + 1]).view(HEADS, HEAD_DIM)
     reads = []
     for head in range(HEADS):
         mine = head // (HEADS // KV_HEADS)
         scores = torch.stack(
-            [turned(q[head], t) @ turned(kv[s][0, mine], s) / HEAD_DIM**0.5 for s in range(t + 1)]
+            [turned(q[head], t + 1) @ turned(kv[p][0, mine], p) / HEAD_DIM**0.5 for p in range(t + 2)]
         )
-        reads.append(sum(p * kv[s][1, mine] for s, p in enumerate(scores.softmax(0))))
+        reads.append(sum(share * kv[p][1, mine] for p, share in enumerate(scores.softmax(0))))
     g = hidden[t] + prefix.o.weight @ torch.cat(reads)  # type: ignore[arg-type]
     gate, up = (prefix.gate_up.weight @ unit(g)).chunk(2)
     return g + prefix.down.weight @ (F.silu(gate) * up)
@@ -78,8 +79,8 @@ def test_a_head_sees_its_path_and_nothing_after_it() -> None:
         other[0, changed] += 1
         after = heads.sequence_features(hidden, other, anchor)
         same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
-        # Head k has seen the text, the root at 4 and k guessed tokens; row 0 has no token before it.
-        assert same == [changed == 0 or changed > 4 + head for head in range(3)]
+        # Head k has seen the text, the root at 4 and k guessed tokens.
+        assert same == [changed > 4 + head for head in range(3)]
 
 
 def test_rotation_keeps_lengths_and_depends_on_the_distance_alone() -> None:
