@@ -28,7 +28,6 @@ from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy
 from heads.checkpoint import HeadSet, load_heads
 from heads.errors import HeadsError
-from heads.medusa import MedusaHeads
 from trees.family import TreeFamily
 
 logger = logging.getLogger(__name__)
@@ -64,17 +63,12 @@ class Engine:
             heads = load_heads(Path(config.heads_dir))
             family = TreeFamily.load(Path(config.heads_dir) / "tree.json")
             _check_tree(family, heads)
-            module = heads.bind(decoder.embedding, decoder.lm_head.weight, fast_linear)
-            if not isinstance(module, MedusaHeads):
-                raise HeadsError(
-                    f"head set {heads.name}: {module.kind} cannot be served yet; train Medusa heads"
-                )
-            drafter = HeadsDrafter(module, family)
+            drafter = HeadsDrafter(heads.bind(decoder.embedding, decoder.lm_head.weight, fast_linear))
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
         if drafter is None or config.speculation == "off":
             drafter, family = None, _NO_TREE
-        # A tree may take its nodes from anywhere in the family, so it may be as deep as any of them.
-        max_depth = min(family.max_depth, config.max_tree_nodes - 1)
+        # Heads grow trees of their own, as deep as there are heads; the family says how large they pay.
+        max_depth = min(max(family.max_depth, num_heads), config.max_tree_nodes - 1)
         family = family.prefix(config.max_tree_nodes - 1)
         pack_linears(decoder)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads.errors import HeadsError
+from heads.prefix import PrefixLayer
 
 ProjectionKind = Literal["shared", "own", "low_rank"]
 
@@ -59,6 +60,11 @@ class DraftHeads(nn.Module):
         self.project = None
         self.register_buffer("embedding", None, persistent=False)
 
+    @property
+    def prefix_layer(self) -> PrefixLayer | None:
+        """What turns the base's rows into those that heads start from, where they have such a layer."""
+        return None
+
     @abstractmethod
     def facts(self) -> dict[str, object]:
         """What config.json says of this architecture beyond what all heads have."""
@@ -75,6 +81,39 @@ class DraftHeads(nn.Module):
         hidden, embeddings: [batch, length, hidden]; anchors: [num_anchors] int64, flat rows t whose root is
         token t + 1. Targets beyond the end of a text are the caller's to leave out.
         """
+
+    @abstractmethod
+    def begin(self, hidden: Tensor, roots: Tensor, num_heads: int) -> Tensor:
+        """The state that bound heads draft from, before any guess.
+
+        hidden: [num_requests, hidden], the base's row that each root was drawn from, or what the prefix layer
+        has made of it; roots: [num_requests] int64; num_heads: how many will be asked.
+        """
+
+    @abstractmethod
+    def follow(self, head: int, state: Tensor, tokens: Tensor, origins: Tensor) -> tuple[Tensor, Tensor]:
+        """What a head makes of paths of `head` guessed tokens, and the state that the next head is given.
+
+        state: of `begin`, or of the head before; tokens: [num_requests, num_paths] int64, each path's last
+        token, the root for the first head; origins: the same shape, which path of the head before each goes
+        on from. Returns logits [num_requests, num_paths, num_tokens], or one row for all paths in the place
+        of num_paths where the head does not tell them apart.
+        """
+
+    @torch.inference_mode()
+    def guess(
+        self, head: int, state: Tensor, tokens: Tensor, origins: Tensor, num_guesses: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`follow`, as the likeliest tokens and their log-probabilities given the path: token ids and
+        float32, both [num_requests, num_paths, num_guesses] with the likeliest first, and the next state."""
+        logits, state = self.follow(head, state, tokens, origins)
+        best = logits.topk(min(num_guesses, self.num_tokens), dim=-1)
+        log_probs = best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)
+        # Rounding must not make a guess likelier than certain: then a child would outdo its parent.
+        log_probs = log_probs.clamp_(max=0.0)
+        guesses = best.indices if self.token_map is None else self.token_map[best.indices]
+        shape = (*tokens.shape, -1)
+        return guesses.expand(shape), log_probs.expand(shape), state
 
     def mapped(self, weight: Tensor) -> Tensor:
         """The rows of weight [vocab, ...] that guesses stand for, [num_tokens, ...]."""

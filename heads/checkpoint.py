@@ -23,8 +23,9 @@ from torch import Tensor
 
 from heads.base import DraftHeads, ProjectionKind, plain_linear
 from heads.errors import HeadsError
-from heads.hydra import HydraHeads, PrefixLayer
+from heads.hydra import HydraHeads
 from heads.medusa import MedusaHeads
+from heads.prefix import PrefixLayer
 
 FORMAT_VERSION = 1
 FINGERPRINT_ROWS = 8

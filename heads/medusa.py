@@ -97,34 +97,9 @@ class MedusaHeads(DraftHeads):
             raise HeadsError("these heads share the base's projection; call bind() first")
         return self.project(x if self.reduce is None else F.linear(x, self.reduce))
 
-    @torch.inference_mode()
-    def fill_tree(
-        self, hidden: Tensor, roots: Tensor, parents: Tensor, depths: Tensor, ranks: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The tokens of one draft tree shape for each request, and how sure the heads are of each.
+    def begin(self, hidden: Tensor, roots: Tensor, num_heads: int) -> Tensor:
+        return self.logits(hidden, roots, num_heads)
 
-        hidden: [num_requests, hidden], the row of each request's last computed token.
-        roots: [num_requests] int64, the token committed after it, which the tree hangs on.
-        parents, depths, ranks: [num_nodes] int64, the root first; best on the CPU, where reading how deep
-        they go costs no synchronisation.
-        Returns [num_requests, num_nodes] int64 token ids, column 0 the roots, and their log-probabilities
-        given their parents, [num_requests, num_nodes] float32, column 0 zeros: the softmax over what the
-        head projects on. A Medusa head does not see its path, so that parents are not read.
-        """
-        if len(depths) == 1:
-            return roots.unsqueeze(1), hidden.new_zeros(len(roots), 1, dtype=torch.float32)
-        num_heads, num_ranks = int(depths.max()), int(ranks.max()) + 1
-        if num_heads > self.num_heads:
-            raise HeadsError(f"the tree is {num_heads} deep, but there are {self.num_heads} heads")
-        logits = self.logits(hidden, roots, num_heads)
-        best = logits.topk(num_ranks, dim=-1)
-        guesses = best.indices if self.token_map is None else self.token_map[best.indices]
-        log_probs = best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)
-        # Rounding must not make a guess likelier than certain: then a child would outdo its parent.
-        log_probs = log_probs.clamp_(max=0.0)
-        heads, ranks = depths[1:] - 1, ranks[1:]
-        drafts, sure = guesses[heads, :, ranks], log_probs[heads, :, ranks]  # [num_drafts, num_requests]
-        return (
-            torch.cat((roots.unsqueeze(1), drafts.t()), dim=1),
-            F.pad(sure.t(), (1, 0)),
-        )
+    def follow(self, head: int, state: Tensor, tokens: Tensor, origins: Tensor) -> tuple[Tensor, Tensor]:
+        """The same guesses for every path: a Medusa head does not see its own."""
+        return state[head].unsqueeze(1), state

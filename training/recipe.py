@@ -14,8 +14,9 @@ from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
 from heads.base import DraftHeads, ProjectionKind
 from heads.checkpoint import load_heads
-from heads.hydra import HydraHeads, PrefixLayer
+from heads.hydra import HydraHeads
 from heads.medusa import MedusaHeads
+from heads.prefix import PrefixLayer
 from heads.registry import resolve_model
 from training.calibrate import Calibration, calibrate
 from training.card import update_card, write_card

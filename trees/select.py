@@ -1,37 +1,101 @@
-"""Which nodes of a larger tree to keep, when a drafter has said how sure it is of each.
+"""Grows every request's own tree, by how sure the drafter is of each guess.
 
 The calibrated family says which shape is best on average; the probabilities of one draft say which is best
-here (EAGLE-2, arXiv 2406.16858, section 4, reranks its draft tree by the same product).
+here. A drafter guesses level by level, and only what is likeliest so far is followed further (EAGLE-2, arXiv
+2406.16858, section 4: expansion by the product of probabilities, then a choice among all that was guessed).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+# (level, tokens, origins, num_guesses) -> (guesses, log_probs). tokens, origins: [num_requests, num_paths]
+# int64, the last token of each path and which path of the level before it goes on from; guesses int64 and
+# log_probs float32, at most 0: [num_requests, num_paths, num_guesses], siblings differ.
+Guess = Callable[[int, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+_MOST_PATHS = 10  # followed at a level
+_MOST_GUESSES = 16  # of one path
+
+
+def grow_trees(
+    guess: Guess, roots: Tensor, num_nodes: Tensor, max_nodes: int, max_depth: int
+) -> tuple[Tensor, Tensor]:
+    """Trees of the likeliest nodes, by the product of probabilities along their paths.
+
+    roots: [num_requests] int64; num_nodes: [num_requests] int64, root included; max_nodes: the largest;
+    max_depth: levels that can be guessed. Returns tokens and parents, both [num_requests, max_nodes] int64,
+    each node after its parent. What lies past num_nodes repeats the root.
+    """
+    num_drafts = max_nodes - 1
+    paths = roots.new_zeros(len(roots), 1)  # offered nodes whose children are guessed next
+    tokens, origins = roots.unsqueeze(1), paths
+    offered_tokens, offered_parents = tokens, paths
+    sure = offered_sure = torch.zeros(len(roots), 1, device=roots.device)  # log-probabilities of whole paths
+    for level in range(min(max_depth, num_drafts)):
+        guesses, log_probs = guess(level, tokens, origins, min(num_drafts, _MOST_GUESSES))
+        num_guesses, first = guesses.shape[2], offered_tokens.shape[1]
+        children = (sure.unsqueeze(2) + log_probs).flatten(1)
+        guesses = guesses.flatten(1)
+        offered_tokens = torch.cat((offered_tokens, guesses), dim=1)
+        offered_parents = torch.cat((offered_parents, paths.repeat_interleave(num_guesses, dim=1)), dim=1)
+        offered_sure = torch.cat((offered_sure, children), dim=1)
+        num_paths = min(_MOST_PATHS, num_drafts, children.shape[1])
+        sure, places = children.topk(num_paths, dim=1)
+        if roots.device.type == "cpu":  # elsewhere, to look would cost more than to guess in vain
+            num_paths = _worth_following(sure, offered_sure, max_nodes)
+            if num_paths == 0:
+                break
+            sure, places = sure[:, :num_paths], places[:, :num_paths]
+        tokens, origins, paths = guesses.gather(1, places), places // num_guesses, places + first
+    nodes, parents = likeliest_nodes(offered_sure, offered_parents, num_nodes, max_nodes)
+    return offered_tokens.gather(1, nodes), parents
+
+
+def most_drafts(num_drafts: int, max_depth: int, num_tokens: int) -> int:
+    """How many of these draft nodes `grow_trees` can offer, where each guess is one of `num_tokens`."""
+    num_guesses = min(num_drafts, _MOST_GUESSES, num_tokens)
+    offered, children = 0, 1
+    for _ in range(max_depth):
+        children = min(_MOST_PATHS, children) * num_guesses
+        offered += children
+        if offered >= num_drafts:
+            return num_drafts
+    return offered
+
+
+def _worth_following(sure: Tensor, offered: Tensor, max_nodes: int) -> int:
+    """How many of these paths could have children among the `max_nodes` likeliest nodes.
+
+    sure: [num_requests, num_paths], falling; offered: [num_requests, num_offered], the paths included.
+    """
+    if offered.shape[1] <= max_nodes:
+        return sure.shape[1]
+    least = offered.topk(max_nodes, dim=1).values[:, -1:]
+    return int((sure > least).sum(dim=1).max())
+
 
 def likeliest_nodes(
-    log_probs: Tensor, parents: Tensor, max_depth: int, num_nodes: Tensor, max_nodes: int
+    sure: Tensor, parents: Tensor, num_nodes: Tensor, max_nodes: int
 ) -> tuple[Tensor, Tensor]:
-    """Keep the nodes with the highest product of probabilities along their paths.
+    """Keep the likeliest nodes of larger trees.
 
-    log_probs: [num_requests, num_offered] float32, of each node given its parent, at most 0, the root's 0;
-    parents: [num_offered] int64, the tree all are taken from, each node after its parent; max_depth: no node
-    lies deeper; num_nodes: [num_requests] int64, how many to keep, root included; max_nodes: the largest.
+    sure: [num_requests, num_offered] float32, log-probabilities of whole paths, none above its parent's, the
+    root's 0; parents: [num_requests, num_offered] int64, each node after its parent; num_nodes:
+    [num_requests] int64, how many to keep, root included; max_nodes: the largest of them.
 
     Returns the kept nodes in their old order and each one's parent among them, both [num_requests,
     max_nodes] int64. What lies past num_nodes repeats the root.
     """
-    paths = log_probs
-    for _ in range(max_depth - 1):
-        paths = log_probs + paths.index_select(1, parents)
-    # No path is likelier than its parent's, not even rounded, and ties go to the earlier node: the best n
-    # nodes are a tree for every n.
-    order = paths.sort(dim=1, descending=True, stable=True).indices[:, :max_nodes]
+    # Ties go to the earlier node: the best n nodes are a tree for every n.
+    order = sure.sort(dim=1, descending=True, stable=True).indices[:, :max_nodes]
     kept = torch.arange(max_nodes, device=order.device) < num_nodes.unsqueeze(1)
-    offered = len(parents)
+    offered = sure.shape[1]
     nodes = torch.where(kept, order, offered).sort(dim=1).values
     places = torch.zeros(len(nodes), offered + 1, dtype=torch.int64, device=nodes.device)
     places.scatter_(1, nodes, torch.arange(max_nodes, device=nodes.device).expand_as(nodes))
     nodes = torch.where(kept, nodes, 0)
-    return nodes, places.gather(1, parents[nodes])
+    return nodes, places.gather(1, parents.gather(1, nodes))

@@ -82,7 +82,7 @@ class DraftModelDrafter(Drafter):
             self._progress[request].length = base + budget - 1
         return Proposal(tokens, chain_parents(tokens), draft.max_nodes - 1)
 
-    def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> None:
+    def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
         """Compute the known tokens of requests that drafted nothing: the prompts' chunks, above all."""
         requests, firsts, ends = [], [], []
         for scheduled in step.scheduled:

@@ -70,10 +70,12 @@ class Drafter(Protocol):
     def propose(self, draft: DraftInput) -> Proposal:
         """Guesses for every node."""
 
-    def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> None:
+    def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
         """Called after every pass of the base, before accepted nodes are moved.
 
-        hidden: [num_tokens, hidden], the base's rows after its final norm.
+        hidden: [num_tokens, hidden], the base's rows after its final norm; before: [num_requests, hidden],
+        the row before each request's first in the pass, zeros where there is none or it is not known (a
+        prefix from the cache).
         """
         return
 

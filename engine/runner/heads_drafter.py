@@ -1,66 +1,105 @@
-"""Drafts with a head set that is bound to its base model.
+"""Drafts with a head set that is bound to its base model: every request gets a tree of its own.
 
-The heads fill more of the family than is asked for, and every request keeps the nodes that are likeliest in
-its own case.
+Heads with a prefix layer keep its keys and values in the base's cache, as one more layer of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
+from engine.model.config import DecoderConfig
+from engine.runner.attention import PagedAttention
 from engine.runner.drafter import Drafter, DraftInput, Proposal
-from heads.medusa import MedusaHeads
-from trees.family import TreeFamily
-from trees.select import likeliest_nodes
-
-_ENVELOPE_FACTOR, _SMALLEST_ENVELOPE = 4, 16  # draft nodes to choose from, for each one asked for
-
-
-@dataclass(frozen=True)
-class _Envelope:
-    """The first nodes of the family, all [num_nodes] int64, the root first."""
-
-    parents: Tensor
-    depths: Tensor
-    ranks: Tensor
-    device_parents: Tensor  # the parents again, where the heads are
-    max_depth: int
+from engine.runner.kv_cache import KVCache
+from engine.runner.step_input import StepInput, build_rows
+from engine.scheduling.request import Request
+from heads.base import DraftHeads
+from heads.prefix import PrefixLayer
+from trees.select import grow_trees, most_drafts
+from trees.verify import DraftTrees
 
 
 class HeadsDrafter(Drafter):
-    """`static` takes the family's own order instead, the same nodes for everybody: to compare with."""
+    """heads: bound."""
 
-    def __init__(self, heads: MedusaHeads, family: TreeFamily, *, static: bool = False) -> None:
+    def __init__(self, heads: DraftHeads) -> None:
         self._heads = heads
-        self._family = family
-        self._static = static
-        self._envelopes: dict[int, _Envelope] = {}
+        self._prefix: _CachedPrefix | None = None
+        self.num_cache_layers = 0 if heads.prefix_layer is None else 1
+
+    def attach(self, config: DecoderConfig, cache: KVCache) -> None:
+        """Raises ConfigError where the cache cannot hold the prefix layer's keys."""
+        layer = self._heads.prefix_layer
+        if layer is not None:
+            self._prefix = _CachedPrefix(layer, config, cache)
+
+    def limit(self, request: Request, num_drafts: int) -> int:
+        return most_drafts(num_drafts, self._heads.num_heads, self._heads.num_tokens)
 
     def propose(self, draft: DraftInput) -> Proposal:
-        num_drafts = draft.max_nodes - 1
-        offered = num_drafts if self._static else max(_ENVELOPE_FACTOR * num_drafts, _SMALLEST_ENVELOPE)
-        envelope = self._envelope(min(offered, len(self._family.paths)), draft.roots.device)
-        tokens, log_probs = self._heads.fill_tree(
-            draft.hidden, draft.roots, envelope.parents, envelope.depths, envelope.ranks
-        )
-        parents, max_depth = envelope.device_parents, envelope.max_depth
-        if self._static:
-            return Proposal(tokens, parents.expand_as(tokens), max_depth)
-        nodes, kept_parents = likeliest_nodes(log_probs, parents, max_depth, draft.num_nodes, draft.max_nodes)
-        return Proposal(tokens.gather(1, nodes), kept_parents, max_depth)
+        heads, hidden = self._heads, draft.hidden
+        max_depth = min(heads.num_heads, draft.max_nodes - 1)
+        if self._prefix is not None:
+            hidden = self._prefix.start(draft, self._embedded(draft.roots))
+        state = heads.begin(hidden, draft.roots, max_depth)
 
-    def _envelope(self, num_drafts: int, device: torch.device) -> _Envelope:
-        if num_drafts not in self._envelopes:
-            family = self._family.prefix(num_drafts)
-            parents = torch.tensor(family.parents)
-            self._envelopes[num_drafts] = _Envelope(
-                parents=parents,
-                depths=torch.tensor(family.depths),
-                ranks=torch.tensor(family.ranks),
-                device_parents=parents.to(device),
-                max_depth=family.max_depth,
+        def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
+            nonlocal state
+            guesses, log_probs, state = heads.guess(level, state, tokens, origins, num_guesses)
+            return guesses, log_probs
+
+        tokens, parents = grow_trees(guess, draft.roots, draft.num_nodes, draft.max_nodes, max_depth)
+        return Proposal(tokens, parents, max_depth)
+
+    def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
+        if self._prefix is not None:
+            self._prefix.write(step, trees, hidden, before, self._embedded(step.token_ids))
+
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        if self._heads.embedding is None:
+            raise ConfigError("heads", "the heads are not bound to a model")
+        return torch.nn.functional.embedding(token_ids, self._heads.embedding)
+
+
+class _CachedPrefix:
+    """A prefix layer over the paged cache. The entry of the token at position p lies in that token's slot:
+    compaction, sharing and preemption treat it as they treat the base's own KV."""
+
+    def __init__(self, layer: PrefixLayer, config: DecoderConfig, cache: KVCache) -> None:
+        own, base = (layer.num_kv_heads, layer.head_dim), (config.num_kv_heads, config.head_dim)
+        if own != base:
+            raise ConfigError(
+                "heads",
+                f"the prefix layer has {own[0]} KV heads of size {own[1]}, which do not fit into the cache "
+                f"of the model's {base[0]} of size {base[1]}; train heads for this model",
             )
-        return self._envelopes[num_drafts]
+        self._layer, self._cache = layer, cache
+        self._number = cache.num_layers - 1
+
+    def start(self, draft: DraftInput, roots: Tensor) -> Tensor:
+        """What heads start from at each root, [num_requests, hidden]; roots: their embeddings."""
+        bases = [len(request.token_ids) - 1 for request in draft.requests]
+        ends = [base + 1 for base in bases]
+        rows = build_rows(draft.requests, bases, ends, self._cache.block_size, draft.roots.device)
+        attention = PagedAttention(rows, self._cache, self._layer.num_heads, self._layer.num_kv_heads)
+        entries = self._layer.entries(draft.hidden, roots)
+        q = self._layer.queries(entries, rows.positions)
+        read = attention(self._number, q, *self._layer.keys_values(entries, rows.positions))
+        return self._layer.finish(draft.hidden, read)
+
+    def write(
+        self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor, embedded: Tensor
+    ) -> None:
+        """Entries of all tokens of a pass, drafts included. embedded: [num_tokens, hidden]."""
+        rows_before = hidden.roll(1, dims=0)
+        rows_before[torch.from_numpy(step.starts[:-1]).to(hidden.device)] = before
+        commits = step.commits
+        if commits.drafting:
+            roots = commits.rows[commits.first_row].unsqueeze(1)  # flat rows
+            above = (roots + trees.parents).reshape(-1)[commits.places]
+            drafts = commits.places % commits.max_nodes > 0
+            rows_before[commits.rows[drafts]] = hidden[above[drafts]]
+        entries = self._layer.entries(rows_before, embedded)
+        self._cache.write(self._number, step.slots, *self._layer.keys_values(entries, step.positions))

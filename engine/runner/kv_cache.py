@@ -31,8 +31,8 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        num_layers = config.num_layers + extra_layers
-        shape = (num_layers, num_blocks * block_size, config.num_kv_heads, config.head_dim)
+        self.num_layers = config.num_layers + extra_layers
+        shape = (self.num_layers, num_blocks * block_size, config.num_kv_heads, config.head_dim)
         self.k = _zeros(shape, dtype, device)
         self.v = _zeros(shape, dtype, device)
 

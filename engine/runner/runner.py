@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,18 @@ from engine.model.decoder import Decoder
 from engine.runner.attention import PagedAttention
 from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
+from engine.runner.per_request import PerRequest
 from engine.runner.sampler import Sampler, token_logprobs
 from engine.runner.step_input import CommitRows, StepInput, build_step
 from engine.scheduling.batch import Batch, CommittedTokens
 from trees.verify import DraftTrees, deepest_accepted
+
+
+@dataclass
+class _Behind:
+    """`length`: how many positions a request had computed when its hidden row was kept."""
+
+    length: int = 0
 
 
 class Runner:
@@ -27,6 +37,7 @@ class Runner:
         self._device = decoder.embedding.device
         self._sampler = Sampler(config.vocab_size, config.eos_token_ids)
         self._hidden = decoder.embedding.new_zeros(max_num_seqs, config.hidden_size)
+        self._behind: PerRequest[_Behind] = PerRequest(lambda _: _Behind())
         if drafter is not None:
             drafter.attach(config, cache)
 
@@ -41,7 +52,8 @@ class Runner:
         attention = PagedAttention(step, self.cache, config.num_heads, config.num_kv_heads)
         hidden = self.decoder(step.token_ids, step.positions, attention)
         if self.drafter is not None:
-            self.drafter.observe(step, trees, hidden)
+            self.drafter.observe(step, trees, hidden, self._rows_before(step))
+        self._keep_chunk_rows(step, hidden)
         if not commits.scheduled:
             return [CommittedTokens([]) for _ in batch.scheduled]
         hidden = hidden.index_select(0, commits.rows)
@@ -50,7 +62,12 @@ class Runner:
         last = deepest_accepted(verdict.edges, trees)
         self._compact(commits, last, trees)
         self._hidden[commits.state_slots] = hidden[commits.first_row + last]
-        return self._collect(batch, commits, last, trees, verdict.targets, logits)
+        results = self._collect(batch, commits, last, trees, verdict.targets, logits)
+        for scheduled, result in zip(batch.scheduled, results, strict=True):
+            if scheduled.commits:
+                request = scheduled.request
+                self._behind[request].length = len(request.token_ids) + len(result.token_ids) - 1
+        return results
 
     @torch.inference_mode()
     def draft(self, batch: Batch) -> None:
@@ -69,6 +86,28 @@ class Runner:
         trees = DraftTrees.build(proposal.tokens, proposal.parents, commits.num_nodes, proposal.max_depth)
         step.fill(trees)
         return step, trees
+
+    def _rows_before(self, step: StepInput) -> Tensor:
+        """The hidden row of the token before each request's first in this pass, [num_requests, hidden], zeros
+        where it is not known."""
+        requests = [scheduled.request for scheduled in step.scheduled]
+        before = self._hidden[torch.tensor([request.slot for request in requests], device=self._device)]
+        unknown = [
+            index
+            for index, request in enumerate(requests)
+            if not request.num_computed or self._behind[request].length != request.num_computed
+        ]
+        if unknown:
+            before[unknown] = 0.0
+        return before
+
+    def _keep_chunk_rows(self, step: StepInput, hidden: Tensor) -> None:
+        """Keep the last row of every prompt chunk that another one follows."""
+        for scheduled, end in zip(step.scheduled, step.starts[1:], strict=True):
+            if not scheduled.commits:
+                request = scheduled.request
+                self._hidden[request.slot] = hidden[int(end) - 1]
+                self._behind[request].length = request.num_computed + scheduled.num_tokens
 
     def _propose(self, commits: CommitRows) -> Proposal:
         """Trees of all that commit, [num_commits, max_nodes]: of most, or of many, the root alone."""

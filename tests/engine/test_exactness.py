@@ -177,7 +177,7 @@ def _random_heads(decoder: Decoder, family: TreeFamily) -> HeadsDrafter:
         parameter.data.normal_(std=0.5)
     heads.requires_grad_(False)
     heads.bind(decoder.lm_head.weight, decoder.embedding)
-    return HeadsDrafter(heads, family)
+    return HeadsDrafter(heads)
 
 
 @dataclass

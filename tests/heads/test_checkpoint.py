@@ -15,8 +15,9 @@ from torch import Tensor
 from heads.base import DraftHeads, ProjectionKind
 from heads.checkpoint import describe, load_heads, save_heads
 from heads.errors import HeadsError
-from heads.hydra import HydraHeads, PrefixLayer
+from heads.hydra import HydraHeads
 from heads.medusa import MedusaHeads
+from heads.prefix import PrefixLayer
 
 HEADS, LAYERS, HIDDEN, VOCAB, RANK = 3, 2, 16, 40, 5
 

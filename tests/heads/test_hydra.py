@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heads.hydra import ROPE_THETA, HydraHeads, PrefixLayer, rotate
+from heads.hydra import HydraHeads
+from heads.prefix import ROPE_THETA, PrefixLayer, rotate
 
 HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 12, 30, 4, 2, 6
 
@@ -67,6 +68,28 @@ def test_features_equal_the_formulas_at_every_anchor() -> None:
                 x = torch.cat((unit(s), unit(embeddings[row, t + 1 + head])))
                 s = s + F.silu(heads.weights[head] @ x + heads.biases[head])
                 torch.testing.assert_close(features[head][place], s, rtol=1e-3, atol=1e-4)
+
+
+def test_paths_that_are_followed_get_the_features_of_the_text_they_spell() -> None:
+    heads = random_heads()
+    embedding = torch.randn(VOCAB, HIDDEN)
+    heads.requires_grad_(False).bind(torch.randn(VOCAB, HIDDEN), embedding)
+    hidden, texts = torch.randn(2, 4, HIDDEN), torch.randint(VOCAB, (2, 7))
+    longer = F.pad(hidden, (0, 0, 0, 3))
+    anchors = torch.tensor([3, 10])  # roots are token 4 of each text
+    expected = heads.sequence_features(longer, embedding[texts], anchors)
+    starts = heads.prefix(longer, embedding[texts])[:, 3]
+    state = heads.begin(starts, texts[:, 4], 3)
+    tokens, origins = texts[:, 4:5], torch.zeros(2, 1, dtype=torch.int64)
+    for head in range(3):
+        logits, state = heads.follow(head, state, tokens, origins)
+        # The true path is the last of those followed, the others are made up.
+        torch.testing.assert_close(state[:, -1], expected[head])
+        torch.testing.assert_close(logits[:, -1], heads.head_logits(head, expected[head]))
+        true = texts[:, 5 + head : 6 + head]
+        last = torch.full_like(true, tokens.shape[1] - 1)
+        tokens = torch.cat((torch.randint(VOCAB, (2, head + 2)), true), dim=1)
+        origins = torch.cat((torch.zeros(2, head + 2, dtype=torch.int64), last), dim=1)
 
 
 def test_a_head_sees_its_path_and_nothing_after_it() -> None:

@@ -10,10 +10,8 @@ from torch import Tensor
 from heads.base import ProjectionKind
 from heads.errors import HeadsError
 from heads.medusa import MedusaHeads
-from trees.family import TreeFamily
 
 HEADS, LAYERS, HIDDEN, VOCAB, RANK = 3, 2, 16, 40, 5
-FAMILY = TreeFamily(((0,), (1,), (0, 0), (0, 2), (1, 1), (0, 0, 3)), (0.5, 0.4, 0.3, 0.2, 0.1, 0.05))
 
 
 def random_heads(
@@ -24,10 +22,6 @@ def random_heads(
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return heads
-
-
-def tree_of(family: TreeFamily) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.tensor(family.parents), torch.tensor(family.depths), torch.tensor(family.ranks)
 
 
 @pytest.mark.parametrize("projection", ["shared", "own", "low_rank"])
@@ -83,52 +77,39 @@ def test_fresh_heads_guess_what_the_base_guesses() -> None:
 
 @pytest.mark.parametrize("token_map", [None, torch.tensor([3, 5, 8, 30, 31, 39])])
 @pytest.mark.parametrize("root_input", [False, True])
-def test_a_node_is_the_guess_of_its_rank_of_the_head_of_its_depth(
+def test_guesses_are_the_likeliest_tokens_of_a_head_for_every_path(
     token_map: Tensor | None, root_input: bool
 ) -> None:
     heads = random_heads(token_map, root_input=root_input)
     heads.bind(weight := torch.randn(VOCAB, HIDDEN), weight)
     hidden, roots = torch.randn(4, HIDDEN), torch.tensor([7, 0, 39, 1])
-    filled, log_probs = heads.fill_tree(hidden, roots, *tree_of(FAMILY))
     logits = heads.logits(hidden, roots, HEADS)
     order, softmax = logits.argsort(dim=-1, descending=True), logits.softmax(dim=-1)
-    assert filled.dtype == torch.int64
-    assert filled.shape == (4, len(FAMILY.paths) + 1)
-    assert filled[:, 0].tolist() == roots.tolist()
-    for request in range(4):
-        for node, path in enumerate(FAMILY.paths, start=1):
-            column = int(order[len(path) - 1, request, path[-1]])
-            expected = column if token_map is None else int(token_map[column])
-            assert filled[request, node] == expected
-            probability = softmax[len(path) - 1, request, column]
-            torch.testing.assert_close(log_probs[request, node].exp(), probability)
-    assert log_probs.shape == filled.shape
-    assert (log_probs[:, 0] == 0).all() and (log_probs <= 0).all()
+    state = heads.begin(hidden, roots, HEADS)
+    tokens, origins = roots.unsqueeze(1), torch.zeros(4, 1, dtype=torch.int64)
+    for head in range(HEADS):
+        guesses, log_probs, state = heads.guess(head, state, tokens, origins, 5)
+        columns = order[head, :, :5]
+        expected = columns if token_map is None else token_map[columns]
+        for path in range(tokens.shape[1]):
+            assert guesses[:, path].tolist() == expected.tolist()
+            torch.testing.assert_close(log_probs[:, path].exp(), softmax[head].gather(1, columns))
+        tokens, origins = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int64)
 
 
-def test_only_the_heads_that_the_tree_is_deep_run() -> None:
+def test_only_the_heads_that_are_asked_for_run() -> None:
     heads = random_heads()
     heads.bind(weight := torch.randn(VOCAB, HIDDEN), weight)
-    with torch.no_grad():
-        heads.weights[0][1:] = float("nan")
-    filled, _ = heads.fill_tree(torch.randn(2, HIDDEN), torch.tensor([1, 2]), *tree_of(FAMILY.prefix(2)))
-    assert filled.shape == (2, 3)
+    assert heads.begin(torch.randn(2, HIDDEN), torch.tensor([1, 2]), 2).shape == (2, 2, VOCAB)
 
 
-def test_a_tree_of_the_root_alone_runs_no_head() -> None:
-    filled, log_probs = random_heads().fill_tree(
-        torch.randn(2, HIDDEN), torch.tensor([1, 2]), *tree_of(FAMILY.prefix(0))
-    )
-    assert filled.tolist() == [[1], [2]]
-    assert log_probs.tolist() == [[0.0], [0.0]]
-
-
-def test_a_tree_deeper_than_the_heads_is_an_error() -> None:
+def test_no_guess_is_likelier_than_certain() -> None:
     heads = random_heads()
-    heads.bind(weight := torch.randn(VOCAB, HIDDEN), weight)
-    deep = TreeFamily(((0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)), (0.5, 0.4, 0.3, 0.2))
-    with pytest.raises(HeadsError, match="4 deep, but there are 3 heads"):
-        heads.fill_tree(torch.randn(1, HIDDEN), torch.tensor([1]), *tree_of(deep))
+    weight = torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16) * 100
+    heads.bind(weight, weight)
+    state = heads.begin(torch.randn(9, HIDDEN, dtype=torch.bfloat16), torch.arange(9), 1)
+    _, log_probs, _ = heads.guess(0, state, torch.arange(9)[:, None], torch.zeros(9, 1, dtype=torch.int64), 4)
+    assert log_probs.dtype == torch.float32 and (log_probs <= 0).all() and (log_probs[..., 0] > -0.1).any()
 
 
 def test_binding_takes_over_the_dtype_and_refuses_another_shape() -> None:

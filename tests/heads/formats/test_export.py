@@ -14,8 +14,9 @@ from heads.base import ProjectionKind
 from heads.errors import HeadsError
 from heads.formats.export import FORMATS, export_heads
 from heads.formats.load import load_foreign
-from heads.hydra import HydraHeads, PrefixLayer
+from heads.hydra import HydraHeads
 from heads.medusa import MedusaHeads
+from heads.prefix import PrefixLayer
 from tests.heads.formats.checkpoints import HEADS, HIDDEN, TOKEN_MAP, VOCAB, base_lm_head
 
 
