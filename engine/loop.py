@@ -20,6 +20,7 @@ from engine.runner import device as hardware
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kv_cache import KVCache, bytes_per_token
+from engine.runner.ngram_drafter import NgramDrafter
 from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, CommittedTokens
@@ -40,8 +41,9 @@ class Engine:
     """Loads a model and runs its requests, synchronously, step by step.
 
     `fixed_drafts` gives every request a tree of that many draft tokens instead of choosing the size.
-    `drafter` and `family` come together and replace the head set of the configuration; the family says how
-    large and deep its trees may be, and what each further node is expected to gain.
+    `drafter` and `family` come together and replace the head set of the configuration; the family says what
+    each further node of a tree is expected to gain. `ngrams`: whether what followed a request's last words
+    before joins the guesses.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         fixed_drafts: int | None = None,
         drafter: Drafter | None = None,
         family: TreeFamily = _NO_TREE,
+        ngrams: bool = True,
     ) -> None:
         device = hardware.resolve_device(config.device)
         dtype = hardware.resolve_dtype(config.dtype, device)
@@ -65,11 +68,13 @@ class Engine:
             _check_tree(family, heads)
             drafter = HeadsDrafter(heads.bind(decoder.embedding, decoder.lm_head.weight, fast_linear))
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
-        if drafter is None or config.speculation == "off":
+        if drafter is None and ngrams:
+            drafter = NgramDrafter()
+        if config.speculation == "off":
             drafter, family = None, _NO_TREE
-        # Heads grow trees of their own, as deep as there are heads; the family says how large they pay.
-        max_depth = min(max(family.max_depth, num_heads), config.max_tree_nodes - 1)
         family = family.prefix(config.max_tree_nodes - 1)
+        takes_chains = drafter is not None and drafter.takes_chains
+        max_drafts = config.max_tree_nodes - 1 if takes_chains else len(family.paths)
         pack_linears(decoder)
 
         extra_layers = 0 if drafter is None else drafter.num_cache_layers
@@ -84,16 +89,17 @@ class Engine:
         with _allocating("max_num_seqs", f"the state of {config.max_num_seqs} requests"):
             self._runner = Runner(decoder, cache, drafter, config.max_num_seqs)
         self._num_lost_steps = 0
-        self._max_depth = max_depth
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max_tokens,
             max_model_len=max_model_len,
-            max_drafts=len(family.paths),
+            max_drafts=max_drafts,
         )
         self._policy = self._make_policy(family, fixed_drafts, limits)
         pool = BlockPool(num_blocks, config.block_size)
-        self.scheduler = Scheduler(limits, pool, self._policy, model.eos_token_ids, config.seed)
+        self.scheduler = Scheduler(
+            limits, pool, self._policy, model.eos_token_ids, config.seed, ngrams=ngrams and takes_chains
+        )
         self.info = ModelInfo(
             architecture=model.architecture,
             vocab_size=model.vocab_size,
@@ -107,7 +113,7 @@ class Engine:
             max_num_batched_tokens=max_tokens,
             heads=heads_name,
             num_heads=num_heads,
-            max_tree_nodes=len(family.paths) + 1,
+            max_tree_nodes=max_drafts + 1,
         )
 
     def _make_policy(
@@ -115,7 +121,7 @@ class Engine:
     ) -> SpeculationPolicy:
         if fixed_drafts is not None:
             return FixedSpeculation(fixed_drafts)
-        if not family.paths:
+        if not limits.max_drafts:
             return FixedSpeculation(0)
         costs = measure_costs(self._runner, limits)
         return AdaptiveSpeculation(family, costs)
@@ -189,7 +195,7 @@ class Engine:
         return outputs
 
     def _stats(self, batch: Batch, duration: float) -> StepStats:
-        levels = range(self._max_depth)
+        levels = range(max((s.draft_depth for s in batch.scheduled), default=0))
         drafted_by_depth = [sum(s.draft_depth > level for s in batch.scheduled) for level in levels]
         accepted_by_depth = [sum(s.num_accepted > level for s in batch.scheduled) for level in levels]
         return StepStats(

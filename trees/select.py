@@ -7,7 +7,8 @@ here. A drafter guesses level by level, and only what is likeliest so far is fol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,8 +22,34 @@ _MOST_PATHS = 10  # followed at a level
 _MOST_GUESSES = 16  # of one path
 
 
+@dataclass(frozen=True)
+class Chains:
+    """Guesses from elsewhere, a run of tokens for each request, which join its tree below the root."""
+
+    token_ids: Tensor  # [num_requests, length] int64, shorter ones filled up with 0
+    sure: Tensor  # [num_requests, length] float32, log-probabilities of all up to here; -inf past the end
+
+    @property
+    def length(self) -> int:
+        """Of the longest."""
+        return self.token_ids.shape[1]
+
+
+def make_chains(
+    chains: Sequence[tuple[Sequence[int], Sequence[float]]], longest: int, device: torch.device
+) -> Chains:
+    """One chain for each request, tokens with falling probabilities, cut after `longest`."""
+    length = min(longest, max((len(tokens) for tokens, _ in chains), default=0))
+    tokens = [[*t[:length], *[0] * (length - len(t))] for t, _ in chains]
+    gains = [[*g[:length], *[0.0] * (length - len(g))] for _, g in chains]
+    return Chains(
+        torch.tensor(tokens, dtype=torch.int64, device=device),
+        torch.tensor(gains, dtype=torch.float32, device=device).log_(),
+    )
+
+
 def grow_trees(
-    guess: Guess, roots: Tensor, num_nodes: Tensor, max_nodes: int, max_depth: int
+    guess: Guess, roots: Tensor, num_nodes: Tensor, max_nodes: int, max_depth: int, chains: Chains
 ) -> tuple[Tensor, Tensor]:
     """Trees of the likeliest nodes, by the product of probabilities along their paths.
 
@@ -31,18 +58,33 @@ def grow_trees(
     each node after its parent. What lies past num_nodes repeats the root.
     """
     num_drafts = max_nodes - 1
+    # Offered nodes: the root, its chain (at depth i node i), then level by level what is guessed.
+    offered_tokens = torch.cat((roots.unsqueeze(1), chains.token_ids), dim=1)
+    offered_parents = torch.arange(-1, chains.length, device=roots.device).clamp_(min=0)
+    offered_parents = offered_parents.expand(len(roots), -1)
+    offered_sure = torch.nn.functional.pad(chains.sure, (1, 0))
     paths = roots.new_zeros(len(roots), 1)  # offered nodes whose children are guessed next
-    tokens, origins = roots.unsqueeze(1), paths
-    offered_tokens, offered_parents = tokens, paths
-    sure = offered_sure = torch.zeros(len(roots), 1, device=roots.device)  # log-probabilities of whole paths
+    tokens, origins, sure = roots.unsqueeze(1), paths, offered_sure[:, :1]
     for level in range(min(max_depth, num_drafts)):
         guesses, log_probs = guess(level, tokens, origins, min(num_drafts, _MOST_GUESSES))
         num_guesses, first = guesses.shape[2], offered_tokens.shape[1]
         children = (sure.unsqueeze(2) + log_probs).flatten(1)
-        guesses = guesses.flatten(1)
+        nodes = torch.arange(first, first + children.shape[1], device=roots.device).expand_as(children)
+        parents, guesses = paths.repeat_interleave(num_guesses, dim=1), guesses.flatten(1)
+        if level < chains.length:
+            # What the chain says too is the chain's node, as likely as the surer of both makes it.
+            same = (parents == level) & (guesses == chains.token_ids[:, level : level + 1])
+            surer = children.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
+            surer = torch.maximum(surer, offered_sure[:, level + 1 : level + 2])
+            offered_sure = offered_sure.clone()
+            offered_sure[:, level + 1 : level + 2] = surer
+            nodes = torch.where(same, level + 1, nodes)
+            offered, children = children.masked_fill(same, -torch.inf), torch.where(same, surer, children)
+        else:
+            offered = children
         offered_tokens = torch.cat((offered_tokens, guesses), dim=1)
-        offered_parents = torch.cat((offered_parents, paths.repeat_interleave(num_guesses, dim=1)), dim=1)
-        offered_sure = torch.cat((offered_sure, children), dim=1)
+        offered_parents = torch.cat((offered_parents, parents), dim=1)
+        offered_sure = torch.cat((offered_sure, offered), dim=1)
         num_paths = min(_MOST_PATHS, num_drafts, children.shape[1])
         sure, places = children.topk(num_paths, dim=1)
         if roots.device.type == "cpu":  # elsewhere, to look would cost more than to guess in vain
@@ -50,7 +92,7 @@ def grow_trees(
             if num_paths == 0:
                 break
             sure, places = sure[:, :num_paths], places[:, :num_paths]
-        tokens, origins, paths = guesses.gather(1, places), places // num_guesses, places + first
+        tokens, origins, paths = guesses.gather(1, places), places // num_guesses, nodes.gather(1, places)
     nodes, parents = likeliest_nodes(offered_sure, offered_parents, num_nodes, max_nodes)
     return offered_tokens.gather(1, nodes), parents
 

@@ -23,6 +23,7 @@ from engine.runner.drafter import Drafter, DraftInput, Proposal, chain_parents
 from engine.runner.kv_cache import KVCache, bytes_per_token
 from engine.runner.per_request import PerRequest
 from engine.runner.step_input import StepInput, build_rows
+from engine.scheduling.batch import ScheduledRequest
 from engine.scheduling.request import Request
 from trees.verify import DraftTrees
 
@@ -57,8 +58,9 @@ class DraftModelDrafter(Drafter):
         embedding = self._decoder.embedding
         self._cache = KVCache(own, cache.num_blocks, cache.block_size, embedding.dtype, embedding.device)
 
-    def limit(self, request: Request, num_drafts: int) -> int:
-        return max(0, min(num_drafts, self._decoder.config.max_positions - len(request.token_ids)))
+    def limit(self, scheduled: ScheduledRequest) -> int:
+        positions = self._decoder.config.max_positions - len(scheduled.request.token_ids)
+        return max(0, min(scheduled.num_drafts, positions))
 
     def propose(self, draft: DraftInput) -> Proposal:
         requests, device = draft.requests, draft.roots.device

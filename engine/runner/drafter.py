@@ -13,6 +13,8 @@ from torch import Tensor
 from engine.model.config import DecoderConfig
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import StepInput
+from engine.scheduling.batch import ScheduledRequest
+from engine.scheduling.ngrams import Chain
 from engine.scheduling.request import Request
 from trees.verify import DraftTrees
 
@@ -26,6 +28,7 @@ class DraftInput:
     """
 
     requests: Sequence[Request]
+    chains: Sequence[Chain]  # n-gram guesses of each request, for drafters that take them
     budgets: Sequence[int]  # nodes of each tree, root included
     num_nodes: Tensor  # [num_requests] int64, the same on the device
     max_nodes: int  # the largest of them
@@ -53,6 +56,7 @@ class Drafter(Protocol):
     elsewhere, under the same slots.
     """
 
+    takes_chains: bool = False  # whether it makes use of n-gram guesses
     num_cache_layers: int = 0
     cache_bytes_per_token: int = 0
 
@@ -61,10 +65,10 @@ class Drafter(Protocol):
         layers are the drafter's."""
         return
 
-    def limit(self, request: Request, num_drafts: int) -> int:
-        """How many of these draft tokens it has guesses for. Asked before a pass is laid out: what has no
-        guess takes no row of it."""
-        return num_drafts
+    def limit(self, scheduled: ScheduledRequest) -> int:
+        """How many of the draft tokens it has guesses for. Asked before a pass is laid out: what has no guess
+        takes no row of it."""
+        return scheduled.num_drafts
 
     @abstractmethod
     def propose(self, draft: DraftInput) -> Proposal:

@@ -14,15 +14,17 @@ from engine.runner.attention import PagedAttention
 from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import StepInput, build_rows
-from engine.scheduling.request import Request
+from engine.scheduling.batch import ScheduledRequest
 from heads.base import DraftHeads
 from heads.prefix import PrefixLayer
-from trees.select import grow_trees, most_drafts
+from trees.select import grow_trees, make_chains, most_drafts
 from trees.verify import DraftTrees
 
 
 class HeadsDrafter(Drafter):
-    """heads: bound."""
+    """heads: bound. The n-gram guesses of a request join its tree beside those of the heads."""
+
+    takes_chains = True
 
     def __init__(self, heads: DraftHeads) -> None:
         self._heads = heads
@@ -35,8 +37,8 @@ class HeadsDrafter(Drafter):
         if layer is not None:
             self._prefix = _CachedPrefix(layer, config, cache)
 
-    def limit(self, request: Request, num_drafts: int) -> int:
-        return most_drafts(num_drafts, self._heads.num_heads, self._heads.num_tokens)
+    def limit(self, scheduled: ScheduledRequest) -> int:
+        return most_drafts(scheduled.num_drafts, self._heads.num_heads, self._heads.num_tokens)
 
     def propose(self, draft: DraftInput) -> Proposal:
         heads, hidden = self._heads, draft.hidden
@@ -50,8 +52,11 @@ class HeadsDrafter(Drafter):
             guesses, log_probs, state = heads.guess(level, state, tokens, origins, num_guesses)
             return guesses, log_probs
 
-        tokens, parents = grow_trees(guess, draft.roots, draft.num_nodes, draft.max_nodes, max_depth)
-        return Proposal(tokens, parents, max_depth)
+        chains = make_chains(
+            [(c.token_ids, c.gains) for c in draft.chains], draft.max_nodes - 1, hidden.device
+        )
+        tokens, parents = grow_trees(guess, draft.roots, draft.num_nodes, draft.max_nodes, max_depth, chains)
+        return Proposal(tokens, parents, max(max_depth, chains.length))
 
     def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
         if self._prefix is not None:

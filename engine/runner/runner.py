@@ -79,7 +79,7 @@ class Runner:
         if self.drafter is not None:
             for scheduled in batch.scheduled:
                 if scheduled.num_drafts:
-                    scheduled.num_drafts = self.drafter.limit(scheduled.request, scheduled.num_drafts)
+                    scheduled.num_drafts = self.drafter.limit(scheduled)
         step = build_step(batch, self.cache.block_size, self._device)
         commits = step.commits
         proposal = self._propose(commits)
@@ -91,7 +91,8 @@ class Runner:
         """The hidden row of the token before each request's first in this pass, [num_requests, hidden], zeros
         where it is not known."""
         requests = [scheduled.request for scheduled in step.scheduled]
-        before = self._hidden[torch.tensor([request.slot for request in requests], device=self._device)]
+        slots = torch.tensor([request.slot for request in requests], dtype=torch.int64, device=self._device)
+        before = self._hidden[slots]
         unknown = [
             index
             for index, request in enumerate(requests)
@@ -123,6 +124,7 @@ class Runner:
         requests = [scheduled.request for scheduled in chosen]
         draft = DraftInput(
             requests=requests,
+            chains=[scheduled.chain for scheduled in chosen],
             budgets=[scheduled.num_drafts + 1 for scheduled in chosen],
             num_nodes=commits.num_nodes[members],
             max_nodes=commits.max_nodes,

@@ -17,9 +17,11 @@ compaction        moving the accepted nodes' K and V to the positions they have 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.messages import TokenLogprobs
+from engine.scheduling.ngrams import NO_CHAIN, Chain
 from engine.scheduling.request import Request
 
 
@@ -33,6 +35,8 @@ class ScheduledRequest:
     request: Request
     num_tokens: int
     num_drafts: int = 0
+    chain: Chain = NO_CHAIN  # what followed its last tokens before, for the drafter to weigh
+    gains: Sequence[float] = ()  # what each draft token was expected to commit
     num_committed: int = 0  # what the step brought, once it is known
     num_accepted: int = 0
     draft_depth: int = 0  # how deep its tree reached

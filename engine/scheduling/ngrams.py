@@ -1,14 +1,36 @@
 """Prompt lookup: what followed the last few tokens when they occurred before in the same request.
 
 Plain Python. As in prompt lookup decoding (Saxena, 2023), but every n-gram is indexed once, when its next
-token arrives, so that a lookup never scans the text.
+token arrives, so that a lookup never scans the text, and a guess says how sure it is: the longer the text
+before it agrees with the text before the earlier place, the likelier it is to go on as it did there.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 MIN_LENGTH, MAX_LENGTH = 2, 4  # of the n-grams looked up; a longer match is tried first
+_LONGEST_MATCH = 24  # beyond, more agreement says no more
+# How often the next token was right after a match of this length, over 700 greedy answers of
+# SmolLM2-135M-Instruct with their prompts, rounded down; other models and texts are learned by request.
+_LENGTHS = (2, 3, 4, 5, 7, 11, 17)
+_RATES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+_PRIOR_GUESSES = 4.0  # how many guesses of a request these rates weigh
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Guesses at the next tokens, one after the other; `gains[i]` is the estimated probability that all of
+    the first i + 1 are right."""
+
+    token_ids: Sequence[int] = ()
+    gains: Sequence[float] = ()
+    match: int = 0  # tokens before the first that agree with those before the earlier place
+
+
+NO_CHAIN = Chain()
 
 
 class NgramIndex:
@@ -17,6 +39,8 @@ class NgramIndex:
     def __init__(self) -> None:
         self._num_indexed = 0  # tokens whose preceding n-grams are known
         self._next_place: dict[tuple[int, ...], int] = {}
+        self._right = [rate * _PRIOR_GUESSES for rate in _RATES]
+        self._guessed = [_PRIOR_GUESSES] * len(_RATES)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take in the tokens that came since the last call; `tokens` is the whole sequence."""
@@ -25,18 +49,46 @@ class NgramIndex:
                 self._next_place[tuple(tokens[place - length : place])] = place
         self._num_indexed = len(tokens)
 
-    def continuation(self, tokens: Sequence[int], limit: int) -> list[int]:
+    def guess(self, tokens: Sequence[int], limit: int) -> Chain:
         """Up to `limit` guesses at what comes after `tokens`, the sequence last given to `extend`.
 
-        Empty where its last two tokens are new. A match that reaches the end goes on with its own guesses, so
+        None where its last two tokens are new. A match that reaches the end goes on with its own guesses, so
         that a repeating pattern is continued for as long as asked.
         """
+        place = self._find(tokens)
+        if place is None or limit <= 0:
+            return NO_CHAIN
+        known = list(tokens[place : place + limit])
+        period = len(tokens) - place
+        while len(known) < limit:
+            known.append(known[len(known) - period])
+        match = MIN_LENGTH
+        longest = min(_LONGEST_MATCH, place)
+        while match < longest and tokens[place - 1 - match] == tokens[-1 - match]:
+            match += 1
+        gains, sure = [], 1.0
+        for length in range(match, match + len(known)):
+            bucket = _bucket(length)
+            sure *= self._right[bucket] / self._guessed[bucket]
+            gains.append(sure)
+        return Chain(known, gains, match)
+
+    def observe(self, chain: Chain, committed: Sequence[int]) -> None:
+        """Learn from what came in the place of a chain."""
+        for place, (guess, token) in enumerate(zip(chain.token_ids, committed, strict=False)):
+            bucket = _bucket(chain.match + place)
+            self._guessed[bucket] += 1
+            if guess != token:
+                return
+            self._right[bucket] += 1
+
+    def _find(self, tokens: Sequence[int]) -> int | None:
         for length in range(min(MAX_LENGTH, len(tokens)), MIN_LENGTH - 1, -1):
             place = self._next_place.get(tuple(tokens[len(tokens) - length :]))
             if place is not None:
-                known = list(tokens[place : place + limit])
-                period = len(tokens) - place
-                while len(known) < limit:
-                    known.append(known[len(known) - period])
-                return known
-        return []
+                return place
+        return None
+
+
+def _bucket(length: int) -> int:
+    return bisect_right(_LENGTHS, length) - 1

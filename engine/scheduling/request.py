@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from engine.messages import FinishReason, RequestUsage, SamplingParams
 from engine.scheduling.block_pool import hash_block
+from engine.scheduling.ngrams import NgramIndex
 from engine.scheduling.speculation import Acceptance
 
 
@@ -32,6 +33,7 @@ class Request:
     num_registered: int = 0  # blocks of the table whose hash the pool knows or has seen
     slot: int | None = None  # row of the runner's per-request state while it runs
     has_hidden: bool = False  # the runner holds the hidden row its draft starts from
+    ngrams: NgramIndex = field(default_factory=NgramIndex)
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache, once it was admitted

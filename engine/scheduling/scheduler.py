@@ -29,7 +29,8 @@ class SchedulerLimits:
 class Scheduler:
     """Continuous batching with chunked prefill, prefix reuse and preemption by recompute.
 
-    The pool must hold at least one request of `max_model_len`, so that the oldest can always go on.
+    The pool must hold at least one request of `max_model_len`, so that the oldest can always go on. `ngrams`:
+    look up what followed a request's last tokens before, for drafters that make use of it.
     """
 
     def __init__(
@@ -39,12 +40,15 @@ class Scheduler:
         policy: SpeculationPolicy,
         eos_token_ids: Sequence[int],
         seed: int = 0,
+        *,
+        ngrams: bool = False,
     ) -> None:
         self.limits = limits
         self.pool = pool
         self._policy = policy
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
+        self._ngrams = ngrams
         self._num_arrived = 0
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()  # preempted ones in front
@@ -151,16 +155,25 @@ class Scheduler:
     def _add_drafts(self, batch: Batch, budget: int) -> None:
         committing = [scheduled for scheduled in batch.scheduled if scheduled.commits]
         drafting = [scheduled for scheduled in committing if self._draft_limit(scheduled.request) > 0]
-        candidates = [Candidate(s.request.acceptance, self._draft_limit(s.request)) for s in drafting]
+        candidates = [self._candidate(scheduled) for scheduled in drafting]
         sizes = self._policy.plan(len(committing), batch.num_tokens, candidates)
-        for scheduled, size in zip(drafting, sizes, strict=True):
+        for scheduled, candidate, size in zip(drafting, candidates, sizes, strict=True):
             request = scheduled.request
+            scheduled.gains = candidate.gains
             size = min(size, budget)
             if not self._reserve(request, len(request.token_ids) + size):
                 # Drafts never push another request out: they make do with the room there is.
                 size = len(request.block_table) * self.pool.block_size - len(request.token_ids)
             scheduled.num_drafts = size
             budget -= size
+
+    def _candidate(self, scheduled: ScheduledRequest) -> Candidate:
+        request = scheduled.request
+        limit = self._draft_limit(request)
+        if self._ngrams:
+            request.ngrams.extend(request.token_ids)
+            scheduled.chain = request.ngrams.guess(request.token_ids, limit)
+        return Candidate(request.acceptance, limit, scheduled.chain.gains)
 
     def _draft_limit(self, request: Request) -> int:
         speculation = request.sampling.speculation
@@ -238,8 +251,10 @@ class Scheduler:
         request.decode_steps += 1
         request.drafted_tokens += scheduled.num_drafts
         request.accepted_tokens += num_accepted
+        request.ngrams.observe(scheduled.chain, appended)
         if scheduled.num_drafts:
-            self._policy.observe(request.acceptance, scheduled.num_drafts, num_accepted)
+            expected = sum(scheduled.gains[: scheduled.num_drafts])
+            self._policy.observe(request.acceptance, expected, num_accepted)
         return RequestOutput(
             request_id=request.request_id,
             token_ids=appended,

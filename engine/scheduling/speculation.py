@@ -44,10 +44,16 @@ class Acceptance:
 
 @dataclass(slots=True)
 class Candidate:
-    """A request that could take up to `limit` draft tokens in this step."""
+    """A request that could take up to `limit` draft tokens in this step.
+
+    chain: probabilities that the guesses of an n-gram chain are right, each with all before it; gains: what
+    each further draft token is expected to commit, put there by the policy.
+    """
 
     acceptance: Acceptance
     limit: int
+    chain: Sequence[float] = ()
+    gains: Sequence[float] = ()
 
 
 class SpeculationPolicy(Protocol):
@@ -58,8 +64,8 @@ class SpeculationPolicy(Protocol):
         """
         ...
 
-    def observe(self, acceptance: Acceptance, num_drafts: int, num_accepted: int) -> None:
-        """Learn how one request's drafts fared."""
+    def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
+        """Learn how one request's drafts fared against what was expected of them."""
         ...
 
     def observe_step(self, num_known: int, num_drafts: int, num_drafting: int, seconds: float) -> None:
@@ -76,7 +82,7 @@ class FixedSpeculation:
     def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[int]:
         return [min(self.num_drafts, candidate.limit) for candidate in candidates]
 
-    def observe(self, acceptance: Acceptance, num_drafts: int, num_accepted: int) -> None:
+    def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
         pass
 
     def observe_step(self, num_known: int, num_drafts: int, num_drafting: int, seconds: float) -> None:
@@ -88,7 +94,6 @@ class AdaptiveSpeculation:
 
     def __init__(self, family: TreeFamily, cost: CostModel) -> None:
         self._gains = np.array(family.gains)  # [num_drafts], falling
-        self._expected = np.concatenate([[0.0], np.cumsum(self._gains)])  # [num_drafts + 1]
         self._cost = cost
         self._overall = Acceptance()  # over all requests: the prior of each
         self._correction = CostCorrection()
@@ -107,13 +112,11 @@ class AdaptiveSpeculation:
     def _choose(
         self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate], ratios: list[float]
     ) -> list[int]:
-        gains = np.concatenate(
-            [
-                np.minimum(self._gains[: candidate.limit] * ratio, 1.0)
-                for candidate, ratio in zip(candidates, ratios, strict=True)
-            ]
-        )
-        limits = [min(candidate.limit, len(self._gains)) for candidate in candidates]
+        offers = [self._offers(candidate) for candidate in candidates]
+        for candidate, offer in zip(candidates, offers, strict=True):
+            candidate.gains = offer.tolist()
+        limits = [len(offer) for offer in offers]
+        gains = np.minimum(np.concatenate(offers) * np.repeat(ratios, limits), 1.0)
         owners = np.repeat(np.arange(len(candidates)), limits)
         is_first = np.concatenate([np.arange(limit) == 0 for limit in limits])
         order = np.argsort(-gains, kind="stable")
@@ -130,8 +133,16 @@ class AdaptiveSpeculation:
         sizes = np.bincount(owners[order[:chosen]], minlength=len(candidates))
         return [int(size) for size in sizes]
 
-    def observe(self, acceptance: Acceptance, num_drafts: int, num_accepted: int) -> None:
-        expected = float(self._expected[num_drafts])
+    def _offers(self, candidate: Candidate) -> NDArray[np.float64]:
+        """Expected gain of each further draft token, falling. Where the chain is right, branches beside it
+        are wrong: they count for as much as the chain's first token is in doubt."""
+        if not candidate.chain:
+            return self._gains[: candidate.limit]
+        chain = np.array(candidate.chain)
+        offers = np.concatenate((chain, self._gains * (1.0 - chain[0])))
+        return -np.sort(-offers)[: candidate.limit]
+
+    def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
         acceptance.observe(expected, num_accepted)
         self._overall.observe(expected, num_accepted, _OVERALL_MEMORY)
 

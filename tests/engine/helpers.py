@@ -34,9 +34,11 @@ def make_scheduler(
     max_drafts: int = 8,
     policy: SpeculationPolicy | None = None,
     eos: Sequence[int] = (EOS,),
+    ngrams: bool = False,
 ) -> Scheduler:
     limits = SchedulerLimits(max_num_seqs, budget, max_model_len, max_drafts)
-    return Scheduler(limits, BlockPool(num_blocks, block_size), policy or FixedSpeculation(0), eos)
+    pool = BlockPool(num_blocks, block_size)
+    return Scheduler(limits, pool, policy or FixedSpeculation(0), eos, ngrams=ngrams)
 
 
 def next_token(known: Sequence[int]) -> int:

@@ -69,7 +69,7 @@ def test_head_set_is_reported_and_speculation_off_leaves_it_out(
 ) -> None:
     on = make_engine(tiny_model_dir, 1, heads_dir=str(heads_dir)).info
     assert on.heads is not None and "2 Medusa heads" in on.heads
-    assert (on.num_heads, on.max_tree_nodes) == (2, 13)
+    assert (on.num_heads, on.max_tree_nodes) == (2, 64)
     off = make_engine(tiny_model_dir, heads_dir=str(heads_dir), speculation="off").info
     assert (off.heads, off.num_heads, off.max_tree_nodes) == (None, 0, 1)
     assert make_engine(tiny_model_dir, 1, heads_dir=str(heads_dir), max_tree_nodes=4).info.max_tree_nodes == 4

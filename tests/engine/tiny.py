@@ -165,6 +165,7 @@ class TinyEngine:
             max_model_len=max_model_len,
             max_drafts=len(family.paths),
             policy=policy or FixedSpeculation(len(family.paths) if drafts is None else drafts),
+            ngrams=drafter is not None and drafter.takes_chains,
         )
         extra_layers = 0 if drafter is None else drafter.num_cache_layers
         cache = KVCache(CONFIG, num_blocks, block_size, torch.float32, CPU, extra_layers)

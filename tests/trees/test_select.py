@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tests.engine.families import chain, families
 from trees.family import TreeFamily
-from trees.select import grow_trees, likeliest_nodes, most_drafts
+from trees.select import Chains, grow_trees, likeliest_nodes, make_chains, most_drafts
 
 log_probs = st.one_of(st.just(0.0), st.just(-1.0), st.floats(-20.0, 0.0, width=32))
 
@@ -57,6 +58,10 @@ def test_children_of_certain_parents_never_come_before_them() -> None:
     sizes = list(range(1, 65))
     for nodes, _ in kept(chain(63), [[0.0] * 64] * 64, sizes):
         assert nodes == list(range(len(nodes)))
+
+
+def no_chains(num_requests: int) -> Chains:
+    return make_chains([((), ())] * num_requests, 63, torch.device("cpu"))
 
 
 class Table:
@@ -116,7 +121,12 @@ def test_a_grown_tree_is_made_of_the_likeliest_paths_there_are(
     roots = list(range(100, 100 + len(sizes)))
     drafter = Table(seed, roots, num_tokens, max_depth)
     tokens, parents = grow_trees(
-        drafter.guess, torch.tensor(roots), torch.tensor(sizes) + 1, max(sizes) + 1, max_depth
+        drafter.guess,
+        torch.tensor(roots),
+        torch.tensor(sizes) + 1,
+        max(sizes) + 1,
+        max_depth,
+        no_chains(len(sizes)),
     )
     for request, size in enumerate(sizes):
         paths: list[tuple[int, ...]] = [()]
@@ -141,9 +151,51 @@ def test_certain_guesses_grow_a_chain_and_uncertain_ones_a_fan() -> None:
         return guesses, torch.stack((certain, torn)).unsqueeze(1).expand(*tokens.shape, 3)
 
     sizes = torch.tensor([4, 4])
-    tokens, parents = grow_trees(guess, torch.tensor([7, 8]), sizes, 4, 5)
+    tokens, parents = grow_trees(guess, torch.tensor([7, 8]), sizes, 4, 5, no_chains(2))
     assert tokens.tolist() == [[7, 1, 1, 1], [8, 1, 2, 3]]
     assert parents.tolist() == [[0, 0, 1, 2], [0, 0, 0, 0]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    sizes=st.lists(st.integers(2, 30), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_a_chain_joins_the_tree_once_and_as_likely_as_the_surer_of_both_says(
+    seed: int, sizes: list[int], data: st.DataObject
+) -> None:
+    num_tokens, max_depth = 4, 3
+    roots = list(range(100, 100 + len(sizes)))
+    drafter = Table(seed, roots, num_tokens, max_depth)
+    chains = []
+    for _ in sizes:
+        tokens = data.draw(st.lists(st.integers(0, num_tokens + 1), max_size=6))
+        shares = data.draw(st.lists(st.floats(0.05, 0.99), min_size=len(tokens), max_size=len(tokens)))
+        chains.append((tokens, list(itertools.accumulate(shares, operator.mul))))
+    joined = make_chains(chains, max(sizes), torch.device("cpu"))
+    tokens, parents = grow_trees(
+        drafter.guess, torch.tensor(roots), torch.tensor(sizes) + 1, max(sizes) + 1, max_depth, joined
+    )
+    for request, (size, (guessed, gains)) in enumerate(zip(sizes, chains, strict=True)):
+        paths: list[tuple[int, ...]] = [()]
+        for node in range(1, size + 1):
+            paths.append((*paths[int(parents[request, node])], int(tokens[request, node])))
+        assert len(set(paths)) == size + 1  # whatever both guess is one node
+        table = drafter.known[request]
+        sure = {(): 0.0}
+        for path in paths[1:]:
+            best = -math.inf
+            if path[:-1] in table and path[-1] < num_tokens:
+                best = sure[path[:-1]] + float(table[path[:-1]][path[-1]])
+            depth = len(path)
+            if list(path) == guessed[:depth]:
+                best = max(best, math.log(gains[depth - 1]))
+            sure[path] = best
+        # No part of the chain that was left out is likelier than what was kept.
+        worst = min(sure[path] for path in paths[1:])
+        missing = [i for i in range(len(guessed)) if tuple(guessed[: i + 1]) not in paths]
+        assert all(math.log(gains[i]) <= worst + 1e-4 for i in missing)
 
 
 def test_no_more_is_promised_than_can_be_offered() -> None:

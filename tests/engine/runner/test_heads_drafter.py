@@ -64,6 +64,16 @@ def test_grown_trees_leave_the_text_as_it_is(sampling: dict[str, Any], num_block
     assert (engine.num_preemptions > 0) == (num_blocks == 40)
 
 
+def test_n_grams_that_repeat_deepen_the_trees_beyond_the_heads() -> None:
+    # A model that is made to say the same token over and over.
+    engine = TinyEngine(full(20, 3, 3), HeadsDrafter(bound(hydra())), num_blocks=200)
+    sampling = params(LENGTH, ignore_eos=True, logit_bias={77: 1000.0})
+    [result] = engine.run([Arrival("0", PROMPTS[1], sampling)]).values()
+    assert result.tokens == [77] * LENGTH
+    # Token 77 is odd, and these heads know even tokens alone.
+    assert max(len(output.token_ids) for output in result.outputs) > 4
+
+
 class Recording(HeadsDrafter):
     """Keeps, of every draft, the known tokens and the rows that its heads start from."""
 

@@ -29,10 +29,12 @@ class RandomSpeculation:
         self._random = random.Random(seed)
 
     def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[int]:
+        for candidate in candidates:
+            candidate.gains = [1.0] * candidate.limit  # so that the drafts are counted
         return [self._random.randint(0, candidate.limit) for candidate in candidates]
 
-    def observe(self, acceptance: Acceptance, num_drafts: int, num_accepted: int) -> None:
-        assert 0 <= num_accepted <= num_drafts
+    def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
+        assert 0 <= num_accepted <= expected
 
     def observe_step(self, num_tokens: int, num_drafting: int, seconds: float) -> None:
         pass

@@ -101,7 +101,8 @@ class Simulation:
             assert all(0 <= size <= len(self.family.paths) for size in sizes)
             for acceptance, ratio, size in zip(self.acceptances, self.ratios, sizes, strict=True):
                 if size:
-                    policy.observe(acceptance, size, self.accepted(size, ratio))
+                    expected = float(self.total_gain[size])
+                    policy.observe(acceptance, expected, self.accepted(size, ratio))
             num_drafting = sum(size > 0 for size in sizes)
             duration = self.machine.pass_seconds(count + sum(sizes))
             if num_drafting:
@@ -212,6 +213,24 @@ def test_limits_of_candidates_are_kept() -> None:
     policy = adaptive(MACHINES["memory bound"])
     sizes = policy.plan(3, 3, [Candidate(Acceptance(), limit) for limit in (1, 5, 63)])
     assert sizes[0] <= 1 and sizes[1] <= 5 and sizes[2] > 5
+
+
+def test_a_sure_chain_is_worth_a_longer_tree_and_a_doubtful_one_is_not() -> None:
+    policy = adaptive(MACHINES["early knee"])
+    chains = ((), (0.95, 0.9, 0.85, 0.8), (0.02, 0.01))
+    candidates = [Candidate(Acceptance(), 63, chain) for chain in chains]
+    without, sure, doubtful = policy.plan(3, 3, candidates)
+    assert sure >= 4 and abs(doubtful - without) <= 1
+    for candidate in candidates:
+        assert list(candidate.gains) == sorted(candidate.gains, reverse=True)
+        assert len(candidate.gains) <= 63
+    # Where the chain is right, branches beside it are wrong: together they promise no more than all there is.
+    assert sum(candidates[1].gains) < sum(chains[1]) + 0.05 * sum(candidates[0].gains) + 1e-9
+
+
+def test_chains_alone_are_drafted_where_there_are_no_heads() -> None:
+    policy = AdaptiveSpeculation(TreeFamily((), ()), MACHINES["early knee"].cost_model())
+    assert policy.plan(2, 2, [Candidate(Acceptance(), 63), Candidate(Acceptance(), 63, (0.9, 0.8))]) == [0, 2]
 
 
 def test_nothing_to_plan() -> None:
