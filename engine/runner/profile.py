@@ -19,6 +19,7 @@ from engine.scheduling.speculation import Acceptance
 _TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _REQUESTS = (1, 4, 16, 64)
 _CONTEXT = 128  # computed tokens of each request in a measured pass, where the cache has room for them
+_DRAFTS = 8  # of each request when drafting is timed: more guesses take little longer
 _REPEATS = 3
 _TIME_LIMIT = 4.0  # seconds for either curve: on a slow or busy machine the largest sizes are extrapolated
 
@@ -36,7 +37,7 @@ def measure_costs(runner: Runner, limits: SchedulerLimits) -> CostModel:
     if drafter is not None:
         most = min(limits.max_num_seqs, runner.cache.num_blocks)
         sizes = [n for n in _REQUESTS if n <= most]
-        drafting = _curve({n: partial(runner.draft, _largest_trees(runner, limits, n)) for n in sizes})
+        drafting = _curve({n: partial(runner.draft, _drafting(runner, limits, n)) for n in sizes})
     return CostModel(passes=passes, drafting=drafting)
 
 
@@ -61,9 +62,10 @@ def _batch(runner: Runner, limits: SchedulerLimits, num_tokens: int) -> Batch | 
     return _decoding(runner, shares)
 
 
-def _largest_trees(runner: Runner, limits: SchedulerLimits, num_requests: int) -> Batch:
-    """Requests with the largest trees that they have room for."""
-    return _decoding(runner, [min(limits.max_drafts + 1, _room(runner, num_requests))] * num_requests)
+def _drafting(runner: Runner, limits: SchedulerLimits, num_requests: int) -> Batch:
+    """Requests with middling trees, as far as they have room for them."""
+    num_nodes = min(_DRAFTS, limits.max_drafts) + 1
+    return _decoding(runner, [min(num_nodes, _room(runner, num_requests))] * num_requests)
 
 
 def _room(runner: Runner, num_requests: int) -> int:
