@@ -55,7 +55,7 @@ def done(
 
 def test_the_figures_follow_from_the_rows(done: tuple[Path, dict[str, Any]]) -> None:
     _, document = done
-    assert document["modes"] == ["off", "auto", "tree:3", "tree:12"]
+    assert document["modes"] == ["off", "auto", "tree:3", "tree:12", "ngram", "draft"]
     assert (document["prompts"], document["turns"]) == (PROMPTS, 2 * PROMPTS)
     assert [figures["temperature"] for figures in document["figures"]] == [0.0, 1.0]
     for figures in document["figures"]:
@@ -173,6 +173,10 @@ def test_the_card_gets_the_main_table_in_the_place_of_an_older_one(
         (["--num-prompts", "9"], "--num-prompts: must be 1 to 4"),
         (["--num-prompts", "0"], "--num-prompts: must be 1 to 4"),
         (["--max-tokens", "0"], "--max-tokens: must be at least 1"),
+        (["--baselines", "none", "ngram"], "--baselines: none goes alone"),
+        (["--baselines", "ngram", "--draft-layers", "1"], "--baselines: a draft model is given"),
+        (["--draft-layers", "3"], "--draft-layers: must be 1 to 2, the model's own, not 3"),
+        (["--draft-layers", "0"], "--draft-layers: must be 1 to 2"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
