@@ -1,4 +1,4 @@
-"""`gorgon train medusa1|medusa2|calibrate|overlap`: make head sets from a model's own text, measure one."""
+"""`gorgon train medusa1|medusa2|overlap`: make head sets from a model's own text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cli.serve import DEFAULT_MODEL
 
 
 def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("train", help="train and calibrate head sets")
+    parser = subparsers.add_parser("train", help="train head sets")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     parser = commands.add_parser("medusa1", help="train heads on a frozen model, then calibrate them")
@@ -78,11 +78,6 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 
     train_medusa2.register(commands, DEFAULT_MODEL, _positive, _positive_float)
 
-    parser = commands.add_parser("calibrate", help="measure a head set on held-out text, rewrite its tree")
-    _add_common(parser)
-    parser.add_argument("--heads", type=Path, required=True, metavar="DIR", help="the head set")
-    parser.set_defaults(run=run_calibrate)
-
     overlap.register(commands)
 
 
@@ -123,7 +118,8 @@ def _positive_float(text: str) -> float:
 
 
 def run_medusa1(args: argparse.Namespace) -> int:
-    from training.recipe import HeadsConfig, report, train_medusa1
+    from training.calibration_report import report
+    from training.recipe import HeadsConfig, train_medusa1
     from training.trainer import TrainerConfig
 
     _check_data(args.data)
@@ -144,15 +140,6 @@ def run_medusa1(args: argparse.Namespace) -> int:
     cache = args.cache or args.out / "cache"
     result = train_medusa1(args.model, args.data, args.out, cache, args.max_positions, heads, config)
     print("\n".join(report(result)))
-    return 0
-
-
-def run_calibrate(args: argparse.Namespace) -> int:
-    from training.recipe import calibrate_heads, report
-
-    _check_data(args.data)
-    cache = args.cache or args.heads / "cache"
-    print("\n".join(report(calibrate_heads(args.heads, args.model, args.data, cache, args.seed))))
     return 0
 
 

@@ -47,7 +47,7 @@ def test_a_model_that_drafts_with_all_its_layers_is_always_right(model_dir: Path
 def test_without_a_number_it_drafts_with_a_share_of_its_layers(model_dir: Path) -> None:
     description, run = answer(model_dir, "draft")
     assert description.startswith("the model's own first 1 of 2 layers")
-    assert 0 < sum(run.drafted_by_depth) and len(run.committed) > 40 / (DRAFT_TOKENS + 1) + 2
+    assert sum(run.drafted_by_depth) > 0 and len(run.committed) > 40 / (DRAFT_TOKENS + 1) + 2
 
 
 def test_another_model_may_draft(model_dir: Path) -> None:
