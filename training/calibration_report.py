@@ -47,8 +47,8 @@ def _nodes(result: Calibration) -> list[str]:
     return [
         "The tree's first nodes, by the ranks of their path, in %. Accepted: the whole path is right, as",
         "counted on the text. Independent: the product of its hit rates, what that would be if heads were",
-        "right independently. Given its parent: right where its parent is; were heads independent, it would equal",
-        "the head's hit rate over all positions. Trees are made from what is accepted:",
+        "right independently. Given its parent: right where its parent is; were heads independent, it would",
+        "equal the head's hit rate over all positions. Trees are made from what is accepted:",
         *_table(
             ["ranks", "node", "accepted", "independent", "given its parent", "hit rate"], rows[:SHOWN_NODES]
         ),
