@@ -100,10 +100,11 @@ def test_the_report_shows_the_figures_and_needs_no_other_file(done: tuple[Path, 
             steps = values["tokens_per_step"]
             assert f"| {mode} | {steps['mean']:.2f} | {steps['std']:.2f} |" in text
             assert f"<td>{mode}</td><td>{steps['mean']:.2f}</td>" in page
+        part = text.partition(f"## Temperature {figures['temperature']:g}")[2]
         for task in ("a", "b"):
             steps = figures["tasks"][task]["modes"]["ngram"]["tokens_per_step"]
-            _, _, section = text.partition(f"### Task {task}")
-            assert f"| ngram | {steps['mean']:.2f} | {steps['std']:.2f} |" in section.partition("### ")[0]
+            section = part.partition(f"### Task {task}")[2].partition("## ")[0]
+            assert f"| ngram | {steps['mean']:.2f} | {steps['std']:.2f} |" in section
     for shown in (text, page):
         assert document["cpu"] in shown and document["date"] in shown
         assert "prompt lookup, 8 tokens" in shown and "first 1 of 2 layers, 4 tokens" in shown
