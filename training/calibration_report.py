@@ -82,9 +82,9 @@ def _tasks(result: Calibration) -> list[str]:
         for name, rates in result.by_task.items()
     ]
     return [
-        "By task: how often each head's first guess is right, in %, and tokens per step by draft nodes:",
+        "By task: how often each head's first guess is right, in %, and tokens per step by draft nodes n:",
         *_table(
-            ["task", "positions", *(f"head {head}" for head in heads), *(f"{size} nodes" for size in sizes)],
+            ["task", "positions", *(f"head {head}" for head in heads), *(f"n={size}" for size in sizes)],
             rows,
         ),
     ]
