@@ -110,7 +110,7 @@ def _color(mode: str, modes: Sequence[str]) -> Any:
 
     trees = [name for name in modes if nodes_of(name) is not None]
     if mode in trees:
-        return colormaps["Blues"](0.35 + 0.6 * trees.index(mode) / max(1, len(trees) - 1))
+        return colormaps["Blues"](0.25 + 0.7 * (trees.index(mode) + 1) / len(trees))
     others = [name for name in modes if name not in trees]
     return _COLORS[others.index(mode) % len(_COLORS)]
 
