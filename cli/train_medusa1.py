@@ -100,7 +100,8 @@ def register(
 
 def run(args: argparse.Namespace) -> int:
     from engine.errors import ConfigError
-    from training.recipe import HeadsConfig, report, train_medusa1
+    from training.calibration_report import report
+    from training.recipe import HeadsConfig, train_medusa1
     from training.trainer import TrainerConfig
 
     if not args.data.is_file():

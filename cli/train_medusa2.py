@@ -78,9 +78,9 @@ def _natural(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from engine.errors import ConfigError
+    from training.calibration_report import report
     from training.medusa2 import Medusa2Config
     from training.medusa2_recipe import Medusa2Options, train_medusa2
-    from training.recipe import report
 
     if not args.data.is_file():
         raise ConfigError("data", f"{args.data} is no file")

@@ -134,7 +134,7 @@ def train_medusa1(
         return None
     if (cost := trainer.epoch_cost()) is not None:
         print(f"{cost.line()}; {peak_memory_words()}", flush=True)
-    result = _calibrate(out, decoder, cache)
+    result = _calibrate(out, decoder, cache, documents)
     settings = {**heads.settings(), **asdict(config), "max_positions": max_positions}
     write_card(out, result, data.name, cache, settings)
     return result
@@ -146,31 +146,23 @@ def calibrate_heads(heads_dir: Path, model_name: str, data: Path, cache_dir: Pat
     held_out = [document for document in documents if document.held_out]
     if not held_out:
         raise DataError(f"none of the conversations of {data.name} falls into the held-out share")
-    result = _calibrate(heads_dir, decoder, extract(decoder, held_out, cache_dir))
+    result = _calibrate(heads_dir, decoder, extract(decoder, held_out, cache_dir), held_out)
     update_card(heads_dir, result, data.name)
     return result
 
 
-def _calibrate(heads_dir: Path, decoder: Decoder, cache: HiddenCache) -> Calibration:
+def _calibrate(
+    heads_dir: Path, decoder: Decoder, cache: HiddenCache, documents: Sequence[Document]
+) -> Calibration:
+    """documents: those of the cache."""
     heads = load_heads(heads_dir).bind(decoder.embedding, decoder.lm_head.weight)
     # What is served most is greedy; sampled text is measured only where there is nothing else.
     chosen = cache.held_out & cache.greedy if bool((cache.held_out & cache.greedy).any()) else cache.held_out
-    documents = torch.nonzero(chosen).squeeze(1).tolist()
-    if not documents:
+    numbers = torch.nonzero(chosen).squeeze(1).tolist()
+    if not numbers:
         raise DataError("no conversation fell into the held-out share; give more data")
-    result = calibrate(heads, Sequences(cache), documents, decoder.embedding.detach())
+    tasks = [document.task for document in documents]
+    result = calibrate(heads, Sequences(cache), numbers, decoder.embedding.detach(), tasks)
     measured_on = "held-out greedy answers" if bool(cache.greedy[chosen].all()) else "held-out answers"
     result.family.save(heads_dir / "tree.json", measured_on=measured_on, **result.facts())
     return result
-
-
-def report(result: Calibration) -> Sequence[str]:
-    """Lines for people: hit rates per head, tokens per step by tree size."""
-    lines = [f"measured on {result.num_positions} held-out positions"]
-    for head, rates in enumerate(result.hit_rates):
-        top = (
-            f"top-1 {100 * rates[0]:.1f}%, top-5 {100 * sum(rates[:5]):.1f}%, top-10 {100 * sum(rates):.1f}%"
-        )
-        lines.append(f"head {head}: {top}")
-    sizes = ", ".join(f"{n}: {tokens:.2f}" for n, tokens in result.tokens_per_step.items())
-    return [*lines, f"tokens per step by draft nodes: {sizes}"]
