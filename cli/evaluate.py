@@ -1,4 +1,4 @@
-"""`gorgon evaluate`: the report for a head set, against no speculation on the same prompts."""
+"""`gorgon evaluate`: the report for a head set, on the same prompts as no speculation and other guessers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="measure a head set on prompts and write a report",
-        description="Answers prompts with speculation off, auto and trees of fixed sizes, taking turns, and "
-        "writes report.md, report.html, plots and results.json. Stopped, the same command goes on.",
+        description="Answers prompts with speculation off, auto, trees of fixed sizes, n-grams and a draft "
+        "model, taking turns, and writes report.md, report.html, plots and results.json. Stopped, the same "
+        "command goes on.",
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help="(default: %(default)s)")
     parser.add_argument("--heads", default="auto", metavar="TEXT", help="head set (default: auto)")
@@ -62,6 +63,20 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         help="fixed trees by draft tokens (default: those of 4 8 16 32 63 that the head set has)",
     )
     parser.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=("ngram", "draft", "none"),
+        default=["ngram", "draft"],
+        help="what else answers the prompts: prompt lookup, a draft model (default: both)",
+    )
+    draft = parser.add_mutually_exclusive_group()
+    draft.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="a smaller model with the same tokens (default: the model's own first layers)",
+    )
+    draft.add_argument("--draft-layers", type=int, metavar="N", help="how many of them (default: a fifth)")
+    parser.add_argument(
         "--card", action="store_true", help="put the main figures into the head set's README.md"
     )
     add_flags(parser, _engine_settings())
@@ -100,6 +115,9 @@ def run(args: argparse.Namespace) -> int:
             seed=args.prompt_seed,
             temperatures=tuple(sorted(set(args.temperatures))),
             tree_nodes=None if args.tree_nodes is None else tuple(args.tree_nodes),
+            baselines=tuple(args.baselines),
+            draft_model=args.draft_model,
+            draft_layers=args.draft_layers,
             all_turns=args.all_turns,
             out=args.out,
             card=args.card,

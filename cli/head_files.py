@@ -73,7 +73,7 @@ def run_import(args: argparse.Namespace) -> int:
     )
     print(f"Read the layout of {foreign.layout}: {load_heads(args.out).kind}.")
     print(f"Wrote {args.out} with a default tree that was not measured on these heads. Next:")
-    print(f"  gorgon train calibrate --heads {args.out} --model {args.model} --data FILE")
+    print(f"  gorgon calibrate --heads {args.out} --model {args.model} --data FILE")
     return 0
 
 

@@ -62,6 +62,7 @@ def register(
     add("--max-positions", default=1_300_000, **whole, help="answer tokens used (1300000)")
     add("--max-length", default=1024, **whole, help="longer conversations are left out (1024 tokens)")
     add("--checkpoint-every", default=50, **whole, help="steps between states on disk (50)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="CUDA where there is one (auto)")
     add("--mixed-precision", choices=("auto", "no", "bf16"), default="auto", help="number format (auto)")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     add("--cost-prompts", default=32, **whole, help="held-out prompts continued by both models (32)")
@@ -77,9 +78,9 @@ def _natural(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from engine.errors import ConfigError
+    from training.calibration_report import report
     from training.medusa2 import Medusa2Config
     from training.medusa2_recipe import Medusa2Options, train_medusa2
-    from training.recipe import report
 
     if not args.data.is_file():
         raise ConfigError("data", f"{args.data} is no file")

@@ -217,7 +217,7 @@ class Engine:
 def _check_tree(family: TreeFamily, heads: HeadSet) -> None:
     """Raises HeadsError where the tree asks for guesses that the heads do not make."""
     module, num_tokens = heads.module, heads.module.num_tokens
-    again = "run gorgon train calibrate on this head set to make its tree anew"
+    again = "run gorgon calibrate on this head set to make its tree anew"
     if family.max_depth > module.num_heads:
         raise HeadsError(
             f"the tree of head set {heads.name} is {family.max_depth} deep, but it has {module.num_heads} "

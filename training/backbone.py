@@ -13,7 +13,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,6 @@ LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 32, 16, 0.05
 
 class JointTrainingError(GorgonError):
     """A run that cannot start or go on; the message says what to change, or from where it can be taken up."""
-
-
-def check_installed() -> None:
-    """Raises JointTrainingError where what only joint training needs is not there."""
-    missing = [name for name in ("peft", "accelerate") if find_spec(name) is None]
-    if missing:
-        raise JointTrainingError(
-            f"joint training needs {' and '.join(missing)}: pip install 'gorgon-serve[train]'"
-        )
 
 
 def load_model(model_dir: Path, dtype: torch.dtype) -> Any:

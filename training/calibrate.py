@@ -1,10 +1,16 @@
-"""Measures a head set on held-out text: hit rates by rank, the best trees, tokens per step by tree size."""
+"""Measures a head set on held-out text: hit rates by rank, the best trees, tokens per step by tree size.
+
+Ranks are measured along the true path: a head that sees its path is asked what it is asked at serving when
+every guess before was right. Whether those were guessed at all, a hit rate does not say, and heads tend to be
+right together. A tree is therefore made from counts of whole paths.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,25 +23,65 @@ from trees.search import accepted_nodes, family_from_paths
 MAX_RANK = 40  # a true token beyond counts as a miss
 SHOWN_RANKS = 10
 TOKENS_PER_PASS = 1024
+MAX_TASKS = 30  # shown by themselves; a source of its own for every row would tell nothing
 TREE_SIZES = (1, 2, 4, 8, 16, 32, 63)
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What was measured. `hit_rates[k][r]`: how often head k's guess of rank r is right."""
+class Rates:
+    """What was measured on some answers. `hit_rates[k][r]`: how often head k's guess of rank r is right where
+    its path so far is the true one, by MAX_RANK ranks."""
 
-    family: TreeFamily
+    num_positions: int
     hit_rates: list[list[float]]
     tokens_per_step: dict[int, float]  # by nodes besides the root, over the steps of a walk through the text
-    num_positions: int
+
+    def facts(self) -> dict[str, object]:
+        """As plain data, rounded."""
+        return {
+            "positions": self.num_positions,
+            "hit_rates": [[round(rate, 4) for rate in rates[:SHOWN_RANKS]] for rates in self.hit_rates],
+            "tokens_per_step": {str(n): round(tokens, 3) for n, tokens in self.tokens_per_step.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Calibration(Rates):
+    """The same over all answers, the tree family they give, and the rates of single tasks, those with most
+    positions first; none where the text tells no tasks apart."""
+
+    family: TreeFamily
+    by_task: dict[str, Rates]
 
     def facts(self) -> dict[str, object]:
         """What goes into tree.json beside the tree."""
-        return {
-            "positions": self.num_positions,
-            "hit_rates": [[round(rate, 4) for rate in rates] for rates in self.hit_rates],
-            "tokens_per_step": {str(n): round(tokens, 3) for n, tokens in self.tokens_per_step.items()},
-        }
+        tasks = {name: rates.facts() for name, rates in self.by_task.items()}
+        return super().facts() | ({"by_task": tasks} if tasks else {})
+
+    def conditional(self) -> list[float]:
+        """For each node of the family, how often it is right where its parent is, [num_paths]."""
+        gains = (1.0, *self.family.gains)
+        parents = self.family.parents[1:]
+        return [
+            gain / gains[parent] if gains[parent] else 0.0
+            for gain, parent in zip(gains[1:], parents, strict=True)
+        ]
+
+    def independent(self) -> list[float]:
+        """For each node of the family, how often it would be accepted if heads were right independently of
+        each other: the product of their hit rates along its path, [num_paths]."""
+        return [prod(self.hit_rates[k][rank] for k, rank in enumerate(path)) for path in self.family.paths]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One answer's positions: `ranks` as of `true_ranks`, `known` where the head has a target at all, both
+    [num_positions, num_heads]."""
+
+    task: str
+    ranks: Tensor
+    known: Tensor
+    paths: list[RankPath]
 
 
 @torch.inference_mode()
@@ -82,25 +128,58 @@ def walk(family: TreeFamily, segments: Sequence[Sequence[RankPath]]) -> float:
 
 
 def calibrate(
-    heads: DraftHeads, sequences: Sequences, documents: Sequence[int], embedding: Tensor
+    heads: DraftHeads,
+    sequences: Sequences,
+    documents: Sequence[int],
+    embedding: Tensor,
+    tasks: Sequence[str] = (),
 ) -> Calibration:
-    """Measure bound heads on the answers of the given documents. embedding: [vocab, hidden], the base's."""
-    by_answer: list[list[RankPath]] = []
-    all_ranks, all_known = [], []
+    """Measure bound heads on the answers of the given documents.
+
+    embedding: [vocab, hidden], the base's; tasks: of all documents of the sequences, by number.
+    """
+    answers: list[_Answer] = []
     for numbers in sequences.batches(documents, TOKENS_PER_PASS):
-        batch = sequences.load(numbers)
-        ranks = true_ranks(heads, batch, embedding)
-        all_ranks.append(ranks)
-        all_known.append(torch.stack([batch.targets(k) >= 0 for k in range(heads.num_heads)], dim=1))
-        # The anchors of one answer lie together.
-        lengths = [len(list(group)) for _, group in groupby(batch.ends.tolist())]
-        by_answer += [rank_paths(rows) for rows in torch.split(ranks, lengths)]
-    ranks, known = torch.cat(all_ranks), torch.cat(all_known)
-    family = family_from_paths(path for paths in by_answer for path in paths)
-    hit_rates = [
-        [float((column[mask] == rank).float().mean()) for rank in range(SHOWN_RANKS)]
-        for column, mask in zip(ranks.t(), known.t(), strict=True)
-    ]
+        answers += _measure(
+            heads, sequences.load(numbers), embedding, [tasks[n] for n in numbers] if tasks else []
+        )
+    family = family_from_paths(path for answer in answers for path in answer.paths)
+    by_task: dict[str, list[_Answer]] = {}
+    for answer in answers:
+        by_task.setdefault(answer.task, []).append(answer)
+    rates = {name: _rates(family, of_task) for name, of_task in by_task.items() if len(by_task) > 1}
+    most = sorted(rates, key=lambda name: (-rates[name].num_positions, name))[:MAX_TASKS]
+    over_all = _rates(family, answers)
+    return Calibration(
+        over_all.num_positions,
+        over_all.hit_rates,
+        over_all.tokens_per_step,
+        family,
+        {name: rates[name] for name in most},
+    )
+
+
+def _measure(
+    heads: DraftHeads, batch: SequenceBatch, embedding: Tensor, tasks: Sequence[str]
+) -> Iterator[_Answer]:
+    """The answers of a batch. tasks: by row of the batch, or none."""
+    ranks = true_ranks(heads, batch, embedding)
+    known = torch.stack([batch.targets(k) >= 0 for k in range(heads.num_heads)], dim=1)
+    rows = (batch.anchors // batch.token_ids.shape[1]).tolist()
+    first = 0
+    for _, group in groupby(batch.ends.tolist()):  # the anchors of one answer lie together
+        end = first + len(list(group))
+        task = tasks[rows[first]] if tasks else ""
+        yield _Answer(task, ranks[first:end], known[first:end], rank_paths(ranks[first:end]))
+        first = end
+
+
+def _rates(family: TreeFamily, answers: Sequence[_Answer]) -> Rates:
+    ranks, known = (torch.cat([getattr(a, name) for a in answers]) for name in ("ranks", "known"))
+    hit_rates = []
+    for column, mask in zip(ranks.t(), known.t(), strict=True):
+        counts = torch.bincount(column[mask], minlength=MAX_RANK + 1)[:MAX_RANK]
+        hit_rates.append((counts / mask.sum().clamp(min=1)).tolist())
     sizes = sorted({min(size, len(family.paths)) for size in TREE_SIZES})
-    tokens = {size: walk(family.prefix(size), by_answer) for size in sizes}
-    return Calibration(family, hit_rates, tokens, len(ranks))
+    paths = [answer.paths for answer in answers]
+    return Rates(len(ranks), hit_rates, {size: walk(family.prefix(size), paths) for size in sizes})

@@ -1,7 +1,8 @@
 """Conversations as token sequences that say which tokens the assistant wrote: heads learn from those alone.
 
 Reads JSON lines of `{"messages": [...]}`, gzipped or not. A row may carry `temperature` (absent or 0: the
-text is greedy) and `finish_reason` ("length": the last answer was cut, so that it has no end).
+text is greedy), `finish_reason` ("length": the last answer was cut, so that it has no end) and `task`,
+`category` or `source`, by which figures are told apart.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Document:
     spans: list[tuple[int, int]]
     greedy: bool
     held_out: bool  # never trained on
+    task: str = field(default="", repr=False)  # no part of the digest: nothing is computed from it
 
     @property
     def num_answer_tokens(self) -> int:
@@ -38,6 +40,7 @@ class Document:
 
 
 HELD_OUT_PERCENT = 4
+_TASK_NAMES = ("task", "category", "source")  # what a row may call the kind of its question, best first
 
 
 def is_held_out(messages: list[dict[str, Any]]) -> bool:
@@ -102,7 +105,13 @@ def encode_row(row: dict[str, Any], tokenizer: ChatTokenizer, end_of_turn: str) 
         token_ids += tokenizer.encode(answer, add_special_tokens=False)
         spans.append((start, len(token_ids)))
         done = prompt + answer
-    return Document(token_ids, spans, greedy=not row.get("temperature"), held_out=is_held_out(messages))
+    return Document(
+        token_ids,
+        spans,
+        greedy=not row.get("temperature"),
+        held_out=is_held_out(messages),
+        task=next((str(row[name]) for name in _TASK_NAMES if row.get(name)), ""),
+    )
 
 
 def load_documents(

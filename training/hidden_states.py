@@ -30,7 +30,9 @@ from training.dataset import Document, digest
 
 MANIFEST_VERSION = 2
 GROUP_SIZE = 128  # documents between two notes of progress
-TOKENS_PER_PASS = 1024  # padding included; more falls out of the cache of a CPU
+# Tokens of a pass, padding included: more falls out of the cache of a CPU, and less leaves a GPU idle.
+TOKENS_PER_PASS = 1024
+CUDA_TOKENS_PER_PASS = 16_384
 
 
 class DenseCausalAttention:
@@ -59,6 +61,7 @@ class HiddenCache:
     owners: Tensor  # [num_answers] int64: each answer's document
     held_out: Tensor  # [num_documents] bool
     greedy: Tensor  # [num_documents] bool
+    seconds: float | None = None  # that the backbone's passes took; None where nobody kept count
 
     @cached_property
     def num_answer_tokens(self) -> int:
@@ -73,11 +76,11 @@ class HiddenCache:
         return edges.cumsum(0)[:-1] > 0
 
 
-def _batches(documents: list[Document]) -> Iterator[list[int]]:
-    """Document numbers in batches of similar length, at most TOKENS_PER_PASS tokens with padding."""
+def _batches(documents: list[Document], num_tokens: int) -> Iterator[list[int]]:
+    """Document numbers in batches of similar length, at most `num_tokens` tokens with padding."""
     batch: list[int] = []
     for i in sorted(range(len(documents)), key=lambda i: len(documents[i].token_ids)):
-        if batch and (len(batch) + 1) * len(documents[i].token_ids) > TOKENS_PER_PASS:
+        if batch and (len(batch) + 1) * len(documents[i].token_ids) > num_tokens:
             yield batch
             batch = []
         batch.append(i)
@@ -87,7 +90,7 @@ def _batches(documents: list[Document]) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def _rows(decoder: Decoder, documents: list[Document]) -> list[Tensor]:
-    """Per document [num_tokens, hidden]."""
+    """Per document [num_tokens, hidden] bfloat16 on the CPU."""
     device = decoder.embedding.device
     length = max(len(d.token_ids) for d in documents)
     tokens = torch.zeros(len(documents), length, dtype=torch.int64)
@@ -96,7 +99,7 @@ def _rows(decoder: Decoder, documents: list[Document]) -> list[Tensor]:
     positions = torch.arange(length).repeat(len(documents))
     attention = DenseCausalAttention(len(documents), length)
     hidden = decoder(tokens.view(-1).to(device), positions.to(device), attention)
-    hidden = hidden.view(len(documents), length, -1)
+    hidden = hidden.view(len(documents), length, -1).to("cpu", torch.bfloat16)
     return [hidden[row, : len(document.token_ids)] for row, document in enumerate(documents)]
 
 
@@ -139,7 +142,7 @@ def extract(decoder: Decoder, documents: list[Document], cache_dir: Path) -> Hid
     path = directory / "manifest.json"
     manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if {name: manifest.get(name) for name in header} != header:
-        manifest = {**header, "groups_done": 0}
+        manifest = {**header, "groups_done": 0, "seconds": 0.0}
         np.lib.format.open_memmap(directory / "hidden.npy", "w+", np.uint16, (num_rows, hidden_size))
         tokens = [token for document in documents for token in document.token_ids]
         np.save(directory / "token_ids.npy", np.array(tokens, dtype=np.int64))
@@ -155,18 +158,23 @@ def _fill(decoder: Decoder, documents: list[Document], directory: Path, manifest
     first_rows = np.cumsum([0, *(len(d.token_ids) for d in documents)])
     first = manifest["groups_done"] * GROUP_SIZE
     tokens_left = sum(len(d.token_ids) for d in documents[first:])
-    tokens_done, began = 0, time.monotonic()
+    num_tokens = CUDA_TOKENS_PER_PASS if decoder.embedding.is_cuda else TOKENS_PER_PASS
+    tokens_done, seconds = 0, 0.0
     for begin in range(first, len(documents), GROUP_SIZE):
         group = documents[begin : begin + GROUP_SIZE]
-        for batch in _batches(group):
+        began = time.monotonic()
+        for batch in _batches(group, num_tokens):
             for i, rows in zip(batch, _rows(decoder, [group[i] for i in batch]), strict=True):
-                bits = rows.to("cpu", torch.bfloat16).view(torch.uint16).numpy()
-                hidden[first_rows[begin + i] : first_rows[begin + i + 1]] = bits
+                hidden[first_rows[begin + i] : first_rows[begin + i + 1]] = rows.view(torch.uint16).numpy()
+        spent = time.monotonic() - began
+        seconds += spent
         hidden.flush()
         manifest["groups_done"] += 1
+        if "seconds" in manifest:
+            manifest["seconds"] += spent
         _write_manifest(directory, manifest)
         tokens_done += sum(len(d.token_ids) for d in group)
-        rate = tokens_done / (time.monotonic() - began)
+        rate = tokens_done / seconds
         print(
             f"hidden states: {begin + len(group)}/{len(documents)} documents, {rate:.0f} tokens/s, "
             f"{(tokens_left - tokens_done) / rate / 60:.1f} min left",
@@ -179,6 +187,7 @@ def open_cache(directory: Path) -> HiddenCache:
     hidden = torch.from_numpy(np.load(directory / "hidden.npy", mmap_mode="r+")).view(torch.bfloat16)
     documents = torch.from_numpy(np.load(directory / "documents.npy"))
     answers = torch.from_numpy(np.load(directory / "answers.npy"))
+    manifest = json.loads((directory / "manifest.json").read_text())
     return HiddenCache(
         origin=directory.name,
         hidden=hidden,
@@ -188,4 +197,5 @@ def open_cache(directory: Path) -> HiddenCache:
         owners=answers[:, 2],
         held_out=documents[:, 2].bool(),
         greedy=documents[:, 3].bool(),
+        seconds=manifest.get("seconds"),
     )

@@ -8,16 +8,17 @@ the divisor either.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from heads.medusa import MedusaHeads
+from heads.base import DraftHeads
 from training.backbone import Backbone
-from training.vocabulary_loss import vocabulary_loss
+from training.heads_loss import projected
+from training.vocabulary_loss import frozen_projection_loss, vocabulary_loss
 
 ROWS_PER_BLOCK = 512  # rows whose logits exist at the same time
 
@@ -59,26 +60,25 @@ def language_loss(backbone: Backbone, hidden: Tensor, next_tokens: Tensor) -> Te
     return _in_blocks(block, hidden, next_tokens)
 
 
-def head_losses(
-    heads: MedusaHeads, hidden: Tensor, root_rows: Tensor, columns: Tensor, projection: Tensor
-) -> Tensor:
+def head_losses(heads: DraftHeads, features: Sequence[Tensor], columns: Tensor, projection: Tensor) -> Tensor:
     """Sum over the rows of -log p(target) by head, [num_heads] float32.
 
-    hidden, root_rows: [num_rows, hidden]; columns: [num_rows, num_heads] int64, each target's column of the
+    features: per head [num_rows, hidden]; columns: [num_rows, num_heads] int64, each target's column of the
     projection, -1 for none; projection: [num_tokens, hidden] without gradient, not read by heads that bring
     their own.
     """
-    features = heads.features(hidden, heads.num_heads, root_rows)
+    projection = projection.to(_product_dtype(features[0]))
     sums = []
     for head in range(heads.num_heads):
         known = columns[:, head] >= 0
-        rows, targets = features[head][known].to(_product_dtype(features)), columns[known, head]
-        if heads.projection is None:
-            # Under autocast its products would be of two number formats.
-            with torch.autocast(rows.device.type, enabled=False):
-                sums.append(vocabulary_loss(rows, projection.to(rows.dtype), targets))
-        else:
-            sums.append(_in_blocks(_own_projection_loss(heads.projection[head]), rows, targets))
+        rows, weight = projected(heads, head, features[head][known], projection)
+        targets = columns[known, head]
+        # Under autocast their products would be of two number formats.
+        with torch.autocast(rows.device.type, enabled=False):
+            if heads.projection_kind == "shared":
+                sums.append(frozen_projection_loss(rows, weight, weight[targets]))
+            else:
+                sums.append(vocabulary_loss(rows, weight, targets))
     return torch.stack(sums)
 
 
@@ -86,13 +86,6 @@ def _product_dtype(features: Tensor) -> torch.dtype:
     """The format in which a linear layer would multiply these features."""
     device = features.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
-
-
-def _own_projection_loss(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    def block(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(rows, weight).float(), targets, reduction="sum")
-
-    return block
 
 
 def _in_blocks(loss: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from heads.medusa import MedusaHeads
+from heads.base import DraftHeads
 from training.backbone import Backbone, JointTrainingError
 from training.conversations import BatchPlan, ConversationBatch, make_batch
 from training.dataset import Document, digest
+from training.heads_loss import token_columns
 from training.joint_log import JointLog, StepFacts
 from training.joint_losses import distillation_loss, head_losses, language_loss, phase_rate, sine_ramp
 
@@ -66,36 +67,33 @@ class JointModel(nn.Module):
 
     columns: Tensor  # [vocab + 1] int64: a token's column of the projection, -1 for none; the last: token -1
 
-    def __init__(self, backbone: Backbone, heads: MedusaHeads, lm_loss: Literal["distill", "ce"]) -> None:
+    def __init__(self, backbone: Backbone, heads: DraftHeads, lm_loss: Literal["distill", "ce"]) -> None:
         super().__init__()
         self.backbone, self.heads, self.lm_loss = backbone, heads, lm_loss
-        vocab = heads.vocab_size
-        chosen = torch.arange(vocab) if heads.token_map is None else heads.token_map.cpu()
-        columns = torch.full((vocab + 1,), -1, dtype=torch.int64)
-        columns[chosen] = torch.arange(len(chosen))
+        columns = token_columns(heads.token_map, heads.vocab_size)
         self.register_buffer("columns", columns, persistent=False)
 
     def forward(self, batch: ConversationBatch, joint: bool) -> Tensor:
-        """Sums over the batch's rows: L_LM, then each head's cross-entropy, [1 + num_heads] float32.
+        """Sums over the batch's rows: L_LM, then each head's cross-entropy, [1 + num_heads] float32. Heads
+        learn at the rows before an answer token, their anchors.
 
         Without `joint` the backbone stands still and its loss is not computed: 0.
         """
         backbone = self.backbone
         with nullcontext() if joint else torch.no_grad():
-            hidden = backbone.hidden(batch.token_ids)[batch.rows]
+            states = backbone.hidden(batch.token_ids)
+        hidden = states[batch.rows]
         lm_loss = torch.zeros((), device=hidden.device)
         if joint and self.lm_loss == "distill":
             teacher = backbone.teacher_hidden(batch.token_ids)[batch.rows]
             lm_loss = distillation_loss(backbone, hidden, teacher)
         elif joint:
             lm_loss = language_loss(backbone, hidden, batch.next_tokens)
-        projection = backbone.projection()
-        if self.heads.token_map is not None:
-            projection = projection[self.heads.token_map]
-        roots = backbone.embedding[batch.next_tokens]
-        dtype = self.heads.biases[0].dtype
-        rows = hidden.to(dtype), roots.to(dtype)
-        by_head = head_losses(self.heads, *rows, self.columns[batch.targets], projection)
+        dtype = next(self.heads.parameters()).dtype
+        embeddings = backbone.embedding[batch.token_ids].to(dtype)
+        features = self.heads.sequence_features(states.to(dtype).view_as(embeddings), embeddings, batch.rows)
+        columns, projection = self.columns[batch.targets], self.heads.mapped(backbone.projection())
+        by_head = head_losses(self.heads, features, columns, projection)
         return torch.cat((lm_loss.unsqueeze(0), by_head))
 
 
@@ -111,7 +109,7 @@ class Medusa2Trainer:
         config: Medusa2Config,
         documents: list[Document],
         backbone: Backbone,
-        heads: MedusaHeads,
+        heads: DraftHeads,
         directory: Path,
         accelerator: Any,
     ) -> None:
@@ -173,7 +171,7 @@ class Medusa2Trainer:
                 parameter.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.log.cut(self.step)
+        self.log.curves.cut(self.step)
         self.accelerator.print(f"taken up at step {self.step} of {self.num_steps}", flush=True)
 
     def save(self) -> None:
@@ -255,7 +253,7 @@ class Medusa2Trainer:
 
     def run(self) -> None:
         """Train to the end from wherever this run is."""
-        self.log.start(self.step)
+        self.log.curves.start(self.step)
         while self.step < self.num_steps:
             began = time.monotonic()
             facts = self.train_step()

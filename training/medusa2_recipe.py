@@ -6,21 +6,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from engine.config import Device
 from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
-from engine.runner.device import resolve_dtype
+from heads.base import DraftHeads
 from heads.checkpoint import load_heads, save_heads
-from heads.errors import HeadsError
 from heads.medusa import MedusaHeads
 from heads.registry import resolve_model
-from training.backbone import Backbone, JointTrainingError, check_installed, load_model
+from training.backbone import Backbone, JointTrainingError, load_model
 from training.calibrate import Calibration
 from training.dataset import DataError, Document, load_documents
+from training.devices import check_installed, make_accelerator
 from training.medusa2 import Medusa2Config, Medusa2Trainer
 from training.output_cost import OutputCost, measure_cost
 from training.recipe import calibrate_heads
@@ -44,6 +44,7 @@ class Medusa2Options:
     max_positions: int = 1_300_000
     max_length: int = 1024
     cost_prompts: int = 32
+    device: Device = "auto"
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     gradient_checkpointing: bool = False
 
@@ -60,12 +61,14 @@ def train_medusa2(options: Medusa2Options, config: Medusa2Config) -> Medusa2Resu
     """Train, merge, calibrate, compare; a killed run goes on where it stopped. `out` then holds `model` and
     `heads`, which belong together, and `report.json`. None on all devices but the first.
     """
-    check_installed()
+    check_installed("peft", "accelerate")
     if options.heads is None and not config.heads_first_steps:
         raise JointTrainingError(
             "fresh heads would bend the backbone towards their noise: give --heads or --heads-first-steps"
         )
-    accelerator = make_accelerator(options.mixed_precision, heads_first=bool(config.heads_first_steps))
+    accelerator = make_accelerator(
+        options.mixed_precision, device=options.device, heads_first=bool(config.heads_first_steps)
+    )
     with accelerator.main_process_first():  # which fetches the model where need be
         source = resolve_model(options.model).model_dir
     documents = _documents(options, source, config.seed)
@@ -92,19 +95,6 @@ def _documents(options: Medusa2Options, source: Path, seed: int) -> list[Documen
     return load_documents(options.data, tokenizer, tokenizer.eos_token, *limits, seed)
 
 
-def make_accelerator(mixed_precision: str, *, heads_first: bool) -> Any:
-    """accelerate's Accelerator. auto: bfloat16 where the hardware computes in it; heads_first: whether some
-    steps train the heads alone."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    if mixed_precision == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        mixed_precision = "bf16" if resolve_dtype("auto", device) == torch.bfloat16 else "no"
-    # While the heads train alone, the backbone has no gradients to wait for.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=heads_first)
-    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[ddp])
-
-
 def _backbone(options: Medusa2Options, config: Medusa2Config, source: Path, bf16: bool) -> Backbone:
     """Weights that train are float32; those under adapters are in the format they are computed in."""
     dtype = torch.bfloat16 if bf16 and not config.full else torch.float32
@@ -117,17 +107,13 @@ def _backbone(options: Medusa2Options, config: Medusa2Config, source: Path, bf16
     )
 
 
-def _heads(options: Medusa2Options, backbone: Backbone, documents: Sequence[Document]) -> MedusaHeads:
+def _heads(options: Medusa2Options, backbone: Backbone, documents: Sequence[Document]) -> DraftHeads:
     """The head set to start from, in float32, or fresh heads over the answers' most frequent tokens."""
     embedding = backbone.embedding
     vocab_size, hidden_size = embedding.shape
     if options.heads is not None:
         head_set = load_heads(options.heads)
         head_set.check_base(embedding)
-        if not isinstance(head_set.module, MedusaHeads):
-            raise HeadsError(
-                f"{head_set.name}: joint training is for Medusa heads, not {head_set.module.kind}"
-            )
         return head_set.module.float().requires_grad_(True)
     token_map = None
     if options.vocab < vocab_size:
@@ -144,7 +130,7 @@ def _finish(
     config: Medusa2Config,
     source: Path,
     backbone: Backbone,
-    heads: MedusaHeads,
+    heads: DraftHeads,
     held_out: Sequence[Document],
     device: str,
 ) -> Medusa2Result:

@@ -5,7 +5,7 @@ matplotlib comes with the extra `report` and is imported only when a plot is dra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -28,11 +28,16 @@ def expected_tokens(family: TreeFamily) -> list[float]:
 
 
 def plot_expected_tokens(
-    family: TreeFamily, path: Path, measured: Mapping[int, float] | None = None, title: str = ""
+    family: TreeFamily,
+    path: Path,
+    measured: Mapping[int, float] | None = None,
+    independent: Sequence[float] | None = None,
+    title: str = "",
 ) -> None:
     """Write a PNG of expected tokens per step against nodes besides the root.
 
-    measured: tokens per step by nodes where they were measured, as points. Raises PlotError without
+    measured: tokens per step by nodes where they were measured, as points; independent: what would be
+    expected if heads were right independently of each other, [num_paths + 1]. Raises PlotError without
     matplotlib.
     """
     if not can_plot():
@@ -44,9 +49,18 @@ def plot_expected_tokens(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     expected = expected_tokens(family)
-    axes.plot(range(len(expected)), expected, label="expected from the gains of the nodes")
+    axes.plot(range(len(expected)), expected, label="expected, from whole paths counted on the text")
+    if independent is not None:
+        label = "if heads were right independently"
+        axes.plot(range(len(independent)), independent, "--", color="0.5", label=label)
     if measured:
-        axes.plot(list(measured), list(measured.values()), "o", label="measured, walking through answers")
+        axes.plot(
+            list(measured),
+            list(measured.values()),
+            "o",
+            color="tab:orange",
+            label="measured, walking through answers",
+        )
     axes.set_xlabel("draft nodes besides the root")
     axes.set_ylabel("tokens per step")
     axes.set_ylim(bottom=1.0)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from engine.config import Device
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
@@ -21,14 +22,18 @@ from heads.registry import resolve_model
 from training.calibrate import Calibration, calibrate
 from training.card import update_card, write_card
 from training.dataset import DataError, Document, load_documents
+from training.devices import check_installed, make_accelerator, peak_memory_words, training_dtype
 from training.hidden_states import HiddenCache, extract
 from training.sequences import Sequences
 from training.trainer import HeadsTrainer, TrainerConfig, token_map
 
+_CPU = torch.device("cpu")
 MAX_LENGTH = 1024  # tokens of a conversation, prompt included; longer ones are left out
 
 
-def _load(model_name: str, data: Path, max_positions: int, seed: int) -> tuple[Decoder, list[Document]]:
+def _load(
+    model_name: str, data: Path, max_positions: int, seed: int, device: torch.device = _CPU
+) -> tuple[Decoder, list[Document]]:
     model = resolve_model(model_name)
     tokenizer = load_chat_tokenizer(model.model_dir)
     if tokenizer.eos_token is None:
@@ -37,7 +42,7 @@ def _load(model_name: str, data: Path, max_positions: int, seed: int) -> tuple[D
     documents = load_documents(data, tokenizer, tokenizer.eos_token, max_positions, length, seed)
     answers = sum(d.num_answer_tokens for d in documents)
     print(f"{len(documents)} conversations, {answers} answer tokens", flush=True)
-    return load_decoder(model.model_dir, torch.bfloat16, torch.device("cpu")), documents
+    return load_decoder(model.model_dir, training_dtype(device), device), documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +112,30 @@ def train_medusa1(
     max_positions: int,
     heads: HeadsConfig,
     config: TrainerConfig,
-) -> Calibration:
-    """Extract, train, calibrate, write the head set to `out`; a killed run goes on where it stopped."""
-    decoder, documents = _load(model_name, data, max_positions, config.seed)
-    cache = extract(decoder, documents, cache_dir)
+    device: Device = "auto",
+) -> Calibration | None:
+    """Extract, train, calibrate, write the head set to `out`; a killed run goes on where it stopped. None on
+    all devices but the first."""
+    check_installed("accelerate")
+    accelerator = make_accelerator(device=device)
+    with accelerator.main_process_first():  # which fetches the model where need be, and fills the cache
+        decoder, documents = _load(model_name, data, max_positions, config.seed, accelerator.device)
+        cache = extract(decoder, documents, cache_dir)
+    decoder.cpu()  # what training needs of it goes back; the rest would only take memory
     module = make_heads(heads, decoder, cache)
-    trainer = HeadsTrainer(config, module, cache, decoder.embedding, decoder.lm_head.weight, model_name, out)
+    embedding, lm_head = decoder.embedding, decoder.lm_head.weight
+    trainer = HeadsTrainer(config, module, cache, embedding, lm_head, model_name, out, accelerator)
+    devices = f"{accelerator.num_processes} x {accelerator.device.type}"
+    size = cache.hidden.nbytes >> 20
+    accelerator.print(
+        f"{module.kind}: {trainer.num_steps} steps on {devices}, {size} MiB of hidden states", flush=True
+    )
     trainer.run()
-    result = _calibrate(out, decoder, cache)
+    if not accelerator.is_main_process:
+        return None
+    if (cost := trainer.epoch_cost()) is not None:
+        print(f"{cost.line()}; {peak_memory_words()}", flush=True)
+    result = _calibrate(out, decoder, cache, documents)
     settings = {**heads.settings(), **asdict(config), "max_positions": max_positions}
     write_card(out, result, data.name, cache, settings)
     return result
@@ -126,31 +147,23 @@ def calibrate_heads(heads_dir: Path, model_name: str, data: Path, cache_dir: Pat
     held_out = [document for document in documents if document.held_out]
     if not held_out:
         raise DataError(f"none of the conversations of {data.name} falls into the held-out share")
-    result = _calibrate(heads_dir, decoder, extract(decoder, held_out, cache_dir))
+    result = _calibrate(heads_dir, decoder, extract(decoder, held_out, cache_dir), held_out)
     update_card(heads_dir, result, data.name)
     return result
 
 
-def _calibrate(heads_dir: Path, decoder: Decoder, cache: HiddenCache) -> Calibration:
+def _calibrate(
+    heads_dir: Path, decoder: Decoder, cache: HiddenCache, documents: Sequence[Document]
+) -> Calibration:
+    """documents: those of the cache."""
     heads = load_heads(heads_dir).bind(decoder.embedding, decoder.lm_head.weight)
     # What is served most is greedy; sampled text is measured only where there is nothing else.
     chosen = cache.held_out & cache.greedy if bool((cache.held_out & cache.greedy).any()) else cache.held_out
-    documents = torch.nonzero(chosen).squeeze(1).tolist()
-    if not documents:
+    numbers = torch.nonzero(chosen).squeeze(1).tolist()
+    if not numbers:
         raise DataError("no conversation fell into the held-out share; give more data")
-    result = calibrate(heads, Sequences(cache), documents, decoder.embedding.detach())
+    tasks = [document.task for document in documents]
+    result = calibrate(heads, Sequences(cache), numbers, decoder.embedding.detach(), tasks)
     measured_on = "held-out greedy answers" if bool(cache.greedy[chosen].all()) else "held-out answers"
     result.family.save(heads_dir / "tree.json", measured_on=measured_on, **result.facts())
     return result
-
-
-def report(result: Calibration) -> Sequence[str]:
-    """Lines for people: hit rates per head, tokens per step by tree size."""
-    lines = [f"measured on {result.num_positions} held-out positions"]
-    for head, rates in enumerate(result.hit_rates):
-        top = (
-            f"top-1 {100 * rates[0]:.1f}%, top-5 {100 * sum(rates[:5]):.1f}%, top-10 {100 * sum(rates):.1f}%"
-        )
-        lines.append(f"head {head}: {top}")
-    sizes = ", ".join(f"{n}: {tokens:.2f}" for n, tokens in result.tokens_per_step.items())
-    return [*lines, f"tokens per step by draft nodes: {sizes}"]

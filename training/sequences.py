@@ -27,6 +27,10 @@ class SequenceBatch:
     anchors: Tensor  # [num_anchors] int64: flat rows t whose root, token t + 1, the assistant wrote
     ends: Tensor  # [num_anchors] int64: flat row after the last token of that answer
 
+    def to(self, device: torch.device) -> SequenceBatch:
+        """The same on another device."""
+        return SequenceBatch(*(t.to(device) for t in (self.hidden, self.token_ids, self.anchors, self.ends)))
+
     def targets(self, head: int) -> Tensor:
         """[num_anchors] int64: the token that this head (from 0) should guess, -1 beyond the answer."""
         places = self.anchors + 2 + head

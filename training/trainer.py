@@ -1,15 +1,14 @@
 """Heads learn on the cached hidden rows of a frozen backbone, whatever their architecture (Medusa-1).
 
 The loss is the sum over heads k of 0.8^k times the mean cross-entropy of head k (arXiv 2401.10774, section
-2.2), over the positions whose target lies in the token map. The target is the token the text has, or the
-base's whole distribution at that place, which says more about every position (the teacher loss of Hydra++,
-arXiv 2402.05109, section 4.2). The text of step s is a function of (seed, s) alone, so that a run that was
-killed and taken up again ends with the same weights as an unbroken one.
+2.2), over the positions whose target lies in the token map. The text of step s is a function of (seed, s)
+alone, so that a run that was killed and taken up again ends with the same weights as an unbroken one. A step
+is cut into pieces of whole conversations, shared by the devices and summed: how many is a matter of memory
+alone.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -19,20 +18,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import GorgonError
 from heads.base import DraftHeads
 from heads.checkpoint import save_heads
+from training.devices import training_dtype
+from training.heads_log import EpochCost, HeadsLog
+from training.heads_loss import HeadsLoss
 from training.hidden_states import HiddenCache
 from training.sequences import SequenceBatch, Sequences
-from training.vocabulary_loss import distributions, vocabulary_loss
 
 HEAD_DECAY = 0.8  # weight of head k in the loss: 0.8^k
 LARGEST_GRADIENT = 1.0
 STATE_FILE = "trainer.pt"
-LOG_FILE = "log.csv"
 HELD_OUT_DOCUMENTS = 60
+# A run may be taken up with others of these.
+_CHANGEABLE = ("lr", "accumulate", "checkpoint_every")
 
 
 class TrainingError(GorgonError):
@@ -41,12 +43,14 @@ class TrainingError(GorgonError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How heads are trained. `batch` counts tokens of conversations in a step, prompts and padding included;
-    `targets` are the text's tokens (hard) or the base's distributions (soft)."""
+    """How heads are trained. `batch` counts tokens of conversations in a step, prompts and padding included,
+    over all devices, each of which takes its share in `accumulate` pieces; `targets` are the text's tokens
+    (hard) or the base's distributions (soft)."""
 
     targets: Literal["hard", "soft"] = "soft"
     epochs: float = 2.0
     batch: int = 1536
+    accumulate: int = 1
     lr: float = 1.5e-3
     warmup: int = 100
     weight_decay: float = 0.05
@@ -64,25 +68,31 @@ def token_map(cache: HiddenCache, size: int, vocab_size: int) -> Tensor | None:
 
 
 class HeadsTrainer:
-    """One run in one directory, which holds the trainer's state, a log and the head set as last saved."""
+    """One run in one directory, which holds the trainer's state, a log and the head set as last saved.
+
+    embedding, lm_head_weight: [vocab, hidden], the base's. accelerator: accelerate's, which says the device
+    and which share of a step is ours.
+    """
 
     def __init__(
         self,
         config: TrainerConfig,
         heads: DraftHeads,
         cache: HiddenCache,
-        embedding: Tensor,  # [vocab, hidden]
-        lm_head_weight: Tensor,  # [vocab, hidden]
+        embedding: Tensor,
+        lm_head_weight: Tensor,
         base_model: str,
         directory: Path,
+        accelerator: Any,
     ) -> None:
-        self.config, self.heads, self.directory, self.base_model = config, heads, directory, base_model
-        self.embedding = embedding.detach().to(torch.bfloat16)
-        weight = lm_head_weight.detach().to(torch.bfloat16)
-        self.projection = heads.mapped(weight)  # [num_tokens, hidden], the base's
-        self._columns = _columns(heads.token_map, len(weight))
-        self.origin = cache.origin
-        self.sequences = Sequences(cache)
+        self.config, self.directory, self.base_model = config, directory, base_model
+        self.accelerator, self.device = accelerator, accelerator.device
+        self.heads = heads.to(self.device)
+        place: dict[str, Any] = {"device": self.device, "dtype": training_dtype(self.device)}
+        self.embedding = embedding.detach().to(**place)
+        weight = lm_head_weight.detach().to(**place)
+        self.loss = HeadsLoss(self.heads, self.embedding, weight, soft=config.targets == "soft")
+        self.cache, self.sequences = cache, Sequences(cache)
         training = torch.nonzero(~cache.held_out).squeeze(1)
         if not len(training):
             raise TrainingError("no conversation is left to train on once some are held out; give more data")
@@ -92,9 +102,10 @@ class HeadsTrainer:
         measured = greedy if bool(greedy.any()) else cache.held_out
         self.held_out = torch.nonzero(measured).squeeze(1)[:HELD_OUT_DOCUMENTS].tolist()
         self.optimizer = torch.optim.AdamW(
-            heads.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+            heads.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
         )
         self.step = 0
+        self.log = HeadsLog(directory, heads.num_heads, self.num_steps, accelerator.is_main_process)
         self._resume()
 
     @property
@@ -105,7 +116,7 @@ class HeadsTrainer:
         return {
             **asdict(self.config),
             "heads": {name: list(t.shape) for name, t in self.heads.state_dict().items()},
-            "data": self.origin,
+            "data": self.cache.origin,
             "base_model": self.base_model,
         }
 
@@ -113,21 +124,17 @@ class HeadsTrainer:
         path = self.directory / STATE_FILE
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
-        if json.loads(state["settings"]) != self._settings():
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        before, now = json.loads(state["settings"]), self._settings()
+        if any(before.get(name) != value for name, value in now.items() if name not in _CHANGEABLE):
             raise TrainingError(
                 f"{path} belongs to a run with other settings, data or weights; choose another --out"
             )
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        log = self.directory / LOG_FILE
-        rows = log.read_text().splitlines(True) if log.exists() else [self._log_header()]
-        log.write_text("".join(row for row in rows if not row[:1].isdigit() or self._is_past(row)))
-        print(f"taken up at step {self.step} of {self.num_steps}", flush=True)
-
-    def _is_past(self, row: str) -> bool:
-        return int(row.split(",")[0]) <= self.step
+        self.log.curves.cut(self.step)
+        self.accelerator.print(f"taken up at step {self.step} of {self.num_steps}", flush=True)
 
     def save(self) -> None:
         """Write the head set and the trainer's state, each file whole or not at all."""
@@ -150,112 +157,91 @@ class HeadsTrainer:
         share = (step - c.warmup) / max(1, self.num_steps - c.warmup)
         return c.lr * 0.5 * (1 + math.cos(math.pi * share))
 
-    def features(self, batch: SequenceBatch) -> list[Tensor]:
-        """What each head projects, [num_anchors, hidden] each: in bfloat16, the format heads are served in;
-        weights stay float32."""
-        with torch.autocast("cpu", torch.bfloat16):
-            features = self.heads.sequence_features(
-                batch.hidden, self.embedding[batch.token_ids], batch.anchors
-            )
-        return [f.to(torch.bfloat16) for f in features]
-
-    def _projected(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and weight of a head's logits, both in bfloat16."""
-        with torch.autocast("cpu", torch.bfloat16):
-            rows, weight = self.heads.projected(head, features)
-        return rows, self.projection if weight is None else weight.to(torch.bfloat16)
-
-    def losses(self, batch: SequenceBatch) -> list[Tensor]:
-        """Mean cross-entropy of each head over the anchors that have a target."""
-        teacher = None
-        if self.config.targets == "soft":
-            teacher = distributions(batch.hidden.flatten(0, 1), self.projection)
-        means = []
-        for head, features in enumerate(self.features(batch)):
-            columns = self._columns[batch.targets(head)]
-            known = columns >= 0
-            # The row of token t + 1 + k says what the base makes of token t + 2 + k.
-            wanted = columns[known] if teacher is None else batch.anchors[known] + 1 + head
-            rows, weight = self._projected(head, features[known])
-            total = vocabulary_loss(rows, weight, wanted, teacher)
-            means.append(total / known.sum().clamp_min(1))
-        return means
+    def _pieces(self) -> list[SequenceBatch]:
+        """Our share of the next step, on the CPU; fewer pieces where there are not enough conversations."""
+        numbers = self.plan[self.step]
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        total = world * self.config.accumulate
+        shares = [numbers[first::total] for first in range(rank, total, world)]
+        return [self.sequences.load(share) for share in shares if share]
 
     def train_step(self) -> list[float]:
-        """One step; the loss per head. Raises TrainingError where it is not finite, before any update."""
+        """One step; the loss per head. Raises TrainingError where loss or gradient is not finite, before any
+        update."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        losses = self.losses(self.sequences.load(self.plan[self.step]))
-        total = torch.stack([HEAD_DECAY**k * loss for k, loss in enumerate(losses)]).sum()
-        if not total.isfinite():
-            raise TrainingError(
-                f"the loss is {total.item()} at step {self.step}; the last good checkpoint is in "
-                f"{self.directory}: lower --lr and start anew, or use it as it is"
-            )
+        pieces = [piece.to(self.device) for piece in self._pieces()]
+        zeros = torch.zeros(self.heads.num_heads, device=self.device)
+        # Every position of the step counts the same, whichever piece and device it is in.
+        counts = self.accelerator.reduce(zeros + sum(self.loss.counts(piece) for piece in pieces)).clamp_(
+            min=1
+        )
+        weights = HEAD_DECAY ** torch.arange(self.heads.num_heads, device=self.device) / counts
+        sums = zeros.clone()
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.heads.parameters(), LARGEST_GRADIENT)
+        for piece in pieces:
+            losses = self.loss.sums(piece)
+            (losses * weights).sum().backward()
+            sums += losses.detach()
+        self._share_gradients()
+        means: list[float] = (self.accelerator.reduce(sums) / counts).tolist()
+        norm = nn.utils.clip_grad_norm_(self.heads.parameters(), LARGEST_GRADIENT)
+        if not all(math.isfinite(x) for x in (*means, float(norm))):
+            raise TrainingError(self._not_finite(means))
         self.optimizer.step()
         self.step += 1
-        return [loss.item() for loss in losses]
+        return means
 
-    @torch.no_grad()
+    def _share_gradients(self) -> None:
+        """Add up the devices' gradients, once per step: heads are small."""
+        if self.accelerator.num_processes == 1:
+            return
+        parameters = list(self.heads.parameters())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        total = self.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]))
+        for parameter, grad in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+
+    def _not_finite(self, means: list[float]) -> str:
+        path = self.directory / STATE_FILE
+        where = f"the last good checkpoint is {path}: run again with a lower --lr, it goes on from there"
+        start = "there is no checkpoint yet: start again with a lower --lr"
+        losses = " ".join(f"{x:.3g}" for x in means)
+        advice = where if path.exists() else start
+        return f"loss or gradient is not finite at step {self.step} (losses {losses}); {advice}"
+
     def held_out_hits(self) -> list[float]:
         """Top-1 hit rate per head, given the path, over a sample of the held-out text."""
-        right, total = torch.zeros(self.heads.num_heads), torch.zeros(self.heads.num_heads)
+        right, total = (torch.zeros(self.heads.num_heads, device=self.device) for _ in range(2))
         for documents in self.sequences.batches(self.held_out, self.config.batch):
-            batch = self.sequences.load(documents)
-            for head, features in enumerate(self.features(batch)):
-                targets = batch.targets(head)
-                rows, weight = self._projected(head, features)
-                guesses = (rows @ weight.t()).argmax(dim=1)
-                right[head] += (guesses == self._columns[targets])[targets >= 0].sum()
-                total[head] += (targets >= 0).sum()
+            hits, known = self.loss.hits(self.sequences.load(documents).to(self.device))
+            right += hits
+            total += known
         return (right / total.clamp_min(1)).tolist()
 
     def run(self) -> None:
         """Train to the end from wherever this run is, and leave the head set in the directory."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if self.step == 0:
-            (self.directory / LOG_FILE).write_text(self._log_header())
-        began, tokens = time.monotonic(), 0
-        first = self.step
-        recent: list[list[float]] = []
+        self.log.start(self.step)
         while self.step < self.num_steps:
-            tokens += self._num_tokens(self.step)
-            recent.append(self.train_step())
+            began, tokens = time.monotonic(), self._num_tokens(self.step)
+            losses = self.train_step()
+            self.log.add(self.step, losses, tokens, time.monotonic() - began)
             if self.step % self.config.checkpoint_every and self.step != self.num_steps:
                 continue
-            losses = [sum(column) / len(recent) for column in zip(*recent, strict=True)]
-            recent.clear()
-            self.save()
-            self._log(losses, self.held_out_hits(), time.monotonic() - began, tokens, first)
+            if self.accelerator.is_main_process:
+                self.save()
+                self.log.checkpoint(self.step, self.learning_rate(self.step - 1), self.held_out_hits())
+        self.accelerator.wait_for_everyone()
+
+    def epoch_cost(self) -> EpochCost | None:
+        """What an epoch costs by the steps done in this process, and what its backbone passes cost; None
+        where no step was done."""
+        if not self.log.steps:
+            return None
+        tokens = sum(n for n, out in zip(self.sequences.lengths, self.cache.held_out, strict=True) if not out)
+        seconds = self.cache.seconds
+        backbone = None if seconds is None else seconds * tokens / len(self.cache.token_ids)
+        return EpochCost(self.log.seconds * tokens / self.log.tokens, backbone)
 
     def _num_tokens(self, step: int) -> int:
         return sum(self.sequences.lengths[number] for number in self.plan[step])
-
-    def _log_header(self) -> str:
-        numbers = [f"{name}_{k}" for name in ("loss", "top1") for k in range(self.heads.num_heads)]
-        return ",".join(["step", "lr", "seconds", *numbers]) + "\n"
-
-    def _log(self, losses: list[float], hits: list[float], seconds: float, tokens: int, first: int) -> None:
-        lr = self.learning_rate(self.step - 1)
-        with (self.directory / LOG_FILE).open("a", newline="") as file:
-            numbers = [f"{x:.4f}" for x in (*losses, *hits)]
-            csv.writer(file).writerow([self.step, f"{lr:.2e}", f"{seconds:.0f}", *numbers])
-        left = (self.num_steps - self.step) * seconds / (self.step - first)
-        print(
-            f"step {self.step}/{self.num_steps}  loss {' '.join(f'{x:.3f}' for x in losses)}  "
-            f"held-out top-1 {' '.join(f'{100 * x:.1f}%' for x in hits)}  "
-            f"{tokens / seconds:.0f} tokens/s, {left / 60:.1f} min left",
-            flush=True,
-        )
-
-
-def _columns(chosen: Tensor | None, vocab_size: int) -> Tensor:
-    """[vocab + 1] int64: each token's column of the projection, -1 where it has none; the last entry is for
-    token -1, which stands for no target."""
-    columns = torch.full((vocab_size + 1,), -1, dtype=torch.int64)
-    tokens = torch.arange(vocab_size) if chosen is None else chosen
-    columns[tokens] = torch.arange(len(tokens))
-    return columns

@@ -37,7 +37,7 @@ def section_blocks(document: Mapping[str, Any]) -> list[Block]:
             f"{document['prompts']} prompts of `{document['prompt_file']}` ({document['turns']} turns), at "
             f"most {document['max_tokens']} tokens each, one request at a time, {document['dtype']} on "
             f"{place}, gorgon {document['gorgon']}, {document['date'][:10]}. Speed-up is against speculation "
-            "off."
+            "off." + "".join(f" {name}: {text}." for name, text in document["baselines"].items())
         ),
     ]
     for figures in document["figures"]:

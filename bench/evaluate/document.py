@@ -10,7 +10,7 @@ from pathlib import Path
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; }
-body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+body { max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; margin: 2rem 0 0.5rem; }
 h2 { border-bottom: 1px solid #ccc; padding-bottom: 0.2rem; }
 .wide { overflow-x: auto; }

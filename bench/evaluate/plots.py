@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from bench.evaluate.answers import EvaluateError
 from bench.evaluate.figures import ALL
 from bench.evaluate.modes import OFF, nodes_of
 
+GRID_COLUMNS = 3
+_LINES = ("--", ":", "-.")  # colours are the tasks'
 _COLORS = ("tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
@@ -25,29 +28,80 @@ def draw(figures: Mapping[str, Any], folder: Path) -> list[tuple[Path, str]]:
     tasks = figures["tasks"]
     if not tasks:
         return []
+    of_tasks = {name: task for name, task in tasks.items() if name != ALL}
     plots = [
-        ("speedup", "Speed-up over speculation off, median and quartiles over prompts", _speedup),
-        ("nodes", "Tokens per step by nodes of the tree", _nodes),
-        ("depth", "Share of trees whose token at a depth was accepted", _depth),
-        ("histogram", "Share of steps by how many tokens they committed", _histogram),
+        (
+            "speedup",
+            "Speed-up over speculation off, median and quartiles over prompts",
+            _one(_speedup, tasks),
+        ),
+        ("nodes", "Tokens per step by nodes of the tree", _one(_nodes, tasks)),
+        ("depth", "Share of trees whose token at a depth was accepted", _one(_depth, tasks[ALL])),
+        ("histogram", "Share of steps by how many tokens they committed", _one(_histogram, tasks[ALL])),
+        (
+            "depth-tasks",
+            "Share of trees whose token at a depth was accepted, by task",
+            _grid(_depth, of_tasks),
+        ),
+        (
+            "histogram-tasks",
+            "Share of steps by how many tokens they committed, by task",
+            _grid(_histogram, of_tasks),
+        ),
     ]
     drawn = []
-    for name, caption, plot in plots:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        if not plot(axes, tasks):
+    for name, caption, figure in plots:
+        if figure is None:
             continue
-        axes.set_title(f"{caption} (temperature {figures['temperature']:g})", fontsize=11)
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(f"{caption} (temperature {figures['temperature']:g})", fontsize=11)
         path = folder / f"{name}-t{figures['temperature']:g}.png"
         figure.savefig(path, dpi=120)
         drawn.append((path, caption))
     return drawn
+
+
+def _one(plot: Callable[[Any, Mapping[str, Any]], bool], values: Mapping[str, Any]) -> Any:
+    """A figure of one plot; None where it has nothing to show."""
+    figure, [[axes]] = _figure(1, 1, (9, 4.2))
+    if not plot(axes, values):
+        return None
+    _legend(figure, axes)
+    return figure
+
+
+def _grid(plot: Callable[[Any, Mapping[str, Any]], bool], tasks: Mapping[str, Any]) -> Any:
+    """A figure with a plot for each task on the same scales; None where there are no tasks."""
+    if not tasks:
+        return None
+    columns = min(GRID_COLUMNS, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, grid = _figure(rows, columns, (1.5 + 3 * columns, 0.6 + 2.4 * rows))
+    places = [axes for row in grid for axes in row]
+    for axes in places[len(tasks) :]:
+        axes.remove()
+    if not all([plot(axes, task) for axes, task in zip(places, tasks.values(), strict=False)]):
+        return None
+    for axes, name in zip(places, tasks, strict=False):
+        axes.set_title(name, fontsize=10)
+        axes.label_outer()
+    _legend(figure, places[0])
+    return figure
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes, [rows][columns]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for row in grid:
+        for axes in row:
+            axes.grid(axis="y", alpha=0.3)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
 
 
 def _color(mode: str, modes: Sequence[str]) -> Any:
@@ -56,17 +110,18 @@ def _color(mode: str, modes: Sequence[str]) -> Any:
 
     trees = [name for name in modes if nodes_of(name) is not None]
     if mode in trees:
-        return colormaps["Blues"](0.35 + 0.6 * trees.index(mode) / max(1, len(trees) - 1))
+        return colormaps["Blues"](0.25 + 0.7 * (trees.index(mode) + 1) / len(trees))
     others = [name for name in modes if name not in trees]
     return _COLORS[others.index(mode) % len(_COLORS)]
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+def _legend(figure: Any, axes: Any) -> None:
+    """Beside the plots, where it covers nothing."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
 
 
-def _drafting(tasks: Mapping[str, Any]) -> dict[str, Any]:
-    return {mode: figures for mode, figures in tasks[ALL]["modes"].items() if mode != OFF}
+def _drafting(task: Mapping[str, Any]) -> dict[str, Any]:
+    return {mode: figures for mode, figures in task["modes"].items() if mode != OFF}
 
 
 def _bars(
@@ -85,11 +140,10 @@ def _bars(
             yerr=errors[mode] if errors else None,
             error_kw={"elinewidth": 0.8, "ecolor": "0.3"},
         )
-    _legend(axes)
 
 
 def _speedup(axes: Any, tasks: Mapping[str, Any]) -> bool:
-    modes = list(_drafting(tasks))
+    modes = list(_drafting(tasks[ALL]))
     heights, errors = {}, {}
     for mode in modes:
         ratios = [task["modes"][mode]["speedup"]["end_to_end"] for task in tasks.values()]
@@ -103,44 +157,46 @@ def _speedup(axes: Any, tasks: Mapping[str, Any]) -> bool:
 
 
 def _nodes(axes: Any, tasks: Mapping[str, Any]) -> bool:
-    trees = {mode: nodes for mode in _drafting(tasks) if (nodes := nodes_of(mode)) is not None}
+    """A line for each task, and where modes without a fixed tree lie over all of them."""
+    drafting = _drafting(tasks[ALL])
+    trees = {mode: nodes for mode in drafting if (nodes := nodes_of(mode)) is not None}
     if not trees:
         return False
     sizes = [0, *trees.values()]
     for name, task in tasks.items():
         means = [task["modes"][mode]["tokens_per_step"]["mean"] for mode in (OFF, *trees)]
-        whole = name == ALL
-        axes.plot(
-            sizes, means, marker="o", label=name, linewidth=2.5 if whole else 1, zorder=3 if whole else 2
-        )
+        whole = {"color": "black", "linewidth": 2.5, "zorder": 3} if name == ALL else {"linewidth": 1}
+        axes.plot(sizes, means, marker="o", markersize=4, label=name, **whole)
+    others = [mode for mode in drafting if mode not in trees]
+    for mode, style in zip(others, cycle(_LINES)):
+        mean = drafting[mode]["tokens_per_step"]["mean"]
+        axes.axhline(mean, linestyle=style, color="0.35", linewidth=1.2, label=f"{mode}, {ALL}")
     axes.set_xscale("symlog", base=2, linthresh=4)
     axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
     axes.set_xticks([], minor=True)
+    axes.set_xlim(left=-0.2)
     axes.set_xlabel("draft nodes besides the root")
     axes.set_ylabel("tokens per step")
-    _legend(axes)
     return True
 
 
-def _depth(axes: Any, tasks: Mapping[str, Any]) -> bool:
-    modes = {
-        mode: f["acceptance_by_depth"] for mode, f in _drafting(tasks).items() if f["acceptance_by_depth"]
-    }
+def _depth(axes: Any, task: Mapping[str, Any]) -> bool:
+    drafting = _drafting(task)
+    modes = {mode: f["acceptance_by_depth"] for mode, f in drafting.items() if f["acceptance_by_depth"]}
     for mode, shares in modes.items():
-        depths = range(1, len(shares) + 1)
-        axes.plot(depths, [100 * s for s in shares], marker="o", label=mode, color=_color(mode, list(modes)))
+        depths, percent = range(1, len(shares) + 1), [100 * share for share in shares]
+        axes.plot(depths, percent, marker="o", markersize=4, label=mode, color=_color(mode, list(drafting)))
     if not modes:
         return False
     axes.set_xticks(range(1, max(map(len, modes.values())) + 1))
     axes.set_xlabel("depth in the tree")
     axes.set_ylabel("accepted, %")
     axes.set_ylim(bottom=0)
-    _legend(axes)
     return True
 
 
-def _histogram(axes: Any, tasks: Mapping[str, Any]) -> bool:
-    histograms = {mode: figures["histogram"] for mode, figures in _drafting(tasks).items()}
+def _histogram(axes: Any, task: Mapping[str, Any]) -> bool:
+    histograms = {mode: figures["histogram"] for mode, figures in _drafting(task).items()}
     most = max(len(counts) for counts in histograms.values())
     heights = {
         mode: [100 * counts.get(str(n), 0) / sum(counts.values()) for n in range(1, most + 1)]

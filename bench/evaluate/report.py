@@ -38,7 +38,10 @@ _METHOD = (
     "Speed-up is the ratio of tokens per second to off's, from request to last token, prompt by prompt; of "
     "totals is the same over the summed tokens and times. Accepted by depth is the share of trees reaching a "
     "depth whose token there was accepted. Each mode is an engine with a prefix cache of its own; at a "
-    "second temperature all of them find the prompt in it."
+    "second temperature all of them find the prompt in it. Mode auto chooses the size of the head set's tree "
+    "in every step; tree:N drafts N tokens in all of them. Mode ngram drafts what followed the last words "
+    "earlier in the conversation, if they have occurred; mode draft decodes with a smaller model. Both draft "
+    "chains of a fixed length and are verified as trees are."
 )
 _EXACTNESS = (
     "An answer that differs from off's parted at a near-tie where the model itself cannot tell the two "
@@ -51,6 +54,7 @@ def report_blocks(document: Mapping[str, Any], plots: Sequence[Sequence[tuple[Pa
     """plots: for each temperature of the document its files and captions."""
     blocks: list[Block] = [Heading(1, f"Evaluation of {document['heads']}")]
     facts = [(label, str(document[name])) for name, label in _FACTS.items() if document[name] is not None]
+    facts += [(f"mode {name}", text) for name, text in document["baselines"].items()]
     blocks.append(Table(["fact", "value"], facts, facts=True))
     for figures, images in zip(document["figures"], plots, strict=True):
         blocks += _temperature(figures, images)
@@ -96,14 +100,24 @@ def _temperature(figures: Mapping[str, Any], images: Sequence[tuple[Path, str]])
         yield _by_task(tasks, modes, _speedup)
         yield Heading(3, "Speed-up by task, of totals")
         yield _by_task(tasks, modes, lambda values: f"{values['speedup']['of_totals']:.2f}")
-    yield Heading(3, "Accepted by depth, %")
-    yield _shares("depth", {mode: tasks[ALL]["modes"][mode]["acceptance_by_depth"] for mode in modes})
-    yield Heading(3, "Steps by tokens committed, %")
-    histograms = {mode: tasks[ALL]["modes"][mode]["histogram"] for mode in modes}
-    yield _shares("tokens", {m: [n / sum(h.values()) for n in h.values()] for m, h in histograms.items()})
+    yield Heading(3, "Accepted by depth and steps by tokens committed, %")
+    yield from _distributions(tasks[ALL], modes)
     yield Heading(3, "Exactness")
     yield Paragraph(_EXACTNESS)
     yield from _exactness(figures["exactness"])
+    if len(tasks) > 1:
+        for name in tasks:
+            if name != ALL:
+                yield Heading(3, f"Task {name}")
+                yield main_table(figures, name)
+                yield from _distributions(tasks[name], modes)
+
+
+def _distributions(task: Mapping[str, Any], modes: Sequence[str]) -> Iterator[Block]:
+    """Acceptance by depth and the histogram of tokens per step, of one task or all."""
+    yield _shares("depth", {mode: task["modes"][mode]["acceptance_by_depth"] for mode in modes})
+    histograms = {mode: task["modes"][mode]["histogram"] for mode in modes}
+    yield _shares("tokens", {m: [n / sum(h.values()) for n in h.values()] for m, h in histograms.items()})
 
 
 def _by_task(

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from bench.evaluate.answers import ANSWERS, Answered, EvaluateError, Journal
+from bench.evaluate.baselines import Baseline, baseline_modes, plan_baselines
 from bench.evaluate.card import CARD, update_card
 from bench.evaluate.document import Table, to_html, to_markdown
 from bench.evaluate.figures import figures_of
@@ -37,7 +38,8 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """`num_prompts` None is all of the file; `tree_nodes` None is the usual sizes that the family has."""
+    """`num_prompts` None is all of the file; `tree_nodes` None is the usual sizes that the family has;
+    `baselines`, `draft_model` and `draft_layers` are as in `plan_baselines`."""
 
     model: str
     heads: str
@@ -48,6 +50,9 @@ class EvaluateOptions:
     seed: int
     temperatures: tuple[float, ...]
     tree_nodes: tuple[int, ...] | None
+    baselines: tuple[str, ...]
+    draft_model: str | None
+    draft_layers: int | None
     all_turns: bool
     out: Path
     card: bool
@@ -69,12 +74,13 @@ def run(options: EvaluateOptions) -> int:
     family = TreeFamily.load(heads_dir / "tree.json").prefix(options.config.max_tree_nodes - 1)
     sizes = tree_sizes(options.tree_nodes, family)
     config = replace(options.config, model_dir=str(model.model_dir), heads_dir=str(heads_dir))
+    baselines = plan_baselines(options.baselines, config, options.draft_model, options.draft_layers)
     tokenizer = load_chat_tokenizer(model.model_dir)
-    modes = make_modes(config, sizes)
+    modes = [*make_modes(config, sizes), *baseline_modes(config, baselines)]
     info = modes[1].engine.info
     names = [mode.name for mode in modes]
     facts = machine_facts()
-    settings = _settings(options, model.name, heads_dir, info, names, facts)
+    settings = _settings(options, model.name, heads_dir, info, names, baselines, facts)
     _make_folder(options.out)
     journal = Journal(options.out / ANSWERS, settings)
 
@@ -129,6 +135,7 @@ def _settings(
     heads_dir: Path,
     info: ModelInfo,
     modes: Sequence[str],
+    baselines: Sequence[Baseline],
     facts: dict[str, object],
 ) -> dict[str, Any]:
     """What answers and times depend on. More prompts or temperatures may be added to a folder later."""
@@ -141,6 +148,7 @@ def _settings(
         "device": _device_name(info),
         "threads": _num_threads(),
         "modes": list(modes),
+        "baselines": {baseline.name: baseline.description for baseline in baselines},
         "prompt_file": options.prompts.name,
         "prompts_sha256": hashlib.sha256(options.prompts.read_bytes()).hexdigest(),
         "seed": options.seed,

@@ -56,7 +56,7 @@ def test_export_then_import_gives_the_same_heads(
     export = ["heads", "export", str(head_set), "--format", format_name, "--model", str(model)]
     assert main([*export, "--out", there]) == 0
     assert main(["heads", "import", there, "--model", str(model), "--out", back]) == 0
-    assert f"gorgon train calibrate --heads {back} --model {model}" in capsys.readouterr().out
+    assert f"gorgon calibrate --heads {back} --model {model}" in capsys.readouterr().out
     expected = load_heads(head_set).module.state_dict()
     found = load_heads(Path(back)).module.state_dict()
     assert found.keys() == expected.keys()

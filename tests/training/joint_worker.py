@@ -11,8 +11,8 @@ from heads.medusa import MedusaHeads
 from tests.training.tiny_checkpoint import VOCAB, counting_documents
 from training import backbone as adapters
 from training.backbone import Backbone, load_model
+from training.devices import make_accelerator
 from training.medusa2 import Medusa2Config, Medusa2Trainer
-from training.medusa2_recipe import make_accelerator
 
 
 def main(checkpoint: Path, out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
 
 from heads.medusa import MedusaHeads
@@ -58,6 +59,25 @@ def test_a_walk_jumps_over_what_a_step_committed() -> None:
     text = [(0, 0), (0, 0), (0,), (), (0,), (), ()]
     assert walk(family, [text]) == 7 / 4
     assert walk(family.prefix(0), [text]) == 1
+
+
+def test_each_task_is_measured_by_itself(tmp_path: Path) -> None:
+    # Token 3 follows itself, which is what the heads guess; 4 and 5 are not in their token map.
+    right = [Document([3] * 11, [(1, 11)], greedy=True, held_out=True)] * 2
+    wrong = [Document([4, 5] * 6, [(2, 8)], greedy=True, held_out=True)]
+    cache = extract(tiny_decoder(), [*right, *wrong], tmp_path)
+    rows = torch.nn.functional.one_hot(cache.token_ids, HIDDEN).bfloat16()
+    sequences = Sequences(dataclasses.replace(cache, hidden=rows))
+    heads = known_heads(torch.tensor([3, 6]))
+    result = calibrate(heads, sequences, [0, 1, 2], EMBEDDING, ["yes", "yes", "no"])
+    assert list(result.by_task) == ["yes", "no"]
+    yes, no = result.by_task.values()
+    assert (yes.num_positions, no.num_positions) == (18, 5)
+    assert yes.hit_rates[0][0] == yes.hit_rates[1][0] == 1
+    assert sum(no.hit_rates[0]) == sum(no.hit_rates[1]) == 0
+    assert (yes.tokens_per_step[2], no.tokens_per_step[2]) == (3, 1)
+    assert result.hit_rates[0][0] == pytest.approx(18 / 23)
+    assert calibrate(heads, sequences, [0, 1, 2], EMBEDDING).by_task == {}
 
 
 def test_calibration_of_perfect_heads_commits_a_token_per_head_and_one(tmp_path: Path) -> None:

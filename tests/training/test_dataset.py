@@ -101,6 +101,22 @@ def test_order_is_fixed_by_the_seed(tmp_path: Path) -> None:
     assert of(1) == of(1) != of(2)
 
 
+@pytest.mark.parametrize(
+    ("names", "task"),
+    [
+        ({"task": "qa", "category": "b", "source": "c"}, "qa"),
+        ({"category": "b", "source": "c"}, "b"),
+        ({"task": None, "source": "c"}, "c"),
+        ({}, ""),
+    ],
+)
+def test_a_row_names_its_task(names: dict[str, Any], task: str) -> None:
+    document = encode_row({"messages": CHAT, **names}, CharTokenizer(), END)  # type: ignore[arg-type]
+    assert document.task == task
+    plain = encode_row({"messages": CHAT}, CharTokenizer(), END)  # type: ignore[arg-type]
+    assert digest([document]) == digest([plain])  # what was computed from the text stays valid
+
+
 def test_gzipped_and_plain_files_read_alike(tmp_path: Path) -> None:
     plain = write(tmp_path / "data.jsonl", [{"messages": CHAT}])
     packed = tmp_path / "data.jsonl.gz"

@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from cli.main import main
 from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
+from heads.base import DraftHeads, ProjectionKind
 from heads.checkpoint import load_heads
+from heads.hydra import HydraHeads, PrefixLayer
 from heads.medusa import MedusaHeads
 from tests.training.tiny_checkpoint import EOS, VOCAB, counting_documents, save_checkpoint, save_text
 from training.backbone import Backbone, JointTrainingError, load_model
@@ -150,6 +152,29 @@ def test_losses_are_those_of_the_formula(checkpoint: Path) -> None:
             if target < end and tokens[target] % 2 == 0:
                 expected[1 + head] -= guesses[head, tokens[target] // 2]
     torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("projection", ["shared", "own", "low_rank"])
+@pytest.mark.parametrize("architecture", ["medusa", "hydra"])
+def test_heads_of_every_kind_learn_with_their_backbone(
+    checkpoint: Path, tmp_path: Path, architecture: str, projection: ProjectionKind
+) -> None:
+    torch.manual_seed(0)
+    kind: dict[str, Any] = {"projection": projection, "rank": 16 if projection == "low_rank" else 0}
+    kind["token_map"] = torch.arange(2, VOCAB)
+    if architecture == "medusa":
+        heads: DraftHeads = MedusaHeads(HEADS, 1, 32, VOCAB, **kind)
+    else:
+        heads = HydraHeads(HEADS, VOCAB, PrefixLayer(32, 4, 2, 8, 48), **kind)
+    backbone = backbone_of(checkpoint)
+    heads.start_from(backbone.projection())
+    before = {name: p.detach().clone() for name, p in heads.named_parameters()}
+    config = dataclasses.replace(CONFIG, heads_first_steps=0, epochs=4)
+    trainer = Medusa2Trainer(config, counting_documents(80), backbone, heads, tmp_path, Accelerator(cpu=True))
+    trainer.run()
+    rows = torch.tensor(losses(tmp_path))
+    assert (rows[-4:].mean(dim=0) < 0.8 * rows[:4].mean(dim=0)).all()
+    assert not any(torch.equal(before[name], p) for name, p in heads.named_parameters())
 
 
 def test_passes_and_checkpointing_change_nothing(checkpoint: Path, tmp_path: Path) -> None:

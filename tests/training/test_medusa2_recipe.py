@@ -15,10 +15,10 @@ from cli.main import main
 from heads.checkpoint import save_heads
 from heads.medusa import MedusaHeads
 from tests.training.tiny_checkpoint import VOCAB, counting_documents, save_checkpoint, save_text
-from training import backbone as joint_backbone
+from training import devices
 from training.backbone import Backbone, load_model
+from training.devices import make_accelerator
 from training.medusa2 import Medusa2Config, Medusa2Trainer
-from training.medusa2_recipe import make_accelerator
 from training.output_cost import common_share, greedy_continuations, perplexity
 
 
@@ -46,7 +46,7 @@ def command(checkpoint: Path, folder: Path) -> list[str]:
 def test_a_missing_library_is_named(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(joint_backbone, "find_spec", lambda name: None if name == "peft" else name)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None if name == "peft" else name)
     assert main(command(checkpoint, tmp_path)) == 1
     assert "needs peft: pip install 'gorgon-serve[train]'" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ def test_a_png_is_written(tmp_path: Path) -> None:
     import matplotlib.image
 
     path = tmp_path / "tree.png"
-    plot_expected_tokens(FAMILY, path, {1: 1.4, 3: 1.8}, "a head set")
+    plot_expected_tokens(FAMILY, path, {1: 1.4, 3: 1.8}, [1.0, 1.5, 1.7, 1.8], "a head set")
     height, width, _ = matplotlib.image.imread(path).shape
     assert (width, height) == (840, 480)
 

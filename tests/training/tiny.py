@@ -46,10 +46,12 @@ def tiny_decoder() -> Decoder:
 
 
 def tiny_documents(number: int) -> list[Document]:
-    """Counting upwards from some token, of several lengths; every tenth is held out, every fourth sampled."""
+    """Counting upwards from some token, of several lengths; every tenth is held out, every fourth sampled;
+    the tasks are called after every other ten."""
     documents = []
     for i in range(number):
         length = PROMPT + 6 + i * 7 % 20
         tokens = [(i * 5 + place) % VOCAB for place in range(length)]
-        documents.append(Document(tokens, [(PROMPT, length)], greedy=i % 4 != 3, held_out=i % 10 == 0))
+        task = ("even", "odd")[i // 10 % 2]
+        documents.append(Document(tokens, [(PROMPT, length)], i % 4 != 3, i % 10 == 0, task))
     return documents

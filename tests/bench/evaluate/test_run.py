@@ -55,7 +55,7 @@ def done(
 
 def test_the_figures_follow_from_the_rows(done: tuple[Path, dict[str, Any]]) -> None:
     _, document = done
-    assert document["modes"] == ["off", "auto", "tree:3", "tree:12"]
+    assert document["modes"] == ["off", "auto", "tree:3", "tree:12", "ngram", "draft"]
     assert (document["prompts"], document["turns"]) == (PROMPTS, 2 * PROMPTS)
     assert [figures["temperature"] for figures in document["figures"]] == [0.0, 1.0]
     for figures in document["figures"]:
@@ -100,10 +100,16 @@ def test_the_report_shows_the_figures_and_needs_no_other_file(done: tuple[Path, 
             steps = values["tokens_per_step"]
             assert f"| {mode} | {steps['mean']:.2f} | {steps['std']:.2f} |" in text
             assert f"<td>{mode}</td><td>{steps['mean']:.2f}</td>" in page
+        part = text.partition(f"## Temperature {figures['temperature']:g}")[2]
+        for task in ("a", "b"):
+            steps = figures["tasks"][task]["modes"]["ngram"]["tokens_per_step"]
+            section = part.partition(f"### Task {task}")[2].partition("## ")[0]
+            assert f"| ngram | {steps['mean']:.2f} | {steps['std']:.2f} |" in section
     for shown in (text, page):
         assert document["cpu"] in shown and document["date"] in shown
+        assert "prompt lookup, 8 tokens" in shown and "first 1 of 2 layers, 4 tokens" in shown
     images = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    plots = {"speedup", "nodes", "depth", "histogram"}
+    plots = {"speedup", "nodes", "depth", "histogram", "depth-tasks", "histogram-tasks"}
     assert set(images) == {f"{plot}-t{temperature}.png" for plot in plots for temperature in (0, 1)}
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,(.*?)"', page)]
     assert embedded == [(out / name).read_bytes() for name in images]
@@ -158,6 +164,7 @@ def test_the_card_gets_the_main_table_in_the_place_of_an_older_one(
     steps = document["figures"][0]["tasks"]["all tasks"]["modes"]["tree:12"]["tokens_per_step"]
     assert f"| tree:12 | {steps['mean']:.2f} |" in text and "old figures" not in text
     assert text.startswith("# Heads\n\n## Evaluation\n") and text.endswith("\n\n## Licence\n\nApache-2.0\n")
+    assert "draft: the model's own first 1 of 2 layers" in text
     assert "Next, publish the head set: gorgon heads push" in capsys.readouterr().out
     evaluation.run("--card")  # its own table does not make the head set another one
     assert card.read_text().count("## Evaluation") == 1
@@ -173,6 +180,10 @@ def test_the_card_gets_the_main_table_in_the_place_of_an_older_one(
         (["--num-prompts", "9"], "--num-prompts: must be 1 to 4"),
         (["--num-prompts", "0"], "--num-prompts: must be 1 to 4"),
         (["--max-tokens", "0"], "--max-tokens: must be at least 1"),
+        (["--baselines", "none", "ngram"], "--baselines: none goes alone"),
+        (["--baselines", "ngram", "--draft-layers", "1"], "--baselines: a draft model is given"),
+        (["--draft-layers", "3"], "--draft-layers: must be 1 to 2, the model's own, not 3"),
+        (["--draft-layers", "0"], "--draft-layers: must be 1 to 2"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -1,0 +1,117 @@
+"""What a head set is measured against: prompt lookup (n-grams) and speculative decoding with a draft model.
+
+Both draft chains of a fixed length behind the engine's drafting interface, and the tree verifies them as it
+does heads: the same prompts, the same engine, another guesser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.modes import EngineMode
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from trees.family import TreeFamily
+
+if TYPE_CHECKING:
+    from engine.runner.drafter import Drafter
+
+NGRAM, DRAFT, NONE = "ngram", "draft", "none"
+BASELINES = (NGRAM, DRAFT)
+# A long guess costs n-grams nothing but rows of the pass, and text that repeats does so for long; every token
+# of a draft model is a pass of its own.
+NGRAM_TOKENS = 8
+DRAFT_TOKENS = 4
+LAYERS_SHARE = 5  # of its own layers, a model drafts with one in so many
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One way to guess. `description` is for the report."""
+
+    name: str
+    num_drafts: int
+    description: str
+    make_drafter: Callable[[], Drafter]
+
+
+def plan_baselines(
+    names: Sequence[str], config: EngineConfig, draft_model: str | None, draft_layers: int | None
+) -> list[Baseline]:
+    """The named ones in the order of BASELINES; what they need is loaded only when drafters are made.
+
+    `draft_model` is a registry name, folder or hub id; without it, the model drafts with its own first
+    `draft_layers` layers (None: a fifth of them). Raises ConfigError for what cannot draft for this model.
+    """
+    from engine.runner.ngram_drafter import NgramDrafter
+
+    if NONE in names and len(names) > 1:
+        raise ConfigError("baselines", "none goes alone")
+    if DRAFT not in names and (draft_model is not None or draft_layers is not None):
+        raise ConfigError("baselines", "a draft model is given, but draft is not among them; name it too")
+    found = []
+    if NGRAM in names:
+        found.append(Baseline(NGRAM, NGRAM_TOKENS, f"prompt lookup, {NGRAM_TOKENS} tokens", NgramDrafter))
+    if DRAFT in names:
+        found.append(_draft_model(config, draft_model, draft_layers))
+    return found
+
+
+def baseline_modes(config: EngineConfig, baselines: Sequence[Baseline]) -> list[EngineMode]:
+    """One engine for each."""
+    from engine.loop import Engine
+
+    return [
+        EngineMode(
+            b.name,
+            Engine(config, drafter=b.make_drafter(), family=chain(b.num_drafts), fixed_drafts=b.num_drafts),
+        )
+        for b in baselines
+    ]
+
+
+def chain(num_nodes: int) -> TreeFamily:
+    """One node per depth. Its gains are no one's measurements: chains of a fixed length ask for none."""
+    return TreeFamily(tuple((0,) * depth for depth in range(1, num_nodes + 1)), (0.0,) * num_nodes)
+
+
+def _draft_model(config: EngineConfig, draft_model: str | None, draft_layers: int | None) -> Baseline:
+    from engine.model.loader import load_config
+    from heads.registry import resolve_model
+
+    base = load_config(Path(config.model_dir))
+    if draft_model is None:
+        layers = max(1, base.num_layers // LAYERS_SHARE) if draft_layers is None else draft_layers
+        if not 1 <= layers <= base.num_layers:
+            raise ConfigError(
+                "draft_layers", f"must be 1 to {base.num_layers}, the model's own, not {draft_layers}"
+            )
+        folder, name = Path(config.model_dir), f"the model's own first {layers} of {base.num_layers} layers"
+    else:
+        resolved = resolve_model(draft_model)
+        small = load_config(resolved.model_dir)
+        if small.vocab_size != base.vocab_size:
+            raise ConfigError(
+                "draft_model",
+                f"{resolved.name} has {small.vocab_size} tokens, but the model has {base.vocab_size}; "
+                "name one of the same family, or none to draft with the model's first layers",
+            )
+        folder, layers, name = resolved.model_dir, small.num_layers, resolved.name
+    return Baseline(
+        DRAFT, DRAFT_TOKENS, f"{name}, {DRAFT_TOKENS} tokens", lambda: _load_drafter(folder, layers, config)
+    )
+
+
+def _load_drafter(folder: Path, num_layers: int, config: EngineConfig) -> Drafter:
+    from engine.model.loader import load_decoder
+    from engine.model.packing import pack_linears
+    from engine.runner.device import resolve_device, resolve_dtype
+    from engine.runner.draft_model import DraftModelDrafter, first_layers
+
+    device = resolve_device(config.device)
+    decoder = first_layers(load_decoder(folder, resolve_dtype(config.dtype, device), device), num_layers)
+    pack_linears(decoder)
+    return DraftModelDrafter(decoder)

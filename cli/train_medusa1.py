@@ -1,0 +1,125 @@
+"""`gorgon train medusa1`: heads learn on a model that stands still; what comes out is a head set for it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cli.parser import Subparsers
+
+Check = Callable[[str], float]
+
+
+def register(
+    commands: Subparsers[argparse.ArgumentParser], default_model: str, positive: Check, positive_float: Check
+) -> None:
+    """Add the command to those of `gorgon train`; `positive` and `positive_float` read numbers above 0."""
+    parser = commands.add_parser(
+        "medusa1",
+        help="train heads on a frozen model, then calibrate them",
+        description="Train heads on a frozen model: its hidden states are computed once and kept, heads "
+        "learn from them, and calibration chooses their tree. The same command again takes up a run that "
+        "was killed. Several GPUs: accelerate launch --module cli.main train medusa1 ...",
+    )
+    whole: dict[str, Any] = {"type": positive, "metavar": "N"}
+    number: dict[str, Any] = {"type": positive_float, "metavar": "X"}
+
+    add = parser.add_argument_group("what from, and where to").add_argument
+    add("--model", default=default_model, metavar="MODEL", help=f"base model (default: {default_model})")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="conversations, .jsonl or .jsonl.gz; best what the model itself wrote (gorgon distill)",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="where the head set is written")
+    add("--cache", type=Path, metavar="DIR", help="where hidden states are kept (default: OUT/cache)")
+    add("--max-positions", default=4_000_000, **whole, help="answer tokens used (4000000)")
+
+    add = parser.add_argument_group("heads").add_argument
+    add(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="head set to go on from; it decides on all else here",
+    )
+    add(
+        "--architecture",
+        choices=("medusa", "hydra"),
+        default="medusa",
+        help="independent heads, or heads that see the tokens guessed before them (medusa)",
+    )
+    add("--heads", default=4, **whole, help="tokens guessed ahead (4)")
+    add("--vocab", default=8192, **whole, help="most frequent tokens that can be guessed (8192)")
+    add(
+        "--projection",
+        choices=("shared", "own", "low_rank"),
+        default="shared",
+        help="onto the vocabulary: the model's, one for each head, or a small one of their own (shared)",
+    )
+    add("--rank", default=128, **whole, help="of a low-rank projection (128)")
+    add("--layers", default=3, **whole, help="medusa: blocks of each head (3)")
+    add(
+        "--root-input",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="medusa: see the token just committed (default: yes; no is Medusa as published)",
+    )
+    add(
+        "--prefix-width",
+        default=0,
+        **whole,
+        help="hydra: inner size of the prefix layer (the model's hidden size)",
+    )
+
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--targets",
+        choices=("soft", "hard"),
+        default="soft",
+        help="learn the model's whole distribution at every place, or the text's tokens (soft)",
+    )
+    add("--epochs", default=2.0, **number, help="passes over the text (2)")
+    add("--batch", default=1536, **whole, help="tokens in a step, over all devices (1536)")
+    add("--accumulate", default=1, **whole, help="pieces a device takes its share of a step in (1)")
+    add("--lr", default=1.5e-3, **number, help="highest learning rate (0.0015)")
+    add("--seed", type=int, default=0, metavar="N", help="order of the text (0)")
+    add("--checkpoint-every", default=200, **whole, help="steps between states on disk (200)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto is CUDA where there is one (auto)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from engine.errors import ConfigError
+    from training.calibration_report import report
+    from training.recipe import HeadsConfig, train_medusa1
+    from training.trainer import TrainerConfig
+
+    if not args.data.is_file():
+        raise ConfigError("data", f"{args.data} is no file")
+
+    def given(config: Any) -> dict[str, Any]:
+        return {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
+
+    heads, config = HeadsConfig(**given(HeadsConfig)), TrainerConfig(**given(TrainerConfig))
+    cache = args.cache or args.out / "cache"
+    result = train_medusa1(
+        args.model, args.data, args.out, cache, args.max_positions, heads, config, args.device
+    )
+    if result is not None:
+        print("\n".join(report(result)))
+        served = f"--model {args.model} --heads {args.out}"
+        print(f"calibrated on held-out answers of {args.data.name}; next:")
+        print(f"  gorgon evaluate {served} --out {args.out}-report")
+        print(f"  gorgon serve {args.model} --heads {args.out}")
+        print(f"  gorgon calibrate {served} --data FILE    # where other text is to be served")
+    return 0
