@@ -31,13 +31,17 @@ def tree_sizes(asked: Sequence[int] | None, family: TreeFamily) -> list[int]:
 
 
 def make_modes(config: EngineConfig, sizes: Sequence[int]) -> list[EngineMode]:
-    """One engine for each mode, off first. config: with the head set."""
+    """One engine for each mode, off first. config: with the head set.
+
+    A tree of fixed size is the heads' own; the largest is grown with n-grams as well.
+    """
     from engine.loop import Engine
 
     return [
         EngineMode(OFF, Engine(replace(config, speculation="off"))),
         EngineMode("auto", Engine(config)),
-        *(EngineMode(f"tree:{nodes}", Engine(config, fixed_drafts=nodes)) for nodes in sizes),
+        *(EngineMode(f"tree:{nodes}", Engine(config, fixed_drafts=nodes, ngrams=False)) for nodes in sizes),
+        *(EngineMode(f"merged:{nodes}", Engine(config, fixed_drafts=nodes)) for nodes in sizes[-1:]),
     ]
 
 

@@ -39,9 +39,10 @@ _METHOD = (
     "totals is the same over the summed tokens and times. Accepted by depth is the share of trees reaching a "
     "depth whose token there was accepted. Each mode is an engine with a prefix cache of its own; at a "
     "second temperature all of them find the prompt in it. Mode auto chooses the size of the head set's tree "
-    "in every step; tree:N drafts N tokens in all of them. Mode ngram drafts what followed the last words "
-    "earlier in the conversation, if they have occurred; mode draft decodes with a smaller model. Both draft "
-    "chains of a fixed length and are verified as trees are."
+    "in every step, n-grams among its guesses; tree:N drafts N tokens in all of them by the heads alone, "
+    "merged:N with n-grams as well. Mode ngram drafts what followed the last words earlier in the "
+    "conversation, if they have occurred; mode draft decodes with a smaller model. Both draft chains of a "
+    "fixed length and are verified as trees are."
 )
 _EXACTNESS = (
     "An answer that differs from off's parted at a near-tie where the model itself cannot tell the two "

@@ -272,7 +272,8 @@ def test_preemption_odd_blocks_and_small_chunks(
     make_engine: MakeEngine, references: dict[str, Reference], drafts: str
 ) -> None:
     engine = make_engine(drafts, room=MAX_LEN, block_size=7, max_num_batched_tokens=61)
-    facts = check(engine, references, list(references)[:8], stagger=1)
+    longest = sorted(references, key=lambda name: len(references[name].prompt), reverse=True)
+    facts = check(engine, references, longest[:8], stagger=1)
     assert facts.preemptions > 0
 
 

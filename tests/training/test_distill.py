@@ -155,7 +155,17 @@ def test_a_model_that_has_changed_is_told_apart(
 def test_what_could_not_be_answered_is_tried_again(
     model_dir: Path, prompts: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    argv = command(model_dir, prompts, tmp_path / "a.jsonl", "--num-prompts", "4", "--max-tokens", "4")
+    argv = command(
+        model_dir,
+        prompts,
+        tmp_path / "a.jsonl",
+        "--num-prompts",
+        "4",
+        "--max-tokens",
+        "4",
+        "--speculation",
+        "off",
+    )
     with monkeypatch.context() as patch:
         patch.setattr("engine.runner.runner.Runner.execute", lambda self, batch: 1 / 0)
         assert main(argv) == 1

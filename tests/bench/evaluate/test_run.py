@@ -55,7 +55,7 @@ def done(
 
 def test_the_figures_follow_from_the_rows(done: tuple[Path, dict[str, Any]]) -> None:
     _, document = done
-    assert document["modes"] == ["off", "auto", "tree:3", "tree:12", "ngram", "draft"]
+    assert document["modes"] == ["off", "auto", "tree:3", "tree:12", "merged:12", "ngram", "draft"]
     assert (document["prompts"], document["turns"]) == (PROMPTS, 2 * PROMPTS)
     assert [figures["temperature"] for figures in document["figures"]] == [0.0, 1.0]
     for figures in document["figures"]:
