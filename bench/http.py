@@ -81,12 +81,15 @@ def _milliseconds(figures: dict[str, float] | None) -> list[float | None]:
 
 
 def connect(url: str, api_key: str | None = None) -> httpx.AsyncClient:
-    """A client for one server, without a limit on connections; to be used as a context manager."""
+    """A client for one server, without a limit on connections; to be used as a context manager.
+
+    Connections are not kept: a server may close one that was idle just when it is wanted again.
+    """
     return httpx.AsyncClient(
         base_url=url,
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=httpx.Timeout(10.0, read=READ_TIMEOUT, pool=None),
-        limits=httpx.Limits(max_connections=None),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
     )
 
 
@@ -100,7 +103,7 @@ async def _measure(options: ServeBenchOptions) -> dict[str, Any]:
             )
             levels = await _levels(client, ask, options)
     except httpx.HTTPError as error:
-        raise BenchError(f"{options.url}: {error or type(error).__name__}") from error
+        raise BenchError(f"{options.url}: {str(error) or type(error).__name__}") from error
     return {
         "bench": "serve",
         **machine_facts(),

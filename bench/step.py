@@ -126,11 +126,13 @@ def measure(plain: Engine, config: EngineConfig, options: StepBenchOptions) -> I
 def measure_steps(engine: Engine, kind: str, num_requests: int, context: int, num_steps: int) -> Measured:
     """Time steps in which all requests decode; their answers are thrown away.
 
-    Raises StepBenchError where requests end, are preempted or do not all run at once.
+    Raises StepBenchError where requests end, are preempted or do not all run at once, and RequestError where
+    the model cannot have that much context.
     """
     generator = random.Random(0)  # prompts of their own, so that no two requests share blocks
     # An accepted tree takes many tokens a step, and no request may end before the steps are counted.
-    sampling = SamplingParams(max_tokens=64 * (num_steps + WARM_UP_STEPS), temperature=0.0, ignore_eos=True)
+    max_tokens = min(64 * (num_steps + WARM_UP_STEPS), engine.info.max_model_len - context)
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     names = [f"{kind}-{index}" for index in range(num_requests)]
     for name in names:
         prompt = [generator.randrange(engine.info.vocab_size) for _ in range(context)]
@@ -143,8 +145,8 @@ def measure_steps(engine: Engine, kind: str, num_requests: int, context: int, nu
         stats = engine.step().stats
         if stats.num_running != num_requests or len(stats.committed_tokens) != num_requests:
             raise StepBenchError(
-                f"{len(stats.committed_tokens)} of {num_requests} requests decoded in a step; give the "
-                "engine a larger --kv-cache-memory, or ask for fewer requests or a shorter --context"
+                f"{len(stats.committed_tokens)} of {num_requests} requests decoded in a step; raise "
+                "--kv-cache-memory, or ask for fewer --requests, fewer --steps or a shorter --context"
             )
         if index >= WARM_UP_STEPS:
             seconds.append(stats.duration)

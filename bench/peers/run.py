@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,18 +51,14 @@ def run(options: PeersOptions) -> int:
     forms = forms_of(options.model, cache)
     slots = max(FIRST_TOKEN_REQUESTS, *options.concurrency)
     failures: dict[str, str] = {}
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # servers are ended on the way
-    try:
-        with ExitStack() as stack:
-            servers = list(_start(peers, forms, slots, cache, stack, failures))
-            turns = Turns(servers, failures, options.time_limit)
-            turns.warm_up(prompts)
-            turns.rounds(prompts, options.concurrency, options.rounds, options.max_tokens)
-            turns.first_tokens(options.rounds, options.seed)
-            for server in turns.servers:
-                server.resident_bytes = server.process.resident_bytes()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with _closing_in_peace() as stack:
+        servers = list(_start(peers, forms, slots, cache, stack, failures))
+        turns = Turns(servers, failures, options.time_limit)
+        turns.warm_up(prompts)
+        turns.rounds(prompts, options.concurrency, options.rounds, options.max_tokens)
+        turns.first_tokens(options.rounds, options.seed)
+        for server in turns.servers:
+            server.resident_bytes = server.process.resident_bytes()
     results = results_of(servers)
     print_results(results, failures, options.concurrency)
     print_json(
@@ -96,6 +92,24 @@ def cache_dir() -> Path:
     folder = (Path(home) if home else Path.home() / ".cache" / "gorgon").absolute() / "peers"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def _closing_in_peace() -> Generator[ExitStack, None, None]:
+    """What is to be closed is closed on SIGTERM too, and a second signal does not come between: a server left
+    behind would be paused and in memory for ever."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+    try:
+        with ExitStack() as stack:
+            try:
+                yield stack
+            finally:
+                for number in handlers:
+                    signal.signal(number, signal.SIG_IGN)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _start(

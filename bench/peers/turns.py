@@ -99,8 +99,9 @@ class Turns:
                 server.process.check_alive()
                 results.append((server, asyncio.run(_measure(server, job))))
             except (PeerError, BenchError, httpx.HTTPError) as error:
-                self._failures[server.name] = f"{error or type(error).__name__}; see {server.process.log}"
-                print(f"{server.name} drops out: {self._failures[server.name]}", file=sys.stderr)
+                reason = f"{str(error) or type(error).__name__}; see {server.process.log}"
+                self._failures[server.name] = reason
+                print(f"{server.name} drops out: {reason}", file=sys.stderr)
                 self.servers.remove(server)
             finally:
                 server.process.pause()
