@@ -16,7 +16,7 @@ import httpx
 from bench.peers.environment import PeerError, last_lines
 
 HOST = "127.0.0.1"
-START_LIMIT = 600.0  # seconds; vLLM compiles when it starts for the first time
+START_LIMIT = 1200.0  # seconds; vLLM compiles when it starts for the first time
 STOP_LIMIT = 20.0
 POLL = 0.1
 ANSWER_LIMIT = 120.0  # seconds for the first answer of one token
@@ -36,6 +36,7 @@ class ServerProcess:
         self.url = f"http://{HOST}:{port}"
         self.log = log
         self.start_seconds = 0.0
+        self._closed = False
         self._started = time.perf_counter()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -85,6 +86,10 @@ class ServerProcess:
         return sum(sizes) if sizes else None
 
     def close(self) -> None:
+        """End it; a second time does nothing, because its process id may be another's by then."""
+        if self._closed:
+            return
+        self._closed = True
         self.resume()
         if self._process.poll() is None:
             self._process.terminate()

@@ -54,9 +54,12 @@ def run(options: PeersOptions) -> int:
     with _closing_in_peace() as stack:
         servers = list(_start(peers, forms, slots, cache, stack, failures))
         turns = Turns(servers, failures, options.time_limit)
-        turns.warm_up(prompts)
-        turns.rounds(prompts, options.concurrency, options.rounds, options.max_tokens)
-        turns.first_tokens(options.rounds, options.seed)
+        try:
+            turns.warm_up(prompts)
+            turns.rounds(prompts, options.concurrency, options.rounds, options.max_tokens)
+            turns.first_tokens(options.rounds, options.seed)
+        except KeyboardInterrupt:
+            print("Interrupted; this is what was measured before.", file=sys.stderr)
         for server in turns.servers:
             server.resident_bytes = server.process.resident_bytes()
     results = results_of(servers)
@@ -122,6 +125,7 @@ def _start(
 ) -> Iterator[Running]:
     """Start one server after the other, each with the machine to itself, and leave it paused."""
     for peer in peers:
+        process: ServerProcess | None = None
         try:
             python = Path(sys.executable)
             if peer.environment is not None:
@@ -135,6 +139,8 @@ def _start(
             model = process.wait_ready(None if peer.model is None else peer.model(forms))
             process.pause()
         except (PeerError, OSError) as error:
+            if process is not None:
+                process.close()
             failures[peer.name] = str(error)
             print(f"{peer.name}: {error}", file=sys.stderr)
             continue

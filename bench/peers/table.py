@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ def _result(server: Running, ours: Running | None) -> dict[str, Any]:
         levels[str(level)] = {
             "tokens_per_second": quartiles(rates),
             "times_as_fast_is_ours": None if ours is None else _ratio(ours.levels.get(level, []), rates),
+            "tokens_per_step": _mean([figures["tokens_per_step"] for figures in rounds]),
             "cut_off": any(figures["timed_out"] for figures in rounds),
             "rounds": rounds,
         }
@@ -45,16 +47,22 @@ def _ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[float]) -> dict[s
     return quartiles(ratios) if ratios else None
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    told = [value for value in values if value is not None]
+    return round(statistics.fmean(told), 3) if told else None
+
+
 def print_results(
     results: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str], levels: Sequence[int]
 ) -> None:
     print(
         "tokens/s at so many requests at once, median of the rounds; behind it, how many times as fast ours "
         f"is.\nttft: median of {FIRST_TOKEN_REQUESTS} prompts of {FIRST_TOKEN_PROMPT} tokens sent at once. "
-        "start: to the first answered token. ~: cut off by the time limit.\n"
+        "tok/step: at the fewest requests, where the server tells. start: to the first answered token. "
+        "~: cut off by the time limit.\n"
     )
     print_table(
-        ["server", *(str(level) for level in levels), "ttft ms", "memory MB", "start s"],
+        ["server", *(str(level) for level in levels), "tok/step", "ttft ms", "memory MB", "start s"],
         [_row(name, result, levels) for name, result in results.items()],
     )
     for name, reason in failures.items():
@@ -65,9 +73,11 @@ def print_results(
 
 def _row(name: str, result: Mapping[str, Any], levels: Sequence[int]) -> list[object]:
     first, memory = result["first_token_seconds"], result["resident_bytes"]
+    smallest = result["levels"].get(str(min(levels)))
     return [
         name,
         *(_cell(result["levels"].get(str(level)), name == OURS) for level in levels),
+        None if smallest is None else smallest["tokens_per_step"],
         None if first is None else f"{1000 * first['median']:.0f}",
         None if memory is None else f"{memory / 1e6:.0f}",
         result["start_seconds"],

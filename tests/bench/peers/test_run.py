@@ -109,7 +109,7 @@ class Started:
 
 
 def test_without_ours_there_are_no_ratios() -> None:
-    figures = {"tokens_per_second": 5.0, "timed_out": True, "ttft_seconds": None}
+    figures = {"tokens_per_second": 5.0, "timed_out": True, "ttft_seconds": None, "tokens_per_step": 1.5}
     alone = Running("other", Started(), "m", {1: [figures]})  # type: ignore[arg-type]
     level = results_of([alone])["other"]["levels"]["1"]
     assert (level["times_as_fast_is_ours"], level["cut_off"]) == (None, True)
