@@ -22,6 +22,11 @@ POLL = 0.1
 ANSWER_LIMIT = 120.0  # seconds for the first answer of one token
 
 
+def _inherited() -> dict[str, str]:
+    """Our variables, but for a number of threads that some servers would obey and others not."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
@@ -44,7 +49,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environ},
+                env={**_inherited(), **environ},
                 start_new_session=True,  # so that its children are found, and Ctrl-C is ours to pass on
             )
 

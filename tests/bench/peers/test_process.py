@@ -89,10 +89,12 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
     server.close()
 
 
-def test_variables_of_a_server_are_its_own(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    server = ServerProcess(["sh", "-c", "echo $PEER_SETTING"], 1, {"PEER_SETTING": "on"}, log)
-    with pytest.raises(PeerError, match="on"):
+def test_variables_of_a_server_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GORGON_SEED", "5")
+    script = "echo $PEER_SETTING,$GORGON_SEED,${OMP_NUM_THREADS-all}"
+    server = ServerProcess(["sh", "-c", script], 1, {"PEER_SETTING": "on"}, tmp_path / "log")
+    with pytest.raises(PeerError, match="on,5,all"):
         server.wait_ready(None, limit=30)
     server.close()
     assert "PEER_SETTING" not in os.environ
