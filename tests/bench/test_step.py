@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.bandwidth import Bandwidth
-from bench.step import StepBenchError, measure_steps
+from bench.step import StepBenchError, StepBenchOptions, measure, measure_steps
 from cli.main import main
 from engine.config import EngineConfig
 from engine.loop import Engine
@@ -64,10 +64,22 @@ def test_plain_steps_and_trees(folders: tuple[Path, Path], capsys: Any) -> None:
     assert "of the limit" in out and "GB/s" in out
 
 
-def test_without_heads_there_are_no_trees(folders: tuple[Path, Path], capsys: Any) -> None:
-    assert bench(folders[0], "--heads", "none", "--requests", "2", "--trees", "4") == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [step["kind"] for step in document["steps"]] == ["plain"]
+def test_nothing_to_draft_with_means_no_trees(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(
+        model_dir=str(folders[0]),
+        dtype="float32",
+        device="cpu",
+        kv_cache_memory=2**20,
+        speculation="off",
+    )
+    plain = Engine(config)
+    monkeypatch.setattr("bench.step.Engine", lambda config, fixed_drafts: plain)
+    options = StepBenchOptions(
+        model="", heads="none", config=config, requests=(2,), trees=(4, 8), context=10, steps=2
+    )
+    assert [row.kind for row in measure(plain, config, options)] == ["plain"]
 
 
 @pytest.mark.parametrize(
