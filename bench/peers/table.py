@@ -35,6 +35,7 @@ def _result(server: Running, ours: Running | None) -> dict[str, Any]:
     return {
         "levels": levels,
         "first_token_seconds": quartiles(first) if first else None,
+        "first_token_cut_off": any(figures["timed_out"] for figures in server.first_token),
         "first_token_rounds": server.first_token,
         "resident_bytes": server.resident_bytes,
         "start_seconds": round(server.process.start_seconds, 2),
@@ -78,7 +79,7 @@ def _row(name: str, result: Mapping[str, Any], levels: Sequence[int]) -> list[ob
         name,
         *(_cell(result["levels"].get(str(level)), name == OURS) for level in levels),
         None if smallest is None else smallest["tokens_per_step"],
-        None if first is None else f"{1000 * first['median']:.0f}",
+        None if first is None else f"{_mark(result['first_token_cut_off'])}{1000 * first['median']:.0f}",
         None if memory is None else f"{memory / 1e6:.0f}",
         result["start_seconds"],
     ]
@@ -87,6 +88,10 @@ def _row(name: str, result: Mapping[str, Any], levels: Sequence[int]) -> list[ob
 def _cell(level: Mapping[str, Any] | None, is_ours: bool) -> str | None:
     if level is None:
         return None
-    rate = f"{'~' if level['cut_off'] else ''}{level['tokens_per_second']['median']:.1f}"
+    rate = f"{_mark(level['cut_off'])}{level['tokens_per_second']['median']:.1f}"
     ratio = level["times_as_fast_is_ours"]
     return rate if is_ours or ratio is None else f"{rate} {ratio['median']:.2f}x"
+
+
+def _mark(cut_off: bool) -> str:
+    return "~" if cut_off else ""

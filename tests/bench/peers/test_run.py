@@ -13,7 +13,7 @@ import pytest
 from bench.peers.models import Forms
 from bench.peers.run import PeersOptions, run
 from bench.peers.servers import OURS, PEERS, Peer, Plan
-from bench.peers.table import results_of
+from bench.peers.table import print_results, results_of
 from bench.peers.turns import Running, requests_of
 from bench.prompts import BUILTIN
 from cli.main import main
@@ -108,11 +108,15 @@ class Started:
     start_seconds = 1.0
 
 
-def test_without_ours_there_are_no_ratios() -> None:
+def test_without_ours_there_are_no_ratios(capsys: Any) -> None:
     figures = {"tokens_per_second": 5.0, "timed_out": True, "ttft_seconds": None, "tokens_per_step": 1.5}
     alone = Running("other", Started(), "m", {1: [figures]})  # type: ignore[arg-type]
-    level = results_of([alone])["other"]["levels"]["1"]
+    results = results_of([alone])
+    level = results["other"]["levels"]["1"]
     assert (level["times_as_fast_is_ours"], level["cut_off"]) == (None, True)
+    print_results(results, {}, [1, 4])
+    row = capsys.readouterr().out.splitlines()[-2]
+    assert row.split() == ["other", "~5.0", "-", "1.50", "-", "-", "1.00"]
 
 
 def test_every_server_gets_the_same_model_port_and_load(tmp_path: Path) -> None:
