@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test test-all check format bench clean
+.PHONY: help serve test test-all check format bench bench-peers clean
 
 help:
 	@echo "make serve     install, fetch the default model and serve it on 127.0.0.1:8000"
@@ -14,6 +14,7 @@ help:
 	@echo "make check     ruff and mypy"
 	@echo "make format    let ruff rewrite what it can"
 	@echo "make bench     speculation on against off, one request at a time"
+	@echo "make bench-peers  beside llama.cpp, vLLM and transformers, installed in a cache folder; hours"
 	@echo "make clean     remove .venv and caches"
 
 serve: $(VENV)/.installed
@@ -36,6 +37,9 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/gorgon bench engine $(ARGS)
+
+bench-peers: $(VENV)/.installed
+	$(BIN)/gorgon bench peers $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

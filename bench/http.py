@@ -1,31 +1,33 @@
-"""`gorgon bench serve`: closed-loop load over HTTP against any OpenAI-compatible server."""
+"""`gorgon bench serve`: load over HTTP against any OpenAI-compatible server, level after level."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import cycle
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from bench.facts import machine_facts
+from bench.load import closed_loop, open_loop, summarize_load
+from bench.plot import check_plot, plot_levels
 from bench.prompts import Prompt, read_prompts, sample
-from bench.report import print_json, print_table, quartiles
-from engine.errors import GorgonError
+from bench.report import print_json, print_table
+from bench.stream import Answer, Ask, BenchError, first_model, stream_answer
+from bench.synthetic import synthetic_prompts
 
-
-class BenchError(GorgonError):
-    """The server cannot be reached, or refuses a request; nothing was measured."""
+READ_TIMEOUT = 600.0  # seconds without a token: a long queue is not an error
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeBenchOptions:
-    """`concurrency`: numbers of requests kept running, one level after the other."""
+    """`concurrency`: numbers of requests kept running, one level after the other. `rates`: requests per
+    second that arrive at random; where there are any, they are the levels. `input_len` makes prompts up
+    instead of reading `prompts`. `output_len` gives every answer that length instead of at most
+    `max_tokens`."""
 
     url: str
     api_key: str | None
@@ -33,135 +35,113 @@ class ServeBenchOptions:
     prompts: Path
     num_requests: int
     concurrency: tuple[int, ...]
+    rates: tuple[float, ...]
+    input_len: int | None
+    output_len: int | None
     max_tokens: int
     seed: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One request, in seconds. `steps` is None where the server does not report decode_steps."""
-
-    first_token: float
-    total: float
-    tokens: int
-    steps: int | None
-
-    @property
-    def per_token(self) -> float | None:
-        return (self.total - self.first_token) / (self.tokens - 1) if self.tokens > 1 else None
+    plot: Path | None
 
 
 def run(options: ServeBenchOptions) -> int:
+    if options.plot is not None:
+        check_plot(options.plot)
     document = asyncio.run(_measure(options))
-    print_table(
-        ["concurrency", "tok/s", "ttft p50 ms", "ttft p75 ms", "per token p50 ms", "tok/step"],
-        [
-            [
-                level["concurrency"],
-                level["tokens_per_second"],
-                1000 * level["ttft_seconds"]["median"],
-                1000 * level["ttft_seconds"]["q3"],
-                1000 * level["seconds_per_token"]["median"] if level["seconds_per_token"] else None,
-                level["tokens_per_step"],
-            ]
-            for level in document["levels"]
-        ],
-    )
+    print_levels(document["levels"])
+    if options.plot is not None:
+        plot_levels(document["levels"], options.plot)
     print_json(document)
     return 0
 
 
+def print_levels(levels: Sequence[dict[str, Any]]) -> None:
+    """One line a level; times in milliseconds."""
+    unit = "rate" if "rate" in levels[0] else "concurrency"
+    headers = [unit, "tok/s", "req/s", *(f"ttft {p}" for p in ("p50", "p90", "p99"))]
+    headers += [f"ms/tok {p}" for p in ("p50", "p90", "p99")]
+    print_table(
+        [*headers, "tok/step", "refused"],
+        [
+            [
+                level[unit],
+                level["tokens_per_second"],
+                level["requests_per_second"],
+                *_milliseconds(level["ttft_seconds"]),
+                *_milliseconds(level["seconds_per_token"]),
+                level["tokens_per_step"],
+                level["refused"],
+            ]
+            for level in levels
+        ],
+    )
+
+
+def _milliseconds(figures: dict[str, float] | None) -> list[float | None]:
+    return [None if figures is None else 1000 * figures[p] for p in ("p50", "p90", "p99")]
+
+
+def connect(url: str, api_key: str | None = None) -> httpx.AsyncClient:
+    """A client for one server, without a limit on connections; to be used as a context manager.
+
+    Connections are not kept: a server may close one that was idle just when it is wanted again.
+    """
+    return httpx.AsyncClient(
+        base_url=url,
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        timeout=httpx.Timeout(10.0, read=READ_TIMEOUT, pool=None),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+    )
+
+
 async def _measure(options: ServeBenchOptions) -> dict[str, Any]:
-    prompts = read_prompts(options.prompts)
-    prompts = sample(prompts, min(options.num_requests, len(prompts)), options.seed)
-    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-    limits = httpx.Limits(max_connections=None)
     try:
-        async with httpx.AsyncClient(
-            base_url=options.url, headers=headers, timeout=httpx.Timeout(10.0, read=600.0), limits=limits
-        ) as client:
-            model = options.model or await _first_model(client)
-            await _request(client, model, prompts[0], min(8, options.max_tokens))  # warm-up
-            levels = []
-            for concurrency in options.concurrency:
-                requests = [p for p, _ in zip(cycle(prompts), range(options.num_requests), strict=False)]
-                levels.append(await measure_level(client, model, requests, concurrency, options.max_tokens))
+        async with connect(options.url, options.api_key) as client:
+            ask = Ask(
+                model=options.model or await first_model(client),
+                max_tokens=options.output_len or options.max_tokens,
+                ignore_eos=options.output_len is not None,
+            )
+            levels = await _levels(client, ask, options)
     except httpx.HTTPError as error:
-        raise BenchError(f"{options.url}: {error or type(error).__name__}") from error
+        raise BenchError(f"{options.url}: {str(error) or type(error).__name__}") from error
     return {
         "bench": "serve",
         **machine_facts(),
         "url": options.url,
-        "model": model,
-        "max_tokens": options.max_tokens,
+        "model": ask.model,
+        "prompts": f"synthetic:{options.input_len}" if options.input_len else options.prompts.name,
+        "max_tokens": ask.max_tokens,
+        "ignore_eos": ask.ignore_eos,
         "num_requests": options.num_requests,
         "levels": levels,
     }
 
 
+async def _levels(client: httpx.AsyncClient, ask: Ask, options: ServeBenchOptions) -> list[dict[str, Any]]:
+    prompts = await _prompts(client, ask, options)
+    await stream_answer(client, replace(ask, max_tokens=min(8, ask.max_tokens)), prompts[0], Answer())
+    levels: list[dict[str, Any]] = []
+    for rate in options.rates:
+        load = await open_loop(client, ask, prompts, rate, options.seed)
+        levels.append({"rate": rate, **summarize_load(load)})
+    for concurrency in () if options.rates else options.concurrency:
+        levels.append(await measure_level(client, ask, prompts, concurrency))
+    return levels
+
+
+async def _prompts(client: httpx.AsyncClient, ask: Ask, options: ServeBenchOptions) -> list[Prompt]:
+    if options.input_len is not None:
+        return await synthetic_prompts(client, ask, options.input_len, options.num_requests, options.seed)
+    prompts = read_prompts(options.prompts)
+    prompts = sample(prompts, min(options.num_requests, len(prompts)), options.seed)
+    return list(islice(cycle(prompts), options.num_requests))
+
+
 async def measure_level(
-    client: httpx.AsyncClient, model: str, prompts: Sequence[Prompt], concurrency: int, max_tokens: int
+    client: httpx.AsyncClient, ask: Ask, prompts: Sequence[Prompt], concurrency: int
 ) -> dict[str, Any]:
-    """Keep `concurrency` requests running until every prompt has been answered."""
-    timings: list[Timing] = []
-    remaining = iter(prompts)
-
-    async def worker(source: Iterator[Prompt]) -> None:
-        for prompt in source:
-            timings.append(await _request(client, model, prompt, max_tokens))
-
-    start = time.perf_counter()
-    await asyncio.gather(*(worker(remaining) for _ in range(concurrency)))
-    seconds = time.perf_counter() - start
-    per_token = [timing.per_token for timing in timings if timing.per_token is not None]
-    steps = sum(timing.steps or 0 for timing in timings)
-    tokens = sum(timing.tokens for timing in timings)
+    """Figures of a closed loop over all prompts."""
     return {
         "concurrency": concurrency,
-        "requests": len(timings),
-        "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds, 2),
-        "ttft_seconds": quartiles([timing.first_token for timing in timings]),
-        "seconds_per_token": quartiles(per_token) if per_token else None,
-        "tokens_per_step": round(tokens / steps, 3) if steps else None,
+        **summarize_load(await closed_loop(client, ask, prompts, concurrency)),
     }
-
-
-async def _request(client: httpx.AsyncClient, model: str, prompt: Prompt, max_tokens: int) -> Timing:
-    """Stream one greedy answer. Raises BenchError if the server refuses it."""
-    body = {
-        "model": model,
-        "messages": prompt.messages,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    start = time.perf_counter()
-    first: float | None = None
-    chunks = 0
-    usage: dict[str, Any] = {}
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        if response.is_error:
-            text = (await response.aread()).decode(errors="replace")
-            raise BenchError(f"prompt {prompt.id}: the server answered {response.status_code}: {text[:300]}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data:") or (data := line.removeprefix("data:").strip()) == "[DONE]":
-                continue
-            event = json.loads(data)
-            if "error" in event:
-                raise BenchError(f"prompt {prompt.id}: {event['error'].get('message')}")
-            usage = event.get("usage") or usage
-            if any(choice["delta"].get("content") for choice in event.get("choices", ())):
-                chunks += 1
-                first = first if first is not None else time.perf_counter() - start
-    total = time.perf_counter() - start
-    # Without usage, a chunk is the closest thing to a token that can be counted.
-    tokens = usage.get("completion_tokens", chunks)
-    return Timing(total if first is None else first, total, tokens, usage.get("decode_steps"))
-
-
-async def _first_model(client: httpx.AsyncClient) -> str:
-    response = await client.get("/v1/models")
-    response.raise_for_status()
-    return str(response.json()["data"][0]["id"])

@@ -1,36 +1,30 @@
-"""`gorgon bench engine|serve|host`: the engine in this process, a server over HTTP, the scheduler alone."""
+"""`gorgon bench`: what it can measure; here, the engine in this process and the scheduler alone."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
+from cli import bench_peers, bench_serve, bench_step
+from cli.bench_common import DEFAULT_KV_CACHE, add_prompts, check_positive, engine_settings
 from cli.parser import Subparsers
 from cli.serve import DEFAULT_MODEL
-from cli.settings import Setting, add_flags, build, settings_of
+from cli.settings import add_flags, build
 
-DEFAULT_KV_CACHE = 2**30  # several engines share the memory
 DEFAULT_ROUNDS = 3
 
 
 def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "bench",
-        help="measure the engine, or a server",
+        help="measure the engine, a server, or several side by side",
         description="Every benchmark prints tables and, as its last line, JSON.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _register_engine(commands)
-    _register_serve(commands)
+    bench_serve.register(commands)
+    bench_step.register(commands)
     _register_host(commands)
-
-
-def _engine_settings() -> list[Setting]:
-    from engine.config import EngineConfig
-
-    # Speculation is what is compared, and the seed of greedy requests draws nothing.
-    return [s for s in settings_of(EngineConfig) if s.name not in ("speculation", "seed")]
+    bench_peers.register(commands)
 
 
 def _register_engine(commands: Subparsers[argparse.ArgumentParser]) -> None:
@@ -42,7 +36,7 @@ def _register_engine(commands: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help="(default: %(default)s)")
     parser.add_argument("--heads", default="auto", metavar="TEXT", help="head set (default: auto)")
-    _add_prompts(parser)
+    add_prompts(parser)
     parser.add_argument(
         "--num-prompts", type=int, default=24, metavar="N", help="prompts, evenly over tasks (default: 24)"
     )
@@ -63,39 +57,8 @@ def _register_engine(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--rounds", type=int, metavar="N", help=f"rounds with --concurrency (default: {DEFAULT_ROUNDS})"
     )
-    add_flags(parser, _engine_settings())
+    add_flags(parser, engine_settings())
     parser.set_defaults(run=run_engine, speculation=None, seed=None)
-
-
-def _register_serve(commands: Subparsers[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "serve",
-        help="closed-loop load on a running server",
-        description="Keeps a number of requests running against any OpenAI-compatible server.",
-    )
-    parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", metavar="URL", help="server (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--api-key",
-        default=os.environ.get("GORGON_API_KEY"),
-        metavar="TEXT",
-        help="the server's key (default: GORGON_API_KEY)",
-    )
-    parser.add_argument("--model", metavar="TEXT", help="model name (default: the first the server lists)")
-    parser.add_argument(
-        "--concurrency",
-        type=int,
-        nargs="+",
-        default=[1, 4, 16],
-        metavar="N",
-        help="levels to measure, one after the other (default: 1 4 16)",
-    )
-    parser.add_argument(
-        "--num-requests", type=int, default=32, metavar="N", help="requests per level (default: 32)"
-    )
-    _add_prompts(parser)
-    parser.set_defaults(run=run_serve)
 
 
 def _register_host(commands: Subparsers[argparse.ArgumentParser]) -> None:
@@ -111,29 +74,6 @@ def _register_host(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run_host)
 
 
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help='JSONL with "messages" and "task"; first user turns are asked (default: 24 prompts of our own)',
-    )
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
-    parser.add_argument(
-        "--prompt-seed", type=int, default=0, metavar="N", help="which prompts are drawn (default: 0)"
-    )
-
-
-def _check(args: argparse.Namespace, *names: str) -> None:
-    """Refuse numbers below one: nothing would be measured."""
-    from engine.errors import ConfigError
-
-    for name in names:
-        value = getattr(args, name)
-        if min(value if isinstance(value, list) else [value], default=1) < 1:
-            raise ConfigError(name, "must be at least 1")
-
-
 def run_engine(args: argparse.Namespace) -> int:
     from bench.inprocess import EngineBenchOptions, run
     from bench.prompts import BUILTIN
@@ -141,7 +81,7 @@ def run_engine(args: argparse.Namespace) -> int:
     from engine.errors import ConfigError
 
     rounds = [] if args.rounds is None else ["rounds"]
-    _check(args, "num_prompts", "max_tokens", "concurrency", "tree_nodes", *rounds)
+    check_positive(args, "num_prompts", "max_tokens", "concurrency", "tree_nodes", *rounds)
     if args.concurrency > 1 and args.transformers:
         raise ConfigError("transformers", "answers one request at a time; leave out --concurrency")
     if args.concurrency == 1 and rounds:
@@ -163,27 +103,8 @@ def run_engine(args: argparse.Namespace) -> int:
     )
 
 
-def run_serve(args: argparse.Namespace) -> int:
-    from bench.http import ServeBenchOptions, run
-    from bench.prompts import BUILTIN
-
-    _check(args, "num_requests", "max_tokens", "concurrency")
-    return run(
-        ServeBenchOptions(
-            url=args.url.rstrip("/").removesuffix("/v1"),
-            api_key=args.api_key,
-            model=args.model,
-            prompts=args.prompts or BUILTIN,
-            num_requests=args.num_requests,
-            concurrency=tuple(args.concurrency),
-            max_tokens=args.max_tokens,
-            seed=args.prompt_seed,
-        )
-    )
-
-
 def run_host(args: argparse.Namespace) -> int:
     from bench.host import run
 
-    _check(args, "requests", "steps")
+    check_positive(args, "requests", "steps")
     return run(args.requests, args.steps)

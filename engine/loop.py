@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineBrokenError, RequestError
 from engine.messages import AddRequest, ModelInfo, RequestOutput, SamplingParams, StepOutput, StepStats
 from engine.model.config import DecoderConfig
+from engine.model.footprint import weight_bytes
 from engine.model.loader import load_config, load_decoder
 from engine.model.packing import fast_linear, pack_linears
 from engine.runner import device as hardware
@@ -138,6 +139,10 @@ class Engine:
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that every pass reads."""
+        return weight_bytes(self._runner.decoder)
 
     def step(self) -> StepOutput:
         """Advance every running request by one forward pass.

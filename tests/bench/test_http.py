@@ -1,71 +1,117 @@
-"""The HTTP benchmark keeps its level of concurrency and reads usage and errors from the stream."""
+"""`gorgon bench serve` measures every level on a live server and says what it cannot do before it starts."""
 
 from __future__ import annotations
 
-import asyncio
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from bench.http import BenchError, measure_level
-from bench.prompts import Prompt
-
-PROMPTS = [Prompt(str(i), "all", f"question {i}") for i in range(6)]
-
-
-def sse(*events: dict[str, Any]) -> str:
-    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+from bench.peers.process import ServerProcess, free_port
+from bench.stream import Ask, BenchError
+from bench.synthetic import synthetic_prompts
+from cli.main import main
+from engine.errors import ConfigError
+from tests.bench.servers import FakeServer, sse, text, usage
 
 
-def text(content: str) -> dict[str, Any]:
-    return {"choices": [{"delta": {"content": content}}]}
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "tests.bench.servers", str(port)]
+    server = ServerProcess(command, port, {}, tmp_path / "log")
+    try:
+        server.wait_ready(None, limit=60)
+        yield server.url
+    finally:
+        server.close()
 
 
-class Server:
-    """Answers after a moment, and counts how many requests wait at once."""
-
-    def __init__(self, body: str, status: int = 200) -> None:
-        self.body, self.status = body, status
-        self.waiting = self.most_waiting = 0
-        self.requests: list[dict[str, Any]] = []
-
-    async def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.requests.append(json.loads(request.content))
-        self.waiting += 1
-        self.most_waiting = max(self.most_waiting, self.waiting)
-        await asyncio.sleep(0.005)
-        self.waiting -= 1
-        return httpx.Response(self.status, text=self.body)
-
-    async def measure(self, concurrency: int) -> dict[str, Any]:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(self), base_url="http://server") as client:
-            return await measure_level(client, "model", PROMPTS, concurrency, max_tokens=9)
+def test_levels_of_concurrency(url: str, tmp_path: Path, capsys: Any) -> None:
+    plot = tmp_path / "levels.png"
+    argv = ["bench", "serve", "--url", url, "--concurrency", "1", "3", "--num-requests", "30"]
+    assert main([*argv, "--plot", str(plot)]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert out.startswith("concurrency")
+    assert [level["concurrency"] for level in document["levels"]] == [1, 3]
+    assert [level["requests"] for level in document["levels"]] == [30, 30]  # more than there are prompts
+    assert document["model"] == "fake"
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-async def test_a_level_counts_tokens_and_steps() -> None:
-    usage = {"choices": [], "usage": {"completion_tokens": 8, "decode_steps": 4}}
-    server = Server(sse(text(""), text("a b"), text("c"), usage))
-    level = await server.measure(concurrency=3)
-    assert (level["requests"], level["tokens"], level["tokens_per_step"]) == (6, 48, 2.0)
-    assert server.most_waiting == 3
-    assert {r["messages"][0]["content"] for r in server.requests} == {p.text for p in PROMPTS}
-    assert all(r["temperature"] == 0 and r["max_tokens"] == 9 for r in server.requests)
-
-
-async def test_without_usage_chunks_are_counted() -> None:
-    level = await Server(sse(text("a"), text("b"))).measure(concurrency=1)
-    assert (level["tokens"], level["tokens_per_step"]) == (12, None)
+def test_rates_and_made_up_prompts(url: str, capsys: Any) -> None:
+    argv = ["bench", "serve", "--url", url, "--rate", "200", "--num-requests", "8"]
+    assert main([*argv, "--input-len", "50", "--output-len", "2"]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    [level] = document["levels"]
+    assert out.startswith("rate") and level["rate"] == 200
+    assert level["prompt_tokens"] == 8 * 50
+    assert (document["prompts"], document["max_tokens"], document["ignore_eos"]) == ("synthetic:50", 2, True)
 
 
 @pytest.mark.parametrize(
-    "server",
+    ("argv", "message"),
     [
-        Server(json.dumps({"error": {"message": "too busy"}}), 429),
-        Server(sse({"error": {"message": "too busy"}})),
+        (["--rate", "0"], "--rate: must be more than 0"),
+        (["--input-len", "5", "--prompts", "x"], "--input-len: makes prompts up; leave out --prompts"),
+        (["--output-len", "0"], "--output-len: must be at least 1"),
+        (["--plot", "levels.doc"], "--plot: levels.doc must end in one of"),
+        (["--plot", "no/such/folder/x.png"], "--plot: there is no folder"),
     ],
 )
-async def test_a_failed_request_ends_the_measurement(server: Server) -> None:
-    with pytest.raises(BenchError, match="too busy"):
-        await server.measure(concurrency=2)
+def test_what_cannot_be_done_is_said_first(argv: list[str], message: str, capsys: Any) -> None:
+    assert main(["bench", "serve", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nobody_there_is_one_line(capsys: Any) -> None:
+    assert main(["bench", "serve", "--url", f"http://127.0.0.1:{free_port()}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("gorgon: error: http://127.0.0.1") and error.count("\n") == 1
+
+
+def test_a_rate_and_a_level_exclude_each_other() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cli.main", "bench", "serve", "--rate", "1", "--concurrency", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "not allowed with" in done.stderr
+
+
+class Counting(FakeServer):
+    """Takes 1.5 tokens a word and 20 for its template."""
+
+    def answer(self, request: dict[str, Any]) -> httpx.Response:
+        words = len(request["messages"][0]["content"].split())
+        return httpx.Response(200, text=sse(text("a"), usage(1, prompt_tokens=20 + words * 3 // 2)))
+
+
+async def test_made_up_prompts_are_as_long_as_asked_and_all_different() -> None:
+    server = Counting("")
+    ask = Ask(model="m", max_tokens=7, ignore_eos=True)
+    async with server.client() as client:
+        prompts = await synthetic_prompts(client, ask, 500, count=5, seed=3)
+        again = await synthetic_prompts(client, ask, 500, count=5, seed=3)
+    assert all(abs(20 + len(prompt.text.split()) * 1.5 - 500) <= 5 for prompt in prompts)
+    assert len({prompt.text[:40] for prompt in prompts}) == 5
+    assert prompts == again
+    assert all(r["max_tokens"] == 1 and "ignore_eos" not in r for r in server.requests)
+
+
+async def test_made_up_prompts_need_a_server_that_counts() -> None:
+    ask = Ask(model="m", max_tokens=1)
+    async with FakeServer(sse(text("a"))).client() as client:
+        with pytest.raises(BenchError, match="--prompts"):
+            await synthetic_prompts(client, ask, 50, count=1, seed=0)
+    async with Counting("").client() as client:
+        with pytest.raises(ConfigError, match="--input-len: must be more than"):
+            await synthetic_prompts(client, ask, 10, count=1, seed=0)

@@ -1,0 +1,47 @@
+"""How fast this machine reads memory: the floor under the time of a pass, which reads every weight once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+_BYTES = 512 * 2**20  # many times any cache
+_REPEATS = 3
+
+
+class Bandwidth:
+    """Measured again and again between other measurements, because machines drift; the best one counts.
+
+    What is read is summed or copied by torch on as many threads as the engine has.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._source = torch.ones(_BYTES // 4, dtype=torch.float32, device=device)
+        self._target = torch.empty_like(self._source)
+        self.read = 0.0  # bytes per second
+        self.copy = 0.0  # bytes per second, read and written
+
+    def measure(self) -> None:
+        self.read = max(self.read, _BYTES / self._fastest(lambda: self._source.sum()))
+        self.copy = max(self.copy, 2 * _BYTES / self._fastest(lambda: self._target.copy_(self._source)))
+
+    @property
+    def best(self) -> float:
+        """Bytes per second that a pass could read at most; on some machines a copy moves more."""
+        return max(self.read, self.copy)
+
+    def _fastest(self, run: Callable[[], object]) -> float:
+        return min(self._seconds(run) for _ in range(_REPEATS))
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        run()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self._source.is_cuda:
+            torch.cuda.synchronize()

@@ -1,0 +1,40 @@
+"""Flags that several `gorgon bench` commands share, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cli.settings import Setting, settings_of
+
+DEFAULT_KV_CACHE = 2**30  # several engines share the memory
+
+
+def engine_settings() -> list[Setting]:
+    from engine.config import EngineConfig
+
+    # Speculation is what is compared, and the seed of greedy requests draws nothing.
+    return [s for s in settings_of(EngineConfig) if s.name not in ("speculation", "seed")]
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='JSONL with "messages" and "task"; first user turns are asked (default: 24 prompts of our own)',
+    )
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
+    parser.add_argument(
+        "--prompt-seed", type=int, default=0, metavar="N", help="which prompts are drawn (default: 0)"
+    )
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Refuse numbers below one: nothing would be measured."""
+    from engine.errors import ConfigError
+
+    for name in names:
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value], default=1) < 1:
+            raise ConfigError(name, "must be at least 1")
