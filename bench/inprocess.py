@@ -95,7 +95,7 @@ def load_modes(
         EngineMode("off", Engine(replace(config, speculation="off"))),
     ]
     for nodes in options.tree_nodes:
-        engines.append(EngineMode(f"tree:{nodes}", Engine(config, fixed_drafts=nodes)))
+        engines.append(EngineMode(f"tree:{nodes}", Engine(config, fixed_drafts=nodes, ngrams=False)))
     others: list[Mode] = []
     if options.transformers:
         others.append(TransformersMode(model_dir, engines[0].engine.info))

@@ -63,7 +63,8 @@ class Engine:
         max_model_len = _resolve_model_len(config, model)
         decoder = load_decoder(model_dir, dtype, device)
         heads_name, num_heads = None, 0
-        if drafter is None and config.heads_dir is not None and config.speculation != "off":
+        speculates = config.speculation != "off" and config.max_tree_nodes > 1
+        if drafter is None and config.heads_dir is not None and speculates:
             heads = load_heads(Path(config.heads_dir))
             family = TreeFamily.load(Path(config.heads_dir) / "tree.json")
             _check_tree(family, heads)
@@ -71,7 +72,7 @@ class Engine:
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
         if drafter is None and ngrams:
             drafter = NgramDrafter()
-        if config.speculation == "off":
+        if not speculates:
             drafter, family = None, _NO_TREE
         family = family.prefix(config.max_tree_nodes - 1)
         takes_chains = drafter is not None and drafter.takes_chains

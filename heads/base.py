@@ -110,7 +110,8 @@ class DraftHeads(nn.Module):
         best = logits.topk(min(num_guesses, self.num_tokens), dim=-1)
         log_probs = best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)
         # Rounding must not make a guess likelier than certain: then a child would outdo its parent.
-        log_probs = log_probs.clamp_(max=0.0)
+        # One that is no number, where a format has overflowed, is no guess.
+        log_probs = log_probs.clamp_(max=0.0).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
         guesses = best.indices if self.token_map is None else self.token_map[best.indices]
         shape = (*tokens.shape, -1)
         return guesses.expand(shape), log_probs.expand(shape), state

@@ -25,6 +25,7 @@ ROWS_PER_BLOCK = 512  # rows whose logits exist at the same time
 
 def phase_rate(step: int, num_steps: int, warmup: int) -> float:
     """Share of the highest learning rate: linear warm-up, then a cosine down to zero (appendix B)."""
+    warmup = min(warmup, max(1, num_steps // 10))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))

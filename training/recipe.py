@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from engine.config import Device
+from engine.errors import ConfigError
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
@@ -120,8 +121,11 @@ def train_medusa1(
     accelerator = make_accelerator(device=device)
     with accelerator.main_process_first():  # which fetches the model where need be, and fills the cache
         decoder, documents = _load(model_name, data, max_positions, config.seed, accelerator.device)
+        if heads.projection == "low_rank" and heads.rank > decoder.config.hidden_size:
+            raise ConfigError("rank", f"must be at most the hidden size, {decoder.config.hidden_size}")
         cache = extract(decoder, documents, cache_dir)
     decoder.cpu()  # what training needs of it goes back; the rest would only take memory
+    torch.manual_seed(config.seed)  # some weights start at random, and the same ones on every device
     module = make_heads(heads, decoder, cache)
     embedding, lm_head = decoder.embedding, decoder.lm_head.weight
     trainer = HeadsTrainer(config, module, cache, embedding, lm_head, model_name, out, accelerator)

@@ -52,7 +52,7 @@ class TrainerConfig:
     batch: int = 1536
     accumulate: int = 1
     lr: float = 1.5e-3
-    warmup: int = 100
+    warmup: int = 100  # steps, at most a tenth of all
     weight_decay: float = 0.05
     seed: int = 0
     checkpoint_every: int = 200
@@ -152,9 +152,10 @@ class HeadsTrainer:
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to zero."""
         c = self.config
-        if step < c.warmup:
-            return c.lr * (step + 1) / c.warmup
-        share = (step - c.warmup) / max(1, self.num_steps - c.warmup)
+        warmup = min(c.warmup, max(1, self.num_steps // 10))
+        if step < warmup:
+            return c.lr * (step + 1) / warmup
+        share = (step - warmup) / max(1, self.num_steps - warmup)
         return c.lr * 0.5 * (1 + math.cos(math.pi * share))
 
     def _pieces(self) -> list[SequenceBatch]:

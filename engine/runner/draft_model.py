@@ -8,7 +8,7 @@ for drafts. A chain never moves in compaction.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,7 +84,9 @@ class DraftModelDrafter(Drafter):
             self._progress[request].length = base + budget - 1
         return Proposal(tokens, chain_parents(tokens), draft.max_nodes - 1)
 
-    def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
+    def observe(
+        self, step: StepInput, trees: DraftTrees, hidden: Tensor, rows_before: Callable[[], Tensor]
+    ) -> None:
         """Compute the known tokens of requests that drafted nothing: the prompts' chunks, above all."""
         requests, firsts, ends = [], [], []
         for scheduled in step.scheduled:

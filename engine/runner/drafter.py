@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +23,8 @@ from trees.verify import DraftTrees
 class DraftInput:
     """What a drafter may go by, for the requests of a step that have a budget of drafts.
 
-    The root of request i lies at position `len(requests[i].token_ids) - 1`; node j of its tree writes its KV
-    to `node_slots[i, j]`, and every position before the root has its KV in the cache.
+    The root of request i lies at position `len(requests[i].token_ids) - 1`, and every position before it has
+    its KV in the cache.
     """
 
     requests: Sequence[Request]
@@ -34,8 +34,6 @@ class DraftInput:
     max_nodes: int  # the largest of them
     hidden: Tensor  # [num_requests, hidden], the base's row that each root was drawn from
     roots: Tensor  # [num_requests] int64 token ids
-    positions: Tensor  # [num_requests] int64, of the roots
-    node_slots: Tensor  # [num_requests, max_nodes] int64
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,14 @@ class Drafter(Protocol):
     def propose(self, draft: DraftInput) -> Proposal:
         """Guesses for every node."""
 
-    def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
+    def observe(
+        self, step: StepInput, trees: DraftTrees, hidden: Tensor, rows_before: Callable[[], Tensor]
+    ) -> None:
         """Called after every pass of the base, before accepted nodes are moved.
 
-        hidden: [num_tokens, hidden], the base's rows after its final norm; before: [num_requests, hidden],
-        the row before each request's first in the pass, zeros where there is none or it is not known (a
-        prefix from the cache).
+        hidden: [num_tokens, hidden], the base's rows after its final norm; rows_before() gives the row before
+        each request's first in the pass, [num_requests, hidden], zeros where there is none or it is not known
+        (a prefix from the cache).
         """
         return
 

@@ -5,6 +5,8 @@ Heads with a prefix layer keep its keys and values in the base's cache, as one m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,9 +60,11 @@ class HeadsDrafter(Drafter):
         tokens, parents = grow_trees(guess, draft.roots, draft.num_nodes, draft.max_nodes, max_depth, chains)
         return Proposal(tokens, parents, max(max_depth, chains.length))
 
-    def observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
+    def observe(
+        self, step: StepInput, trees: DraftTrees, hidden: Tensor, rows_before: Callable[[], Tensor]
+    ) -> None:
         if self._prefix is not None:
-            self._prefix.write(step, trees, hidden, before, self._embedded(step.token_ids))
+            self._prefix.write(step, trees, hidden, rows_before(), self._embedded(step.token_ids))
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         if self._heads.embedding is None:

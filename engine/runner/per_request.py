@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -14,16 +15,17 @@ class PerRequest(Generic[State]):
     """One state per running request, made when first asked for.
 
     It lives with the request's row among the runner's state: the next request in that row gets a new one, so
-    that no more are kept than requests can run.
+    that no more are kept than requests can run. A request that has ended is not kept alive.
     """
 
     def __init__(self, make: Callable[[Request], State]) -> None:
         self._make = make
-        self._states: dict[int | None, tuple[Request, State]] = {}
+        self._states: dict[int | None, tuple[weakref.ref[Request], State]] = {}
 
     def __getitem__(self, request: Request) -> State:
-        owner, state = self._states.get(request.slot, (None, None))
-        if owner is not request or state is None:
-            state = self._make(request)
-            self._states[request.slot] = (request, state)
+        found = self._states.get(request.slot)
+        if found is not None and found[0]() is request:
+            return found[1]
+        state = self._make(request)
+        self._states[request.slot] = (weakref.ref(request), state)
         return state

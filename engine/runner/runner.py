@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,8 +53,8 @@ class Runner:
         attention = PagedAttention(step, self.cache, config.num_heads, config.num_kv_heads)
         hidden = self.decoder(step.token_ids, step.positions, attention)
         if self.drafter is not None:
-            self.drafter.observe(step, trees, hidden, self._rows_before(step))
-        self._keep_chunk_rows(step, hidden)
+            self.drafter.observe(step, trees, hidden, partial(self._rows_before, step))
+            self._keep_chunk_rows(step, hidden)
         if not commits.scheduled:
             return [CommittedTokens([]) for _ in batch.scheduled]
         hidden = hidden.index_select(0, commits.rows)
@@ -130,13 +131,10 @@ class Runner:
             max_nodes=commits.max_nodes,
             hidden=self._hidden[commits.state_slots[members]],
             roots=commits.roots[members],
-            positions=torch.tensor([len(request.token_ids) - 1 for request in requests], device=self._device),
-            node_slots=commits.node_slots[members],
         )
         proposal = self.drafter.propose(draft)
-        if all_draft:
-            return proposal
-        tokens[members], parents[members] = proposal.tokens, proposal.parents
+        # The roots are known, whatever a drafter makes of them.
+        tokens[members, 1:], parents[members, 1:] = proposal.tokens[:, 1:], proposal.parents[:, 1:]
         return Proposal(tokens, parents, proposal.max_depth)
 
     def _compact(self, commits: CommitRows, last: Tensor, trees: DraftTrees) -> None:

@@ -10,7 +10,7 @@ from engine.scheduling.ngrams import NgramIndex
 from engine.scheduling.speculation import Acceptance
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """
     token_ids    known tokens   |---- prompt ----|---- output ----|

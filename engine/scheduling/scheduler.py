@@ -115,6 +115,8 @@ class Scheduler:
             request = self._running[position]
             num_tokens = min(request.num_pending, budget)
             while not self._reserve(request, request.num_computed + num_tokens):
+                if self._reclaim():
+                    continue
                 self._preempt(self._running[-1])
                 batch.num_preemptions += 1
                 if request.slot is None:  # it was the youngest itself
@@ -134,7 +136,9 @@ class Scheduler:
             self.pool.share(prefix)
             request.block_table = list(prefix)
             # All its known tokens must fit, not only the first chunk: half a prompt helps nobody.
-            if not self._reserve(request, len(request.token_ids)):
+            if not self._reserve(request, len(request.token_ids)) and not (
+                self._reclaim() and self._reserve(request, len(request.token_ids))
+            ):
                 self.pool.release(prefix)
                 request.block_table = []
                 break
@@ -172,7 +176,7 @@ class Scheduler:
         limit = self._draft_limit(request)
         if self._ngrams:
             request.ngrams.extend(request.token_ids)
-            scheduled.chain = request.ngrams.guess(request.token_ids, limit)
+            scheduled.chain = request.ngrams.guess(request.token_ids, min(limit, request.num_remaining - 1))
         return Candidate(request.acceptance, limit, scheduled.chain.gains)
 
     def _draft_limit(self, request: Request) -> int:
@@ -193,6 +197,19 @@ class Scheduler:
         if missing > 0:
             request.block_table.extend(self.pool.allocate(missing))
         return True
+
+    def _reclaim(self) -> bool:
+        """Take back the blocks that past drafts left empty; whether there were any. They are not given back
+        at once, so that a request's blocks stay next to each other."""
+        found = False
+        for request in self._running:
+            needed = -(-len(request.token_ids) // self.pool.block_size)
+            surplus = request.block_table[needed:]
+            if surplus:
+                self.pool.release(surplus)
+                del request.block_table[needed:]
+                found = True
+        return found
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
@@ -229,6 +246,8 @@ class Scheduler:
                 outputs.append(self._commit(scheduled, result))
             else:
                 request.num_computed += scheduled.num_tokens
+                if self._ngrams:  # chunk by chunk, so that no step waits for a long prompt to be indexed
+                    request.ngrams.extend(request.token_ids[: request.num_computed])
             self._register_blocks(request)
             if request.finish_reason is not None:
                 self._remove(request)
@@ -252,7 +271,8 @@ class Scheduler:
         request.drafted_tokens += scheduled.num_drafts
         request.accepted_tokens += num_accepted
         request.ngrams.observe(scheduled.chain, appended)
-        if scheduled.num_drafts:
+        # An answer's end cuts off what might have been right.
+        if scheduled.num_drafts and request.finish_reason is None:
             expected = sum(scheduled.gains[: scheduled.num_drafts])
             self._policy.observe(request.acceptance, expected, num_accepted)
         return RequestOutput(

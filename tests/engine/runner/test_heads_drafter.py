@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -110,6 +112,27 @@ def test_the_cached_prefix_layer_equals_a_dense_pass_after_chunks_trees_and_comp
             dense = heads.prefix(hidden.unsqueeze(0), embedding[known].unsqueeze(0))
         # The last known token is the root: the row before it is the one heads start from.
         torch.testing.assert_close(start, dense[0, -2], rtol=1e-3, atol=1e-4)
+
+
+def test_heads_that_have_overflowed_leave_the_text_as_it_is() -> None:
+    heads = bound(hydra())
+    assert isinstance(heads, HydraHeads)
+    heads.biases.data[1:] = torch.nan
+    expected = TinyEngine(num_blocks=200, **ARRIVALS).run(arrivals())
+    engine = TinyEngine(full(20, 3, 3), HeadsDrafter(heads), num_blocks=200, **ARRIVALS)
+    for name, result in engine.run(arrivals()).items():
+        assert result.tokens == expected[name].tokens
+
+
+def test_a_request_that_has_ended_is_not_kept_alive() -> None:
+    engine = TinyEngine(full(20, 3, 3), HeadsDrafter(bound(hydra())), num_blocks=200, **ARRIVALS)
+    engine.scheduler.add("0", PROMPTS[1], params(8, ignore_eos=True))
+    engine.step()
+    request = weakref.ref(engine.scheduler._requests["0"])
+    while engine.scheduler.has_work():
+        engine.step()
+    gc.collect()
+    assert request() is None
 
 
 def test_a_prefix_layer_of_another_shape_than_the_cache_is_refused() -> None:
