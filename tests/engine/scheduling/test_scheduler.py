@@ -168,16 +168,19 @@ class TestPreemption:
         for name in "abc":
             assert tokens[name] == continuation(prompt(7, first=ord(name) - 90), params(20), 32)
 
-    def test_blocks_that_past_drafts_left_empty_are_taken_back_before_anyone_is_pushed_out(self) -> None:
-        # Two answers of 15 tokens fill the four blocks of each exactly; drafts reach beyond them in between.
+    def test_blocks_that_past_drafts_left_empty_are_taken_back_for_who_needs_them(self) -> None:
         policy = FixedSpeculation(8)
         scheduler = make_scheduler(num_blocks=8, block_size=4, max_model_len=32, max_drafts=8, policy=policy)
         runner = FakeRunner(scheduler)
-        for name in "ab":
-            scheduler.add(name, prompt(1, first=ord(name) - 90), params(15))
-        _, batches = run_all(scheduler, runner)
-        assert sum(batch.num_preemptions for batch in batches) == 0
-        assert any(s.num_drafts == 8 for batch in batches for s in batch.scheduled)
+        scheduler.add("a", prompt(1), params(20))
+        for _ in range(5):
+            run_step(scheduler, runner)
+        request = request_of(scheduler, "a")
+        assert (len(request.token_ids), len(request.block_table)) == (6, 4)
+        # Two blocks hold what is known of "a", six are what "b" needs.
+        scheduler.add("b", prompt(23, first=40), params(1))
+        batch, _ = run_step(scheduler, runner)
+        assert set(by_id(batch)) == {"a", "b"} and not batch.num_preemptions
 
     def test_preempted_request_comes_back_before_later_ones(self) -> None:
         scheduler, runner = self.full_house()
