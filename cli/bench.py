@@ -1,4 +1,5 @@
-"""`gorgon bench engine|serve|host`: the engine in this process, a server over HTTP, the scheduler alone."""
+"""`gorgon bench engine|serve|host|quality`: the engine in this process, a server over HTTP, the scheduler
+alone, and what number formats cost in answers."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     _register_engine(commands)
     _register_serve(commands)
     _register_host(commands)
+    _register_quality(commands)
 
 
 def _engine_settings() -> list[Setting]:
@@ -111,14 +113,39 @@ def _register_host(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run_host)
 
 
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
+def _register_quality(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "quality",
+        help="what quantized weights cost in answers",
+        description="Compares --quantization none, int8 and int4 with float32: perplexity of the prompts' "
+        "text, agreement of greedy answers, and whether speculation changes them.",
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help="(default: %(default)s)")
+    parser.add_argument("--heads", default="auto", metavar="TEXT", help="head set (default: auto)")
+    _add_prompts(parser, max_tokens=64)
+    parser.add_argument(
+        "--num-prompts", type=int, default=16, metavar="N", help="prompts, evenly over tasks (default: 16)"
+    )
+    parser.add_argument(
+        "--quantization",
+        nargs="+",
+        choices=("none", "int8", "int4"),
+        default=["none", "int8", "int4"],
+        help="what to compare (default: all)",
+    )
+    parser.set_defaults(run=run_quality)
+
+
+def _add_prompts(parser: argparse.ArgumentParser, max_tokens: int = 128) -> None:
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
         help='JSONL with "messages" and "task"; first user turns are asked (default: 24 prompts of our own)',
     )
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help="per answer (default: %(default)s)"
+    )
     parser.add_argument(
         "--prompt-seed", type=int, default=0, metavar="N", help="which prompts are drawn (default: 0)"
     )
@@ -187,3 +214,21 @@ def run_host(args: argparse.Namespace) -> int:
 
     _check(args, "requests", "steps")
     return run(args.requests, args.steps)
+
+
+def run_quality(args: argparse.Namespace) -> int:
+    from bench.prompts import BUILTIN
+    from bench.quality import QualityOptions, run
+
+    _check(args, "num_prompts", "max_tokens")
+    return run(
+        QualityOptions(
+            model=args.model,
+            heads=args.heads,
+            prompts=args.prompts or BUILTIN,
+            num_prompts=args.num_prompts,
+            max_tokens=args.max_tokens,
+            seed=args.prompt_seed,
+            formats=tuple(args.quantization),
+        )
+    )

@@ -102,20 +102,26 @@ def describe(timings: Mapping[Quantization, Sequence[float]]) -> str:
 
 @torch.inference_mode()
 def measure(decoder: Decoder, choices: Sequence[Quantization]) -> dict[Quantization, list[float]]:
-    """Seconds that one layer's matrices take by number of rows, with the weights read from memory."""
+    """Seconds that one layer's matrices take by number of rows, with the weights read from memory.
+
+    Choices that change none of these matrices are left out.
+    """
     layer = decoder.layers[len(decoder.layers) // 2]
     linears = [(name, child) for name, child in layer.named_children() if isinstance(child, Linear)]
     made = {c: [_quantized(child, name, c, lossless=True) for name, child in linears] for c in choices}
+    for choice in choices:
+        if choice != "none" and all(isinstance(module, PackedLinear) for module in made[choice]):
+            del made[choice]
     cache = torch.zeros(_CACHE_BYTES, dtype=torch.uint8)
-    timings: dict[Quantization, list[float]] = {choice: [] for choice in choices}
+    timings: dict[Quantization, list[float]] = {choice: [] for choice in made}
     for rows in _TIMED_ROWS:
         inputs = [torch.randn(rows, child.weight.shape[1]).to(child.weight.dtype) for _, child in linears]
-        best = dict.fromkeys(choices, math.inf)
+        best = dict.fromkeys(made, math.inf)
         for _ in range(_REPEATS):
             for choice, modules in made.items():  # in turns: what else the machine does hits all alike
                 cache.add_(1)
                 best[choice] = min(best[choice], _seconds(modules, inputs))
-        for choice in choices:
+        for choice in made:
             timings[choice].append(best[choice])
     return timings
 
