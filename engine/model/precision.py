@@ -26,6 +26,8 @@ _MAX_INT4_ERROR = 0.015
 _TIMED_ROWS = (1, 8, 16)  # a plain pass, a small tree, a larger one or several requests
 _REPEATS = 4
 _WORTHWHILE = 0.95  # of the time without: what saves less is not worth another number format
+# By what was timed. Engines of one process decide alike: speculation on and off are compared on one model.
+_timings: dict[tuple[object, ...], dict[Quantization, list[float]]] = {}
 _CACHE_BYTES = 64 << 20  # displaces the weights from the caches, as a pass does between two visits of a layer
 
 
@@ -100,11 +102,10 @@ def describe(timings: Mapping[Quantization, Sequence[float]]) -> str:
     return f"Milliseconds of one layer's weights at {rows} tokens: {times}"
 
 
-@torch.inference_mode()
 def measure(decoder: Decoder, choices: Sequence[Quantization]) -> dict[Quantization, list[float]]:
     """Seconds that one layer's matrices take by number of rows, with the weights read from memory.
 
-    Choices that change none of these matrices are left out.
+    Choices that change none of these matrices are left out. The same matrices are timed once a process.
     """
     layer = decoder.layers[len(decoder.layers) // 2]
     linears = [(name, child) for name, child in layer.named_children() if isinstance(child, Linear)]
@@ -112,18 +113,27 @@ def measure(decoder: Decoder, choices: Sequence[Quantization]) -> dict[Quantizat
     for choice in choices:
         if choice != "none" and all(isinstance(module, PackedLinear) for module in made[choice]):
             del made[choice]
+    shapes = [child.weight.shape for _, child in linears]
+    key = (*made, *shapes, torch.get_num_threads())
+    if key not in _timings:
+        sizes = [columns for _, columns in shapes]
+        by_rows = [_time(made, [torch.randn(n, size).bfloat16() for size in sizes]) for n in _TIMED_ROWS]
+        _timings[key] = {choice: [times[choice] for times in by_rows] for choice in made}
+    return _timings[key]
+
+
+@torch.inference_mode()
+def _time(
+    made: Mapping[Quantization, Sequence[nn.Module]], inputs: Sequence[Tensor]
+) -> dict[Quantization, float]:
+    """The fastest of a few runs of each, in turns: what else the machine does hits all alike."""
     cache = torch.zeros(_CACHE_BYTES, dtype=torch.uint8)
-    timings: dict[Quantization, list[float]] = {choice: [] for choice in made}
-    for rows in _TIMED_ROWS:
-        inputs = [torch.randn(rows, child.weight.shape[1]).to(child.weight.dtype) for _, child in linears]
-        best = dict.fromkeys(made, math.inf)
-        for _ in range(_REPEATS):
-            for choice, modules in made.items():  # in turns: what else the machine does hits all alike
-                cache.add_(1)
-                best[choice] = min(best[choice], _seconds(modules, inputs))
-        for choice in made:
-            timings[choice].append(best[choice])
-    return timings
+    best = dict.fromkeys(made, math.inf)
+    for _ in range(_REPEATS):
+        for choice, modules in made.items():
+            cache.add_(1)
+            best[choice] = min(best[choice], _seconds(modules, inputs))
+    return best
 
 
 def _seconds(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> float:
