@@ -164,9 +164,10 @@ async def serve_http(
 
 def describe(info: ModelInfo) -> str:
     """What the engine made of its configuration, in one line."""
+    weights = "" if info.quantization == "none" else f" with {info.quantization} weights"
     heads = f"{info.heads}, trees of up to {info.max_tree_nodes} nodes" if info.heads else "none"
     return (
-        f"{info.architecture} in {info.dtype} on {info.device}; heads: {heads}; context of "
+        f"{info.architecture} in {info.dtype}{weights} on {info.device}; heads: {heads}; context of "
         f"{info.max_model_len} tokens; KV cache of {info.num_blocks * info.block_size} tokens"
     )
 
