@@ -1,5 +1,5 @@
-"""`gorgon bench engine|serve|host|quality`: the engine in this process, a server over HTTP, the scheduler
-alone, and what number formats cost in answers."""
+"""`gorgon bench engine|serve|host|quality|linears`: the engine in this process, a server over HTTP, the
+scheduler alone, what number formats cost in answers and save in time."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     _register_serve(commands)
     _register_host(commands)
     _register_quality(commands)
+    _register_linears(commands)
 
 
 def _engine_settings() -> list[Setting]:
@@ -136,6 +137,12 @@ def _register_quality(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run_quality)
 
 
+def _register_linears(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("linears", help="time of the model's matrices by number format")
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help="(default: %(default)s)")
+    parser.set_defaults(run=run_linears)
+
+
 def _add_prompts(parser: argparse.ArgumentParser, max_tokens: int = 128) -> None:
     parser.add_argument(
         "--prompts",
@@ -232,3 +239,9 @@ def run_quality(args: argparse.Namespace) -> int:
             formats=tuple(args.quantization),
         )
     )
+
+
+def run_linears(args: argparse.Namespace) -> int:
+    from bench.linears import run
+
+    return run(args.model)
