@@ -67,6 +67,7 @@ def run(options: EngineBenchOptions) -> int:
         "model": model.name,
         "heads": info.heads,
         "dtype": info.dtype,
+        "quantization": info.quantization,
         "device": info.device,
         "max_tokens": options.max_tokens,
         "concurrency": options.concurrency,

@@ -17,14 +17,16 @@ def engine_settings() -> list[Setting]:
     return [s for s in settings_of(EngineConfig) if s.name not in ("speculation", "seed")]
 
 
-def add_prompts(parser: argparse.ArgumentParser) -> None:
+def add_prompts(parser: argparse.ArgumentParser, max_tokens: int = 128) -> None:
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
         help='JSONL with "messages" and "task"; first user turns are asked (default: 24 prompts of our own)',
     )
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help="per answer (default: %(default)s)"
+    )
     parser.add_argument(
         "--prompt-seed", type=int, default=0, metavar="N", help="which prompts are drawn (default: 0)"
     )

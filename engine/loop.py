@@ -16,7 +16,8 @@ from engine.messages import AddRequest, ModelInfo, RequestOutput, SamplingParams
 from engine.model.config import DecoderConfig
 from engine.model.footprint import weight_bytes
 from engine.model.loader import load_config, load_decoder
-from engine.model.packing import fast_linear, pack_linears
+from engine.model.packing import fast_linear
+from engine.model.precision import quantization_choices, quantize_linears
 from engine.runner import device as hardware
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
@@ -58,6 +59,7 @@ class Engine:
     ) -> None:
         device = hardware.resolve_device(config.device)
         dtype = hardware.resolve_dtype(config.dtype, device)
+        choices = quantization_choices(config.quantization, dtype, device)
         model_dir = Path(config.model_dir)
         model = load_config(model_dir)
         max_model_len = _resolve_model_len(config, model)
@@ -77,7 +79,7 @@ class Engine:
         family = family.prefix(config.max_tree_nodes - 1)
         takes_chains = drafter is not None and drafter.takes_chains
         max_drafts = config.max_tree_nodes - 1 if takes_chains else len(family.paths)
-        pack_linears(decoder)
+        quantization = quantize_linears(decoder, choices, hardware.spare_memory())
 
         extra_layers = 0 if drafter is None else drafter.num_cache_layers
         token_bytes = bytes_per_token(model, dtype, extra_layers)
@@ -116,6 +118,7 @@ class Engine:
             heads=heads_name,
             num_heads=num_heads,
             max_tree_nodes=max_drafts + 1,
+            quantization=quantization,
         )
 
     def _make_policy(

@@ -90,6 +90,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     heads: str | None  # name and kind of the head set, for people
     num_heads: int
     max_tree_nodes: int  # root included; 1 where nothing speculates
+    quantization: str = "none"  # of the weights: none, int8 or int4
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):

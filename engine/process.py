@@ -4,6 +4,7 @@ connected socket's file descriptor as its argument; it ends when that socket clo
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import signal
@@ -35,6 +36,7 @@ def main(descriptor: int) -> int:
     # is the server's decision: requests may still be running. This process ends with its socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")  # as the server's
     with socket.socket(fileno=descriptor) as connection, contextlib.suppress(ConnectionError):
         return _serve(connection)
     return 0  # the server is gone

@@ -164,10 +164,11 @@ async def serve_http(
 
 def describe(info: ModelInfo) -> str:
     """What the engine made of its configuration, in one line."""
+    weights = "" if info.quantization == "none" else f" with {info.quantization} weights"
     guesses = info.heads or "n-grams alone"
     trees = f"{guesses}, trees of up to {info.max_tree_nodes} nodes" if info.max_tree_nodes > 1 else "off"
     return (
-        f"{info.architecture} in {info.dtype} on {info.device}; speculation: {trees}; context of "
+        f"{info.architecture} in {info.dtype}{weights} on {info.device}; speculation: {trees}; context of "
         f"{info.max_model_len} tokens; KV cache of {info.num_blocks * info.block_size} tokens"
     )
 

@@ -19,6 +19,7 @@ _FACTS = {
     "turns": "turns answered",
     "max_tokens": "tokens per answer, at most",
     "dtype": "number format",
+    "quantization": "quantization of the weights",
     "device": "device",
     "cpu": "processor",
     "cores": "cores",

@@ -145,6 +145,7 @@ def _settings(
         "heads": info.heads,
         "heads_sha256": _digest(heads_dir),
         "dtype": info.dtype,
+        "quantization": info.quantization,
         "device": _device_name(info),
         "threads": _num_threads(),
         "modes": list(modes),

@@ -12,6 +12,7 @@ from engine.errors import ConfigError
 _CPU_CACHE_LIMIT = 2 << 30  # bytes; enough for tens of long requests, and no more than a laptop can spare
 _CPU_CACHE_SHARE = 0.25  # of the memory that is free
 _CUDA_CACHE_SHARE = 0.9
+_COPIES_SHARE = 0.25  # of the memory that is free, for faster layouts of the same weights
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -42,6 +43,11 @@ def free_memory_for_cache(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_CACHE_SHARE)
     return min(int(_available_memory() * _CPU_CACHE_SHARE), _CPU_CACHE_LIMIT)
+
+
+def spare_memory() -> int:
+    """Bytes of this machine that may go into second copies of weights, made to save time alone."""
+    return int(_available_memory() * _COPIES_SHARE)
 
 
 def _available_memory() -> int:

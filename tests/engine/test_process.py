@@ -26,7 +26,7 @@ async def test_requests_are_answered_side_by_side_and_then_the_process_ends(tiny
     async with running(config_for(tiny_model_dir), steps.append) as client:
         info = client.info
         assert (info.vocab_size, info.max_model_len, info.block_size) == (128, 256, 4)
-        assert (info.dtype, info.device, info.heads, info.max_tree_nodes) == ("float32", "cpu", None, 1)
+        assert (info.dtype, info.device, info.heads, info.max_tree_nodes) == ("float32", "cpu", None, 64)
         assert client.is_healthy()
         pid = client.process_id
         assert pid is not None and is_alive(pid)

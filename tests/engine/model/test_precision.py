@@ -1,0 +1,158 @@
+"""What auto picks, what is refused, and what becomes of each layer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import engine.model.precision as precision
+from engine.config import Quantization
+from engine.errors import ConfigError
+from engine.model.decoder import Decoder
+from engine.model.packing import PackedLinear
+from engine.model.precision import fastest, measure, quantization_choices, quantize_linears
+from engine.model.quantization import Int4Linear, Int8Linear
+from tests.engine.tiny import CONFIG, CPU
+from tests.fakes import DenseCausalAttention
+
+ENOUGH = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("timings", "expected"),
+    [
+        ({"none": (10, 13, 18), "int4": (4, 12, 18)}, "int4"),
+        ({"none": (10, 10, 10), "int4": (4, 20, 40)}, "none"),  # fast for one row, slow for the rest
+        ({"none": (10, 10, 10), "int4": (9.9, 9.9, 9.9)}, "none"),  # not worth it
+        ({"none": (10, 13, 18), "int4": (8, 12, 18), "int8": (5, 10, 14)}, "int8"),
+        ({"none": (10, 13, 18)}, "none"),
+    ],
+)
+def test_auto_takes_what_is_clearly_the_fastest(
+    timings: dict[Quantization, tuple[float, ...]], expected: str
+) -> None:
+    assert fastest(timings) == expected
+    slower = {choice: [1000 * t for t in times] for choice, times in timings.items()}
+    assert fastest(slower) == expected  # whatever the machine
+
+
+def test_auto_leaves_other_number_formats_and_devices_alone() -> None:
+    assert quantization_choices("auto", torch.bfloat16, CPU) == ("none", "int4")
+    for dtype in (torch.float32, torch.float16):
+        assert quantization_choices("auto", dtype, CPU) == ("none",)
+    assert quantization_choices("auto", torch.bfloat16, torch.device("cuda")) == ("none",)
+    for device in (CPU, torch.device("cuda")):
+        assert quantization_choices("none", torch.bfloat16, device) == ("none",)
+
+
+@pytest.mark.parametrize("asked", ["int8", "int4"])
+def test_what_cannot_be_had_is_refused_with_what_to_do(
+    asked: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"--quantization: .*not float32.*--dtype bfloat16"):
+        quantization_choices(asked, torch.float32, CPU)
+    with pytest.raises(ConfigError, match=r"--quantization: .*--device cpu"):
+        quantization_choices(asked, torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    if asked == "int8":
+        with pytest.raises(ConfigError, match="VNNI"):
+            quantization_choices(asked, torch.bfloat16, CPU)
+    else:
+        assert quantization_choices(asked, torch.bfloat16, CPU) == ("int4",)
+
+
+def random_decoder(**changes: int) -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(replace(CONFIG, **changes))
+    for name, parameter in decoder.named_parameters():
+        parameter.data = torch.randn_like(parameter).mul(0.1).add("norm" in name).bfloat16()
+    return decoder.eval()
+
+
+def as_stored_in_4_bits(decoder: Decoder) -> Decoder:
+    """The decoder with weights of 16 values for each group, ends in use."""
+    for name, parameter in decoder.layers.named_parameters():
+        if "norm" in name:
+            continue
+        codes = torch.randint(16, parameter.shape).unflatten(1, (-1, 32))
+        codes[..., 0], codes[..., 1] = 0, 15
+        parameter.data = ((codes - 8) * 0.0125).flatten(1).bfloat16()
+    return decoder
+
+
+@torch.inference_mode()
+def logits(decoder: Decoder) -> Tensor:
+    ids = torch.arange(20) * 5
+    return decoder.logits(decoder(ids, torch.arange(20), DenseCausalAttention(decoder.config))).float()
+
+
+def kinds(decoder: Decoder) -> dict[str, type[nn.Module]]:
+    layer = decoder.layers[0]
+    return {"lm_head": type(decoder.lm_head)} | {
+        name: type(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")
+    }
+
+
+def test_int4_leaves_the_vocabulary_projection_in_bfloat16() -> None:
+    decoder = as_stored_in_4_bits(random_decoder())
+    expected = logits(decoder)
+    assert quantize_linears(decoder, ("int4",), ENOUGH) == "int4"
+    found = kinds(decoder)
+    assert found.pop("lm_head") is PackedLinear and set(found.values()) == {Int4Linear}
+    assert (logits(decoder) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_layers_whose_shape_the_operator_cannot_take_stay_in_bfloat16() -> None:
+    decoder = random_decoder(hidden_size=72, intermediate_size=96)
+    expected = logits(decoder)
+    quantize_linears(decoder, ("int4",), ENOUGH)
+    found = kinds(decoder)
+    assert found["qkv"] is found["gate_up"] is PackedLinear  # from 72 columns
+    assert found["down"] is PackedLinear and found["o"] is PackedLinear  # to 72 rows
+    torch.testing.assert_close(logits(decoder), expected, rtol=0.05, atol=0.05)
+
+
+def test_copies_are_made_only_where_there_is_memory() -> None:
+    rich, poor = as_stored_in_4_bits(random_decoder()), as_stored_in_4_bits(random_decoder())
+    poor.load_state_dict(rich.state_dict())
+    quantize_linears(rich, ("int4",), ENOUGH)
+    quantize_linears(poor, ("int4",), 1000)
+    assert any(isinstance(m, PackedLinear) for m in rich.layers.modules())
+    assert not any(isinstance(m, PackedLinear) for m in poor.layers.modules())
+    torch.testing.assert_close(logits(rich), logits(poor), rtol=0.05, atol=0.05)
+
+
+def test_auto_says_in_the_log_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+    decoder = as_stored_in_4_bits(random_decoder())
+    with caplog.at_level(logging.INFO):
+        chosen = quantize_linears(decoder, ("none", "int4"), ENOUGH)
+    assert f"Quantization: {chosen}" in caplog.text and "int4 " in caplog.text
+    assert kinds(decoder)["down"] is (Int4Linear if chosen == "int4" else PackedLinear)
+
+
+def test_auto_changes_no_weights_that_4_bits_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "fastest", lambda timings: "int4")
+    decoder = random_decoder()
+    quantize_linears(decoder, ("none", "int4"), ENOUGH)
+    assert set(kinds(decoder).values()) == {PackedLinear}
+
+
+def test_measured_times_are_times() -> None:
+    assert list(measure(random_decoder(), ("none", "int4"))) == ["none"]  # there is nothing to choose
+    timings = measure(as_stored_in_4_bits(random_decoder()), ("none", "int4"))
+    assert list(timings) == ["none", "int4"]
+    assert all(len(times) == 3 and 0 < min(times) < math.inf for times in timings.values())
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs AVX-512 VNNI")
+def test_int8_layers() -> None:
+    decoder = random_decoder()
+    expected = logits(decoder)
+    quantize_linears(decoder, ("int8",), ENOUGH)
+    assert Int8Linear in kinds(decoder).values()
+    assert (logits(decoder) - expected).norm() < 0.05 * expected.norm()
