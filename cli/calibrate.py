@@ -35,6 +35,12 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         metavar="DIR",
         help="where hidden states are kept between runs (default: a folder in the head set's)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto is CUDA where there is one (auto)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="order of the text (0)")
     parser.set_defaults(run=run)
 
@@ -50,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.heads.is_dir():
         raise ConfigError("heads", f"{args.heads} is no folder of a head set")
     cache = args.cache or args.heads / "cache"
-    result = calibrate_heads(args.heads, args.model, args.data, cache, args.seed)
+    result = calibrate_heads(args.heads, args.model, args.data, cache, args.seed, args.device)
     print("\n".join(report(result)))
     print(f"\nThe tree: {args.heads / 'tree.json'}, {len(result.family.paths)} nodes")
     if can_plot():

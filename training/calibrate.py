@@ -89,11 +89,12 @@ def true_ranks(heads: DraftHeads, batch: SequenceBatch, embedding: Tensor) -> Te
     """Rank of the true token among each head's guesses where everything before it was guessed right,
     [num_anchors, num_heads] int64; MAX_RANK for a miss.
 
-    heads: bound; embedding: [vocab, hidden], the base's.
+    heads: bound; embedding: [vocab, hidden], the base's; all of them on one device.
     """
     dtype = next(heads.parameters()).dtype
     rows = embedding[batch.token_ids].to(dtype)
-    ranks = torch.full((len(batch.anchors), heads.num_heads), MAX_RANK, dtype=torch.int64)
+    shape = len(batch.anchors), heads.num_heads
+    ranks = torch.full(shape, MAX_RANK, dtype=torch.int64, device=rows.device)
     for head, features in enumerate(heads.sequence_features(batch.hidden.to(dtype), rows, batch.anchors)):
         logits = heads.head_logits(head, features)
         guesses = logits.topk(min(MAX_RANK, logits.shape[-1]), dim=-1).indices  # [num_anchors, MAX_RANK]
@@ -134,9 +135,10 @@ def calibrate(
     embedding: Tensor,
     tasks: Sequence[str] = (),
 ) -> Calibration:
-    """Measure bound heads on the answers of the given documents.
+    """Measure bound heads on the answers of the given documents, on the device of the heads.
 
-    embedding: [vocab, hidden], the base's; tasks: of all documents of the sequences, by number.
+    embedding: [vocab, hidden], the base's, on that device too; tasks: of all documents of the
+    sequences, by number.
     """
     answers: list[_Answer] = []
     for numbers in sequences.batches(documents, TOKENS_PER_PASS):
@@ -162,8 +164,8 @@ def calibrate(
 def _measure(
     heads: DraftHeads, batch: SequenceBatch, embedding: Tensor, tasks: Sequence[str]
 ) -> Iterator[_Answer]:
-    """The answers of a batch. tasks: by row of the batch, or none."""
-    ranks = true_ranks(heads, batch, embedding)
+    """The answers of a batch, counted on the CPU. tasks: by row of the batch, or none."""
+    ranks = true_ranks(heads, batch.to(embedding.device), embedding).cpu()
     known = torch.stack([batch.targets(k) >= 0 for k in range(heads.num_heads)], dim=1)
     rows = (batch.anchors // batch.token_ids.shape[1]).tolist()
     first = 0

@@ -10,7 +10,6 @@ template rewrites earlier turns, because training could not tell the answers in 
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,15 +57,12 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises DataError for a file that cannot be read, without rows, or with an id that two rows share.
     """
     prompts: dict[str, Prompt] = {}
-    try:
-        for number, row in enumerate(read_rows(path)):
-            row_id = str(number if row.get("id") is None else row["id"])
-            if row_id in prompts:
-                raise DataError(f"{path.name} line {number + 1} has the id {row_id!r} of an earlier row")
-            asked = [message for message in row["messages"] if message["role"] != "assistant"]
-            prompts[row_id] = Prompt(row_id, row.get("category"), asked)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    for number, row in enumerate(read_rows(path)):
+        row_id = str(number if row.get("id") is None else row["id"])
+        if row_id in prompts:
+            raise DataError(f"{path.name} line {number + 1} has the id {row_id!r} of an earlier row")
+        asked = [message for message in row["messages"] if message["role"] != "assistant"]
+        prompts[row_id] = Prompt(row_id, row.get("category"), asked)
     if not prompts:
         raise DataError(f"{path} holds no rows")
     return list(prompts.values())

@@ -11,12 +11,13 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.errors import GorgonError
+from engine.errors import GorgonError, RequestError
 from engine.model.tokenizer import ChatTokenizer
 
 
@@ -67,21 +68,29 @@ def _is_message(message: object) -> bool:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl or .jsonl.gz file. Raises DataError at the first line that is no conversation."""
-    with (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8") as file
-    ):
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path.name} line {number} is not JSON: {error}") from error
-            messages = row.get("messages") if isinstance(row, dict) else None
-            if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
-                raise DataError(f"{path.name} line {number} has no list of messages with role and content")
-            yield row
+    """The rows of a .jsonl or .jsonl.gz file, one a line. Raises DataError for a file that cannot be read and
+    at the first line that is no conversation."""
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8") as file
+        ):
+            for number, line in enumerate(file, start=1):
+                yield _row(line, path, number)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _row(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path.name} line {number} is not JSON: {error}") from error
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
+        raise DataError(f"{path.name} line {number} has no list of messages with role and content")
+    return row
 
 
 def encode_row(row: dict[str, Any], tokenizer: ChatTokenizer, end_of_turn: str) -> Document:
@@ -118,20 +127,35 @@ def load_documents(
     path: Path, tokenizer: ChatTokenizer, end_of_turn: str, max_positions: int, max_length: int, seed: int
 ) -> list[Document]:
     """Up to `max_positions` answer tokens of the file, greedy rows first (what is served most is greedy),
-    in an order fixed by the seed, no document longer than `max_length` tokens.
+    in an order fixed by the seed, no document longer than `max_length` tokens; says how many were. Raises
+    DataError where nothing is left, and for a row that the chat template does not take, by its line.
     """
-    rows = list(read_rows(path))
+    rows = list(enumerate(read_rows(path), start=1))
     random.Random(seed).shuffle(rows)
-    rows.sort(key=lambda row: bool(row.get("temperature")))
+    rows.sort(key=lambda numbered: bool(numbered[1].get("temperature")))
     documents: list[Document] = []
-    positions = 0
-    for row in rows:
+    positions = num_too_long = 0
+    for number, row in rows:
         if positions >= max_positions:
             break
-        document = encode_row(row, tokenizer, end_of_turn)
-        if document.spans and len(document.token_ids) <= max_length:
-            documents.append(document)
-            positions += document.num_answer_tokens
+        try:
+            document = encode_row(row, tokenizer, end_of_turn)
+        except (DataError, RequestError) as error:
+            raise DataError(f"{path.name} line {number}: {error}") from error
+        if not document.spans:
+            continue
+        if len(document.token_ids) > max_length:
+            num_too_long += 1
+            continue
+        documents.append(document)
+        positions += document.num_answer_tokens
+    if not documents and num_too_long:
+        raise DataError(
+            f"all {num_too_long} conversations of {path.name} are longer than {max_length} tokens; give "
+            "shorter ones"
+        )
     if not documents:
         raise DataError(f"{path.name} holds no answer of an assistant")
+    if num_too_long:
+        print(f"left out: {num_too_long} conversations longer than {max_length} tokens", flush=True)
     return documents

@@ -27,12 +27,10 @@ from training.dataset import Document, digest
 from training.heads_loss import token_columns
 from training.joint_log import JointLog, StepFacts
 from training.joint_losses import distillation_loss, head_losses, language_loss, phase_rate, sine_ramp
+from training.run_state import HEAD_DECAY, LARGEST_GRADIENT, STATE_FILE, tensors_digest
 
-HEAD_DECAY = 0.8  # weight of head k in the loss: 0.8^k
 HEADS_LR_FACTOR = 4.0  # heads learn this much faster than the backbone (appendix B)
 WEIGHT_DECAY = 0.01
-LARGEST_GRADIENT = 1.0
-STATE_FILE = "trainer.pt"
 # By L_LM: the highest lambda0, and the backbone's highest learning rate (sections 2.2.2, 2.3.2, appendix B)
 LAMBDA0 = {"distill": 0.01, "ce": 0.2}
 DEFAULT_LR = {"distill": 1e-4, "ce": 5e-4}
@@ -101,7 +99,8 @@ class Medusa2Trainer:
     """One run in one directory, which holds the trainer's state and a log.
 
     accelerator: accelerate's, which says the device, the number format and which share of a step is ours.
-    documents: those to train on; held-out ones among them are left out.
+    documents: those to train on; held-out ones among them are left out. start: a digest of the head set that
+    the heads come from, None for fresh ones.
     """
 
     def __init__(
@@ -112,6 +111,7 @@ class Medusa2Trainer:
         heads: DraftHeads,
         directory: Path,
         accelerator: Any,
+        start: str | None = None,
     ) -> None:
         self.config, self.directory, self.accelerator = config, directory, accelerator
         self.num_heads = heads.num_heads
@@ -134,6 +134,8 @@ class Medusa2Trainer:
             "data": digest(training),
             "model": hashlib.sha256(backbone.embedding.float().cpu().numpy().tobytes()).hexdigest(),
             "heads": {name: list(t.shape) for name, t in heads.state_dict().items()},
+            "token_map": tensors_digest({"token_map": heads.token_map}),
+            "start": start,
         }
         self.joint = JointModel(backbone, heads, config.lm_loss)
         self.groups = [list(backbone.trained().values()), list(heads.parameters())]

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from engine.config import Device
-from engine.model.loader import load_decoder
+from engine.model.loader import load_config, load_vocabulary
 from engine.model.tokenizer import load_chat_tokenizer
 from heads.base import DraftHeads
 from heads.checkpoint import load_heads, save_heads
@@ -24,6 +24,7 @@ from training.devices import check_installed, make_accelerator
 from training.medusa2 import Medusa2Config, Medusa2Trainer
 from training.output_cost import OutputCost, measure_cost
 from training.recipe import calibrate_heads
+from training.run_state import tensors_digest
 
 MEASURED_DOCUMENTS = 64  # held-out conversations that the cost in output is measured on
 
@@ -31,7 +32,8 @@ MEASURED_DOCUMENTS = 64  # held-out conversations that the cost in output is mea
 @dataclass(frozen=True, kw_only=True)
 class Medusa2Options:
     """What goes in and out. `heads`: a trained head set to start from; without one, fresh heads of the given
-    numbers. `max_length`: tokens of a conversation, longer ones are left out."""
+    numbers. `max_length`: tokens of a conversation, longer ones are left out, as are those that the model has
+    no positions for."""
 
     model: str
     data: Path
@@ -79,7 +81,8 @@ def train_medusa2(options: Medusa2Options, config: Medusa2Config) -> Medusa2Resu
         raise DataError(f"none of the conversations of {options.data.name} falls into the held-out share")
     backbone = _backbone(options, config, source, accelerator.mixed_precision == "bf16")
     heads = _heads(options, backbone, documents)
-    trainer = Medusa2Trainer(config, documents, backbone, heads, options.out, accelerator)
+    start = None if options.heads is None else tensors_digest(heads.state_dict())
+    trainer = Medusa2Trainer(config, documents, backbone, heads, options.out, accelerator, start)
     trainer.run()
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
@@ -91,7 +94,8 @@ def _documents(options: Medusa2Options, source: Path, seed: int) -> list[Documen
     tokenizer = load_chat_tokenizer(source)
     if tokenizer.eos_token is None:
         raise DataError(f"{options.model} has no end-of-turn token, so that its answers have no end to learn")
-    limits = options.max_positions, options.max_length
+    length = min(options.max_length, load_config(source).max_positions)
+    limits = options.max_positions, length
     return load_documents(options.data, tokenizer, tokenizer.eos_token, *limits, seed)
 
 
@@ -136,12 +140,12 @@ def _finish(
 ) -> Medusa2Result:
     model_dir, heads_dir = options.out / "model", options.out / "heads"
     backbone.save_merged(model_dir, source)
-    merged = load_decoder(model_dir, torch.float32, torch.device("cpu"))
-    save_heads(heads_dir, heads, f"{options.model} trained jointly with these heads", merged.embedding)
+    embedding, _ = load_vocabulary(model_dir)
+    save_heads(heads_dir, heads, f"{options.model} trained jointly with these heads", embedding)
     _write_card(heads_dir, options, config)
     cache = options.out / "cache"
-    calibration = calibrate_heads(heads_dir, str(model_dir), options.data, cache, config.seed)
     place: Device = "cuda" if device == "cuda" else "cpu"
+    calibration = calibrate_heads(heads_dir, str(model_dir), options.data, cache, config.seed, place)
     cost = measure_cost(source, model_dir, held_out[:MEASURED_DOCUMENTS], options.cost_prompts, place)
     report = {
         "settings": {**asdict(options), **asdict(config)},

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from engine.config import Device, EngineConfig
 from engine.loop import Engine
 from engine.messages import AddRequest, SamplingParams
-from engine.model.loader import load_decoder
+from engine.model.loader import load_config, load_decoder
 from training.dataset import Document
 from training.hidden_states import DenseCausalAttention
 
@@ -69,14 +69,15 @@ def perplexity(model_dir: Path, documents: Sequence[Document], device: torch.dev
 def greedy_continuations(
     model_dir: Path, prompts: Sequence[Sequence[int]], device: Device
 ) -> list[list[int]]:
-    """The model's own continuation of each prompt, at most CONTINUATION tokens, an end of turn included."""
-    longest = max(map(len, prompts)) + CONTINUATION
+    """The model's own continuation of each prompt, at most CONTINUATION tokens, an end of turn included, and
+    as many as the model has positions for. Every prompt leaves room for one at least."""
+    longest = max(map(len, prompts), default=0) + CONTINUATION
     config = EngineConfig(
         model_dir=str(model_dir),
         device=device,
         dtype="float32",
         speculation="off",
-        max_model_len=longest,
+        max_model_len=min(longest, load_config(model_dir).max_positions),
         max_num_seqs=8,
     )
     engine = Engine(config)
@@ -94,10 +95,11 @@ def measure_cost(
     original_dir: Path, merged_dir: Path, documents: Sequence[Document], num_prompts: int, device: Device
 ) -> OutputCost:
     """Compare both models on the documents, held out from training; a prompt is what stands before a
-    document's first answer."""
+    document's first answer. Prompts that fill all of the model's positions are left out."""
     place = torch.device(device)
+    room = load_config(original_dir).max_positions
     before, after = (perplexity(folder, documents, place) for folder in (original_dir, merged_dir))
-    prompts = [d.token_ids[: d.spans[0][0]] for d in documents[:num_prompts]]
+    prompts = [d.token_ids[: d.spans[0][0]] for d in documents if d.spans[0][0] < room][:num_prompts]
     original, merged = (
         greedy_continuations(folder, prompts, device) for folder in (original_dir, merged_dir)
     )
@@ -107,8 +109,8 @@ def measure_cost(
         perplexity_original=before,
         perplexity_merged=after,
         prompts=len(prompts),
-        identical_continuations=sum(a == b for a, b in pairs) / len(pairs),
-        common_tokens=sum(common_share(a, b) for a, b in pairs) / len(pairs),
+        identical_continuations=sum(a == b for a, b in pairs) / max(1, len(pairs)),
+        common_tokens=sum(common_share(a, b) for a, b in pairs) / max(1, len(pairs)),
     )
 
 

@@ -12,8 +12,9 @@ import torch
 from engine.config import Device
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder
-from engine.model.loader import load_decoder
+from engine.model.loader import load_config, load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
+from engine.runner.device import resolve_device
 from heads.base import DraftHeads, ProjectionKind
 from heads.checkpoint import load_heads
 from heads.hydra import HydraHeads
@@ -25,21 +26,21 @@ from training.card import update_card, write_card
 from training.dataset import DataError, Document, load_documents
 from training.devices import check_installed, make_accelerator, peak_memory_words, training_dtype
 from training.hidden_states import HiddenCache, extract
+from training.run_state import tensors_digest
 from training.sequences import Sequences
 from training.trainer import HeadsTrainer, TrainerConfig, token_map
 
-_CPU = torch.device("cpu")
 MAX_LENGTH = 1024  # tokens of a conversation, prompt included; longer ones are left out
 
 
 def _load(
-    model_name: str, data: Path, max_positions: int, seed: int, device: torch.device = _CPU
+    model_name: str, data: Path, max_positions: int, seed: int, device: torch.device
 ) -> tuple[Decoder, list[Document]]:
     model = resolve_model(model_name)
     tokenizer = load_chat_tokenizer(model.model_dir)
     if tokenizer.eos_token is None:
         raise DataError(f"{model_name} has no end-of-turn token, so that its answers have no end to learn")
-    length = MAX_LENGTH
+    length = min(MAX_LENGTH, load_config(model.model_dir).max_positions)
     documents = load_documents(data, tokenizer, tokenizer.eos_token, max_positions, length, seed)
     answers = sum(d.num_answer_tokens for d in documents)
     print(f"{len(documents)} conversations, {answers} answer tokens", flush=True)
@@ -128,7 +129,8 @@ def train_medusa1(
     torch.manual_seed(config.seed)  # some weights start at random, and the same ones on every device
     module = make_heads(heads, decoder, cache)
     embedding, lm_head = decoder.embedding, decoder.lm_head.weight
-    trainer = HeadsTrainer(config, module, cache, embedding, lm_head, model_name, out, accelerator)
+    start = None if heads.start is None else tensors_digest(module.state_dict())
+    trainer = HeadsTrainer(config, module, cache, embedding, lm_head, model_name, out, accelerator, start)
     devices = f"{accelerator.num_processes} x {accelerator.device.type}"
     size = cache.hidden.nbytes >> 20
     accelerator.print(
@@ -139,35 +141,44 @@ def train_medusa1(
         return None
     if (cost := trainer.epoch_cost()) is not None:
         print(f"{cost.line()}; {peak_memory_words()}", flush=True)
-    result = _calibrate(out, decoder, cache, documents)
+    result = _calibrate(out, decoder, cache, documents, accelerator.device)
     settings = {**heads.settings(), **asdict(config), "max_positions": max_positions}
     write_card(out, result, data.name, cache, settings)
     return result
 
 
-def calibrate_heads(heads_dir: Path, model_name: str, data: Path, cache_dir: Path, seed: int) -> Calibration:
-    """Measure a head set on the held-out share of the data, rewrite its tree.json and the card's figures."""
-    decoder, documents = _load(model_name, data, 2**62, seed)
+def calibrate_heads(
+    heads_dir: Path, model_name: str, data: Path, cache_dir: Path, seed: int, device: Device = "auto"
+) -> Calibration:
+    """Measure a head set on the held-out share of the data, rewrite its tree.json and the card's figures.
+    Raises ConfigError for a device that is not there."""
+    place = resolve_device(device)
+    decoder, documents = _load(model_name, data, 2**62, seed, place)
     held_out = [document for document in documents if document.held_out]
     if not held_out:
         raise DataError(f"none of the conversations of {data.name} falls into the held-out share")
-    result = _calibrate(heads_dir, decoder, extract(decoder, held_out, cache_dir), held_out)
+    result = _calibrate(heads_dir, decoder, extract(decoder, held_out, cache_dir), held_out, place)
     update_card(heads_dir, result, data.name)
     return result
 
 
 def _calibrate(
-    heads_dir: Path, decoder: Decoder, cache: HiddenCache, documents: Sequence[Document]
+    heads_dir: Path,
+    decoder: Decoder,
+    cache: HiddenCache,
+    documents: Sequence[Document],
+    device: torch.device,
 ) -> Calibration:
-    """documents: those of the cache."""
-    heads = load_heads(heads_dir).bind(decoder.embedding, decoder.lm_head.weight)
+    """documents: those of the cache. Of the decoder, only the vocabulary goes to the device."""
+    embedding, lm_head = (w.detach().to(device) for w in (decoder.embedding, decoder.lm_head.weight))
+    heads = load_heads(heads_dir).bind(embedding, lm_head)
     # What is served most is greedy; sampled text is measured only where there is nothing else.
     chosen = cache.held_out & cache.greedy if bool((cache.held_out & cache.greedy).any()) else cache.held_out
     numbers = torch.nonzero(chosen).squeeze(1).tolist()
     if not numbers:
         raise DataError("no conversation fell into the held-out share; give more data")
     tasks = [document.task for document in documents]
-    result = calibrate(heads, Sequences(cache), numbers, decoder.embedding.detach(), tasks)
+    result = calibrate(heads, Sequences(cache), numbers, embedding, tasks)
     measured_on = "held-out greedy answers" if bool(cache.greedy[chosen].all()) else "held-out answers"
     result.family.save(heads_dir / "tree.json", measured_on=measured_on, **result.facts())
     return result

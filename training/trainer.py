@@ -27,11 +27,9 @@ from training.devices import training_dtype
 from training.heads_log import EpochCost, HeadsLog
 from training.heads_loss import HeadsLoss
 from training.hidden_states import HiddenCache
+from training.run_state import HEAD_DECAY, LARGEST_GRADIENT, STATE_FILE, tensors_digest
 from training.sequences import SequenceBatch, Sequences
 
-HEAD_DECAY = 0.8  # weight of head k in the loss: 0.8^k
-LARGEST_GRADIENT = 1.0
-STATE_FILE = "trainer.pt"
 HELD_OUT_DOCUMENTS = 60
 # A run may be taken up with others of these.
 _CHANGEABLE = ("lr", "accumulate", "checkpoint_every")
@@ -71,7 +69,8 @@ class HeadsTrainer:
     """One run in one directory, which holds the trainer's state, a log and the head set as last saved.
 
     embedding, lm_head_weight: [vocab, hidden], the base's. accelerator: accelerate's, which says the device
-    and which share of a step is ours.
+    and which share of a step is ours. start: a digest of the head set that the heads come from, None for
+    fresh ones.
     """
 
     def __init__(
@@ -84,7 +83,9 @@ class HeadsTrainer:
         base_model: str,
         directory: Path,
         accelerator: Any,
+        start: str | None = None,
     ) -> None:
+        self.start = start
         self.config, self.directory, self.base_model = config, directory, base_model
         self.accelerator, self.device = accelerator, accelerator.device
         self.heads = heads.to(self.device)
@@ -116,6 +117,8 @@ class HeadsTrainer:
         return {
             **asdict(self.config),
             "heads": {name: list(t.shape) for name, t in self.heads.state_dict().items()},
+            "token_map": tensors_digest({"token_map": self.heads.token_map}),
+            "start": self.start,
             "data": self.cache.origin,
             "base_model": self.base_model,
         }

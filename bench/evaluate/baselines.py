@@ -44,7 +44,8 @@ def plan_baselines(
     """The named ones in the order of BASELINES; what they need is loaded only when drafters are made.
 
     `draft_model` is a registry name, folder or hub id; without it, the model drafts with its own first
-    `draft_layers` layers (None: a fifth of them). Raises ConfigError for what cannot draft for this model.
+    `draft_layers` layers (None: a fifth of them). No chain is longer than the configuration's largest tree.
+    Raises ConfigError for what cannot draft for this model.
     """
     from engine.runner.ngram_drafter import NgramDrafter
 
@@ -54,7 +55,8 @@ def plan_baselines(
         raise ConfigError("baselines", "a draft model is given, but draft is not among them; name it too")
     found = []
     if NGRAM in names:
-        found.append(Baseline(NGRAM, NGRAM_TOKENS, f"prompt lookup, {NGRAM_TOKENS} tokens", NgramDrafter))
+        length = _chain_length(NGRAM_TOKENS, config)
+        found.append(Baseline(NGRAM, length, f"prompt lookup, {length} tokens", NgramDrafter))
     if DRAFT in names:
         found.append(_draft_model(config, draft_model, draft_layers))
     return found
@@ -100,9 +102,12 @@ def _draft_model(config: EngineConfig, draft_model: str | None, draft_layers: in
                 "name one of the same family, or none to draft with the model's first layers",
             )
         folder, layers, name = resolved.model_dir, small.num_layers, resolved.name
-    return Baseline(
-        DRAFT, DRAFT_TOKENS, f"{name}, {DRAFT_TOKENS} tokens", lambda: _load_drafter(folder, layers, config)
-    )
+    length = _chain_length(DRAFT_TOKENS, config)
+    return Baseline(DRAFT, length, f"{name}, {length} tokens", lambda: _load_drafter(folder, layers, config))
+
+
+def _chain_length(wanted: int, config: EngineConfig) -> int:
+    return min(wanted, config.max_tree_nodes - 1)  # the root is a node too
 
 
 def _load_drafter(folder: Path, num_layers: int, config: EngineConfig) -> Drafter:

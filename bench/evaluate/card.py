@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.evaluate.answers import EvaluateError
 from bench.evaluate.document import Block, Heading, Paragraph, to_markdown
 from bench.evaluate.report import main_table
 
@@ -17,16 +18,24 @@ _SECTION = re.compile(r"^## Evaluation\n.*?(?=^#{1,2} |\Z)", re.MULTILINE | re.D
 def update_card(folder: Path, document: Mapping[str, Any]) -> None:
     """Write the section `## Evaluation` of README.md, in the place of an older one or at the end.
 
-    Raises EvaluateError where the file cannot be written.
+    Raises EvaluateError where the file cannot be read or written.
     """
     path = folder / CARD
-    text = path.read_text(encoding="utf-8") if path.exists() else f"# {document['heads']}\n"
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else f"# {document['heads']}\n"
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluateError(f"{path} cannot be read: {error}") from error
     section = to_markdown(section_blocks(document))
     if _SECTION.search(text):
         text = _SECTION.sub(lambda _: section + "\n", text, count=1).rstrip("\n") + "\n"
     else:
         text = text.rstrip("\n") + "\n\n" + section
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EvaluateError(
+            f"{path} cannot be written: {error.strerror}; the report itself is complete"
+        ) from error
 
 
 def section_blocks(document: Mapping[str, Any]) -> list[Block]:

@@ -124,12 +124,50 @@ def test_gzipped_and_plain_files_read_alike(tmp_path: Path) -> None:
     assert list(read_rows(plain)) == list(read_rows(packed))
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"messages": "hi"}', '{"messages": [{"role": "user"}]}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"messages": "hi"}', '{"messages": []}', '{"messages": [{"role": "user"}]}']
+)
 def test_a_line_that_is_no_conversation_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"messages": CHAT}) + "\n" + line + "\n")
     with pytest.raises(DataError, match=r"data\.jsonl line 2"):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.jsonl.gz", gzip.compress(json.dumps({"messages": CHAT}).encode())[:-9]),
+        ("plain.jsonl.gz", json.dumps({"messages": CHAT}).encode()),
+        ("latin.jsonl", '{"messages": [{"role": "user", "content": "é"}]}'.encode("latin-1")),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name} cannot be read"):
+        load_documents(path, CharTokenizer(), END, 10, 60, 0)  # type: ignore[arg-type]
+
+
+def test_a_row_that_the_template_rewrites_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", [{"messages": CHAT[:2]}, {"messages": CHAT}])
+    with pytest.raises(DataError, match=r"data\.jsonl line 2: the chat template rewrites"):
+        load_documents(path, ForgetfulTokenizer(), END, 10**6, 60, 0)  # type: ignore[arg-type]
+
+
+def test_it_says_how_many_were_too_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = {"messages": [CHAT[0], {"role": "assistant", "content": "x" * 100}]}
+    path = write(tmp_path / "data.jsonl", [{"messages": CHAT}, long, long])
+
+    def load(max_length: int) -> int:
+        return len(load_documents(path, CharTokenizer(), END, 10**6, max_length, 0))  # type: ignore[arg-type]
+
+    assert load(60) == 1
+    assert "2 conversations longer than 60 tokens" in capsys.readouterr().out
+    assert load(200) == 3
+    assert capsys.readouterr().out == ""
+    with pytest.raises(DataError, match=r"all 3 conversations of data\.jsonl are longer than 5 tokens"):
+        load(5)
 
 
 def test_a_file_without_answers_is_an_error(tmp_path: Path) -> None:

@@ -242,6 +242,23 @@ def test_other_settings_do_not_take_up_a_run(checkpoint: Path, tmp_path: Path) -
         trainer_of(checkpoint, tmp_path, dataclasses.replace(CONFIG, seed=1))
 
 
+def test_another_token_map_or_start_of_equal_shape_does_not_take_up_a_run(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    kept = torch.arange(16)
+
+    def run(tokens: Tensor, start: str | None) -> Medusa2Trainer:
+        heads, documents = fresh_heads(tokens), counting_documents(80)
+        parts = backbone_of(checkpoint), heads, tmp_path, Accelerator(cpu=True)
+        return Medusa2Trainer(CONFIG, documents, *parts, start)
+
+    run(kept, "a").save()
+    assert run(kept, "a").step == 0
+    for tokens, start in ((kept + 1, "a"), (kept, "b"), (kept, None)):
+        with pytest.raises(JointTrainingError, match="other settings, data or weights"):
+            run(tokens, start)
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(JointTrainingError, match="a multiple of 3"):
         trainer_of(checkpoint, tmp_path, dataclasses.replace(CONFIG, accumulate=3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from heads.medusa import MedusaHeads
 from tests.training.tiny_checkpoint import VOCAB, counting_documents, save_checkpoint, save_text
 from training import devices
 from training.backbone import Backbone, load_model
+from training.dataset import Document
 from training.devices import make_accelerator
 from training.medusa2 import Medusa2Config, Medusa2Trainer
-from training.output_cost import common_share, greedy_continuations, perplexity
+from training.output_cost import common_share, greedy_continuations, measure_cost, perplexity
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,27 @@ def test_a_model_costs_nothing_against_itself(checkpoint: Path) -> None:
     first, second = (greedy_continuations(checkpoint, prompts, "cpu") for _ in range(2))
     assert first == second
     assert 1 < perplexity(checkpoint, documents, torch.device("cpu")) < 10 * VOCAB
+
+
+def test_long_prompts_are_continued_as_far_as_the_model_has_positions(checkpoint: Path) -> None:
+    long = Document([5] * 101, [(100, 101)], greedy=True, held_out=True)
+    full = Document([5] * 128, [(128, 128)], greedy=True, held_out=True)  # an answer that was cut at once
+    cost = measure_cost(checkpoint, checkpoint, [long], 2, "cpu")
+    assert (cost.prompts, cost.identical_continuations) == (1, 1.0)
+    [answer] = greedy_continuations(checkpoint, [long.token_ids[:100]], "cpu")
+    assert 1 <= len(answer) <= 28
+    assert measure_cost(checkpoint, checkpoint, [full, long], 2, "cpu").prompts == 1
+
+
+def test_conversations_beyond_the_positions_of_the_model_are_left_out(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "text.jsonl"
+    answer = {"role": "assistant", "content": " ".join(["w1"] * 128)}  # the model has 128 positions
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "w2"}, answer]}) + "\n")
+    out = ["--model", str(checkpoint), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main(["train", "medusa2", *out, "--mixed-precision", "no", "--max-length", "4000"]) == 1
+    assert "all 1 conversations of text.jsonl are longer than 128 tokens" in capsys.readouterr().err
 
 
 def test_common_share_ends_at_the_first_difference() -> None:

@@ -41,10 +41,11 @@ def trainer(
     directory: Path,
     config: TrainerConfig = CONFIG,
     tokens: Tensor | None = None,
+    start: str | None = None,
 ) -> HeadsTrainer:
     heads = MedusaHeads(3, 2, decoder.config.hidden_size, VOCAB, tokens, root_input=True)
     weights = decoder.embedding, decoder.lm_head.weight
-    return HeadsTrainer(config, heads, cache, *weights, "tiny", directory, Accelerator(cpu=True))
+    return HeadsTrainer(config, heads, cache, *weights, "tiny", directory, Accelerator(cpu=True), start)
 
 
 def means(run: HeadsTrainer, batch: SequenceBatch) -> Tensor:
@@ -132,6 +133,17 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(
     )
     logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("whole", "broken")]
     assert [line.split(",")[0] for line in logs[0]] == [line.split(",")[0] for line in logs[1]]
+
+
+def test_another_token_map_or_start_of_equal_shape_does_not_take_up_a_run(
+    cache: HiddenCache, decoder: Decoder, tmp_path: Path
+) -> None:
+    kept = torch.arange(16)
+    trainer(cache, decoder, tmp_path, tokens=kept, start="a").save()
+    assert trainer(cache, decoder, tmp_path, tokens=kept, start="a").step == 0
+    for tokens, start in ((kept + 1, "a"), (kept, "b"), (kept, None)):
+        with pytest.raises(TrainingError, match="other settings, data or weights"):
+            trainer(cache, decoder, tmp_path, tokens=tokens, start=start)
 
 
 def test_pieces_change_nothing(cache: HiddenCache, decoder: Decoder, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,15 @@ def test_a_draft_model_of_another_vocabulary_is_refused_before_it_is_loaded(
     (tmp_path / "config.json").write_text(json.dumps(other))
     with pytest.raises(ConfigError, match="has 64 tokens, but the model has 128"):
         plan_baselines(["draft"], config(model_dir), str(tmp_path), None)
+
+
+def test_they_guess_and_say_no_more_than_the_largest_tree_holds(model_dir: Path) -> None:
+    small = replace(config(model_dir), max_tree_nodes=4)
+    baselines = plan_baselines(["ngram", "draft"], small, None, 2)
+    assert [b.num_drafts for b in baselines] == [3, 3]
+    assert all(b.description.endswith(", 3 tokens") for b in baselines)
+    run = baseline_modes(small, baselines)[1].run(PROMPT, max_tokens=20)
+    assert max(run.committed) == 4
 
 
 def test_they_come_in_one_order(model_dir: Path) -> None:
