@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from engine.model.decoder import Decoder
 
+_SECOND_COPY = "_copy"
+
 
 def weight_bytes(decoder: Decoder) -> int:
     """Bytes of layers, final norm and vocabulary projection, in the form in which they are multiplied.
 
     The embedding is not among them, of which a pass reads a few rows, unless it is the projection too.
-    Whatever a module holds in tensors counts, because packed and quantized weights are no parameters.
+    Whatever a module holds in tensors counts, because packed and quantized weights are no parameters; a
+    second copy, which serves passes of another size, does not.
     """
     parts = (decoder.layers, decoder.norm, decoder.lm_head)
     tensors = {id(tensor): tensor for part in parts for tensor in _tensors(part)}
@@ -22,11 +25,14 @@ def weight_bytes(decoder: Decoder) -> int:
 
 
 def _tensors(part: nn.Module) -> Iterator[Tensor]:
-    for module in part.modules():
+    for name, module in part.named_modules():
+        if name.endswith(_SECOND_COPY):
+            continue
         yield from module.parameters(recurse=False)
         yield from module.buffers(recurse=False)
-        for value in vars(module).values():
-            yield from _held(value)
+        for attribute, value in vars(module).items():
+            if attribute != _SECOND_COPY:
+                yield from _held(value)
 
 
 def _held(value: Any) -> Iterator[Tensor]:
