@@ -65,6 +65,12 @@ def run_import(args: argparse.Namespace) -> int:
     foreign = load_foreign(source, lm_head_weight)
     for warning in foreign.warnings:
         print(f"gorgon: warning: {warning}", file=sys.stderr)
+    if foreign.base_model and Path(foreign.base_model).name.lower() != Path(args.model).name.lower():
+        print(
+            f"gorgon: warning: config.json says the heads were made for {foreign.base_model}; they are "
+            f"imported for {args.model}, which only their guesses can prove wrong",
+            file=sys.stderr,
+        )
     module = foreign.module
     num_tokens = module.vocab_size if module.token_map is None else len(module.token_map)
     save_heads(args.out, module, args.model, embedding, foreign.dtype)

@@ -50,28 +50,24 @@ def register(
     add(
         "--architecture",
         choices=("medusa", "hydra"),
-        default="medusa",
         help="independent heads, or heads that see the tokens guessed before them (medusa)",
     )
-    add("--heads", default=4, **whole, help="tokens guessed ahead (4)")
-    add("--vocab", default=8192, **whole, help="most frequent tokens that can be guessed (8192)")
+    add("--heads", **whole, help="tokens guessed ahead (4)")
+    add("--vocab", **whole, help="most frequent tokens that can be guessed (8192)")
     add(
         "--projection",
         choices=("shared", "own", "low_rank"),
-        default="shared",
         help="onto the vocabulary: the model's, one for each head, or a small one of their own (shared)",
     )
-    add("--rank", default=128, **whole, help="of a low-rank projection (128)")
-    add("--layers", default=3, **whole, help="medusa: blocks of each head (3)")
+    add("--rank", **whole, help="of a low-rank projection (128)")
+    add("--layers", **whole, help="medusa: blocks of each head (3)")
     add(
         "--root-input",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="medusa: see the token just committed (default: yes; no is Medusa as published)",
     )
     add(
         "--prefix-width",
-        default=0,
         **whole,
         help="hydra: inner size of the prefix layer (the model's hidden size)",
     )
@@ -108,8 +104,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("data", f"{args.data} is no file")
 
     def given(config: Any) -> dict[str, Any]:
-        return {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
+        return {f.name: value for f in fields(config) if (value := getattr(args, f.name, None)) is not None}
 
+    _check_heads(args, [f.name for f in fields(HeadsConfig) if f.name != "start"])
     heads, config = HeadsConfig(**given(HeadsConfig)), TrainerConfig(**given(TrainerConfig))
     cache = args.cache or args.out / "cache"
     result = train_medusa1(
@@ -123,3 +120,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"  gorgon serve {args.model} --heads {args.out}")
         print(f"  gorgon calibrate {served} --data FILE    # where other text is to be served")
     return 0
+
+
+def _check_heads(args: argparse.Namespace, names: list[str]) -> None:
+    """Refuse what would have no effect."""
+    from engine.errors import ConfigError
+
+    unused = dict.fromkeys(names, "--start decides on it") if args.start is not None else {}
+    if args.architecture == "hydra":
+        unused |= dict.fromkeys(("layers", "root_input"), "it is for --architecture medusa")
+    else:
+        unused.setdefault("prefix_width", "it is for --architecture hydra")
+    if args.projection != "low_rank":
+        unused.setdefault("rank", "it is for --projection low_rank")
+    for name, reason in unused.items():
+        if getattr(args, name) is not None:
+            raise ConfigError(name, f"has no effect here: {reason}; leave it out")

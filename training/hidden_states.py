@@ -29,7 +29,7 @@ from engine.model.decoder import Decoder
 from training.dataset import Document, digest
 
 MANIFEST_VERSION = 2
-GROUP_SIZE = 128  # documents between two notes of progress
+GROUP_SIZE = 32  # documents between two notes of progress
 # Tokens of a pass, padding included: more falls out of the cache of a CPU, and less leaves a GPU idle.
 TOKENS_PER_PASS = 1024
 CUDA_TOKENS_PER_PASS = 16_384

@@ -125,6 +125,10 @@ def train_medusa1(
         if heads.projection == "low_rank" and heads.rank > decoder.config.hidden_size:
             raise ConfigError("rank", f"must be at most the hidden size, {decoder.config.hidden_size}")
         cache = extract(decoder, documents, cache_dir)
+    if not bool(cache.held_out.any()) or bool(cache.held_out.all()):
+        raise DataError(
+            f"{data.name} has too few conversations to hold some out for measuring; give more (4% are)"
+        )
     decoder.cpu()  # what training needs of it goes back; the rest would only take memory
     torch.manual_seed(config.seed)  # some weights start at random, and the same ones on every device
     module = make_heads(heads, decoder, cache)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.evaluate.answers import Answered
@@ -12,6 +12,7 @@ from bench.modes import Run
 from bench.summary import compare, summarize
 
 ALL = "all tasks"
+MANY = 10  # tokens of a step, or levels of a tree, beyond which reports do not tell them apart
 
 
 def figures_of(rows: Iterable[Answered], modes: Sequence[str]) -> list[dict[str, Any]]:
@@ -55,6 +56,15 @@ def histogram(runs: Sequence[Run]) -> dict[str, int]:
     """How many steps committed 1, 2, ... tokens, up to the most that any did."""
     counts = Counter(count for run in runs for count in run.committed)
     return {str(tokens): counts[tokens] for tokens in range(1, max(counts, default=0) + 1)}
+
+
+def shares(histogram: Mapping[str, int]) -> dict[str, float]:
+    """What part of the steps committed 1, 2, ... tokens; many are counted together, as n-grams can commit
+    dozens."""
+    total = sum(histogram.values())
+    parts = {tokens: count / total for tokens, count in histogram.items() if int(tokens) < MANY}
+    many = sum(count for tokens, count in histogram.items() if int(tokens) >= MANY)
+    return parts | {f"{MANY}+": many / total} if many else parts
 
 
 def exactness(rows: Sequence[Answered], mode: str) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.evaluate.answers import EvaluateError
-from bench.evaluate.figures import ALL
+from bench.evaluate.figures import ALL, MANY, shares
 from bench.evaluate.modes import OFF, nodes_of
 
 GRID_COLUMNS = 3
-_LINES = ("--", ":", "-.")  # colours are the tasks'
+_LINES = ("--", ":", "-.", (0, (1, 4)))  # colours are the tasks'
 _COLORS = ("tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
@@ -182,9 +182,13 @@ def _nodes(axes: Any, tasks: Mapping[str, Any]) -> bool:
 
 def _depth(axes: Any, task: Mapping[str, Any]) -> bool:
     drafting = _drafting(task)
-    modes = {mode: f["acceptance_by_depth"] for mode, f in drafting.items() if f["acceptance_by_depth"]}
-    for mode, shares in modes.items():
-        depths, percent = range(1, len(shares) + 1), [100 * share for share in shares]
+    modes = {
+        mode: figures["acceptance_by_depth"][:MANY]
+        for mode, figures in drafting.items()
+        if figures["acceptance_by_depth"]
+    }
+    for mode, accepted in modes.items():
+        depths, percent = range(1, len(accepted) + 1), [100 * share for share in accepted]
         axes.plot(depths, percent, marker="o", markersize=4, label=mode, color=_color(mode, list(drafting)))
     if not modes:
         return False
@@ -196,14 +200,12 @@ def _depth(axes: Any, task: Mapping[str, Any]) -> bool:
 
 
 def _histogram(axes: Any, task: Mapping[str, Any]) -> bool:
-    histograms = {mode: figures["histogram"] for mode, figures in _drafting(task).items()}
-    most = max(len(counts) for counts in histograms.values())
-    heights = {
-        mode: [100 * counts.get(str(n), 0) / sum(counts.values()) for n in range(1, most + 1)]
-        for mode, counts in histograms.items()
-    }
-    _bars(axes, list(histograms), heights)
-    axes.set_xticks(range(most), [str(n) for n in range(1, most + 1)])
+    parts = {mode: shares(figures["histogram"]) for mode, figures in _drafting(task).items()}
+    longest = max(parts.values(), key=len)
+    labels = list(longest)
+    heights = {mode: [100 * part.get(label, 0.0) for label in labels] for mode, part in parts.items()}
+    _bars(axes, list(parts), heights)
+    axes.set_xticks(range(len(labels)), labels)
     axes.set_xlabel("tokens committed in one step")
     axes.set_ylabel("steps, %")
     return True

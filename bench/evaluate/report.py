@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evaluate.document import Block, Heading, Image, Paragraph, Table
-from bench.evaluate.figures import ALL
+from bench.evaluate.figures import ALL, MANY, shares
 
 MAX_PLACES = 20
 
@@ -117,9 +117,10 @@ def _temperature(figures: Mapping[str, Any], images: Sequence[tuple[Path, str]])
 
 def _distributions(task: Mapping[str, Any], modes: Sequence[str]) -> Iterator[Block]:
     """Acceptance by depth and the histogram of tokens per step, of one task or all."""
-    yield _shares("depth", {mode: task["modes"][mode]["acceptance_by_depth"] for mode in modes})
-    histograms = {mode: task["modes"][mode]["histogram"] for mode in modes}
-    yield _shares("tokens", {m: [n / sum(h.values()) for n in h.values()] for m, h in histograms.items()})
+    depths = range(1, MANY + 1)
+    accepted = {mode: task["modes"][mode]["acceptance_by_depth"] for mode in modes}
+    yield _shares("depth", {m: dict(zip(map(str, depths), a, strict=False)) for m, a in accepted.items()})
+    yield _shares("tokens", {mode: shares(task["modes"][mode]["histogram"]) for mode in modes})
 
 
 def _by_task(
@@ -142,14 +143,15 @@ def _speedup(values: Mapping[str, Any]) -> str:
     return f"{ratio['median']:.2f} ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
 
 
-def _shares(label: str, shares: Mapping[str, Sequence[float]]) -> Table:
-    """A line for each mode; columns 1, 2, ... up to the longest."""
-    longest = max((len(values) for values in shares.values()), default=0)
+def _shares(label: str, parts: Mapping[str, Mapping[str, float]]) -> Table:
+    """A line for each mode; the columns are those of the longest."""
+    longest = max(parts.values(), key=len) if parts else {}
+    columns = list(longest)
     rows = [
-        [mode, *(f"{100 * value:.1f}" for value in values), *[""] * (longest - len(values))]
-        for mode, values in shares.items()
+        [mode, *(f"{100 * values[name]:.1f}" if name in values else "" for name in columns)]
+        for mode, values in parts.items()
     ]
-    return Table([f"mode, {label}", *(str(n) for n in range(1, longest + 1))], rows)
+    return Table([f"mode, {label}", *columns], rows)
 
 
 def _exactness(exactness: Mapping[str, Any]) -> Iterator[Block]:

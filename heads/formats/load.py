@@ -32,6 +32,7 @@ class ForeignHeads:
     module: MedusaHeads
     layout: str
     dtype: torch.dtype
+    base_model: str  # what the configuration names as base, "" where it names none
     warnings: tuple[str, ...]  # for people: what the file says that is not so
 
 
@@ -85,7 +86,8 @@ class _Assembly:
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
         dtype = state["weights.0"].dtype
-        return ForeignHeads(module, self.layout.name, dtype, tuple(self.warnings))
+        base_model = str(self.checkpoint.config.get("base_model_name_or_path") or "")
+        return ForeignHeads(module, self.layout.name, dtype, base_model, tuple(self.warnings))
 
     def _check_base(self) -> None:
         """A base in the same file is compared with the one asked for, by its projection where it has one."""
