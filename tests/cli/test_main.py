@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineStartError
 from heads.errors import RegistryError
 from server.settings import ServerSettings
+from training.recipe import HeadsConfig
 
 
 @pytest.fixture(autouse=True)
@@ -172,12 +173,34 @@ def test_the_readme_lists_every_flag() -> None:
     assert not missing
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--rank", "7"], "rank"),
+        (["--architecture", "hydra", "--layers", "5"], "layers"),
+        (["--architecture", "hydra", "--no-root-input"], "root_input"),
+        (["--prefix-width", "64"], "prefix_width"),
+        (["--start", "somewhere", "--heads", "3"], "heads"),
+    ],
+)
+def test_training_flags_without_effect_are_refused(
+    flags: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}")
+    assert main(["train", "medusa1", "--data", str(data), "--out", str(tmp_path / "o"), *flags]) == 2
+    assert f"--{name.replace('_', '-')}: has no effect here" in capsys.readouterr().err
+
+
 def test_the_training_guide_gives_the_defaults_that_are() -> None:
     guide = (Path(__file__).parent.parent.parent / "docs" / "training.md").read_text()
     args = build_parser().parse_args(["train", "medusa1", "--data", "d", "--out", "o"])
-    assert f"| `--heads` | {args.heads} |" in guide
-    assert f"| `--layers` | {args.layers} |" in guide
-    assert f"| `--vocab` | {args.vocab} |" in guide
+    heads = HeadsConfig()
+    assert f"| `--architecture` | {heads.architecture} |" in guide
+    assert f"| `--heads` | {heads.heads} |" in guide
+    assert f"| `--layers` | {heads.layers} |" in guide
+    assert f"| `--vocab` | {heads.vocab} |" in guide
+    assert f"| `--projection`, `--rank` | {heads.projection}, {heads.rank} |" in guide
     assert f"| `--epochs` | {args.epochs:g} |" in guide
     assert f"| `--max-positions` | {args.max_positions:,} |" in guide
     assert f"| `--batch`, `--lr` | {args.batch}, {args.lr} |" in guide
