@@ -5,6 +5,7 @@ Heads with a prefix layer keep its keys and values in the base's cache, as one m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -15,8 +16,10 @@ from engine.model.config import DecoderConfig
 from engine.runner.attention import PagedAttention
 from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
+from engine.runner.ngram_drafter import propose_chains
 from engine.runner.step_input import StepInput, build_rows
 from engine.scheduling.batch import ScheduledRequest
+from engine.scheduling.ngrams import Chain
 from heads.base import DraftHeads
 from heads.prefix import PrefixLayer
 from trees.select import grow_trees, make_chains, most_drafts
@@ -44,6 +47,8 @@ class HeadsDrafter(Drafter):
 
     def propose(self, draft: DraftInput) -> Proposal:
         heads, hidden = self._heads, draft.hidden
+        if all(map(_is_sure, draft.chains, draft.budgets)):  # then the heads could only agree
+            return propose_chains(draft)
         max_depth = min(heads.num_heads, draft.max_nodes - 1)
         if self._prefix is not None:
             hidden = self._prefix.start(draft, self._embedded(draft.roots))
@@ -70,6 +75,15 @@ class HeadsDrafter(Drafter):
         if self._heads.embedding is None:
             raise ConfigError("heads", "the heads are not bound to a model")
         return torch.nn.functional.embedding(token_ids, self._heads.embedding)
+
+
+def _is_sure(chain: Chain, num_nodes: int) -> bool:
+    """Whether no guess beside the chain can be as likely as the chain's own, as many as there is room for:
+    what may branch off at a node has at most the probability that the chain loses there."""
+    gains = (1.0, *chain.gains[: num_nodes - 1])
+    if len(gains) < num_nodes:
+        return False
+    return all(before - after <= gains[-1] for before, after in itertools.pairwise(gains))
 
 
 class _CachedPrefix:

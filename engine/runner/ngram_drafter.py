@@ -17,10 +17,15 @@ class NgramDrafter(Drafter):
         return min(scheduled.num_drafts, len(scheduled.chain.token_ids))
 
     def propose(self, draft: DraftInput) -> Proposal:
-        width = draft.max_nodes - 1
-        rows = []
-        for request, chain in zip(draft.requests, draft.chains, strict=True):
-            guesses = chain.token_ids[:width]
-            rows.append([request.token_ids[-1], *guesses, *[0] * (width - len(guesses))])
-        tokens = torch.tensor(rows, device=draft.roots.device)
-        return Proposal(tokens, chain_parents(tokens), width)
+        return propose_chains(draft)
+
+
+def propose_chains(draft: DraftInput) -> Proposal:
+    """Every request's chain as its tree."""
+    width = draft.max_nodes - 1
+    rows = []
+    for request, chain in zip(draft.requests, draft.chains, strict=True):
+        guesses = chain.token_ids[:width]
+        rows.append([request.token_ids[-1], *guesses, *[0] * (width - len(guesses))])
+    tokens = torch.tensor(rows, device=draft.roots.device)
+    return Proposal(tokens, chain_parents(tokens), width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from engine.config import EngineConfig
@@ -43,7 +44,7 @@ def answers(model_dir: Path, heads_dir: Path | None) -> tuple[list[list[int]], i
     return tokens, accepted
 
 
-def test_own_projections_guess_as_well_as_the_shared_one_they_equal(
+def test_own_projections_guess_as_well_as_the_shared_one_they_are_twice(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """Twice the base's projection is not recognised as the base's and ranks tokens as the base does."""
@@ -62,4 +63,5 @@ def test_own_projections_guess_as_well_as_the_shared_one_they_equal(
     expected, _ = answers(tiny_model_dir, None)
     shared, own = (answers(tiny_model_dir, tmp_path / folder) for folder in ("shared", "own"))
     assert shared[0] == own[0] == expected
-    assert own[1] == shared[1] > 0
+    # They are surer of the same guesses, so that their trees are a little deeper and narrower.
+    assert own[1] == pytest.approx(shared[1], rel=0.2) and shared[1] > 10

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.runner.drafter import DraftInput, Proposal
-from engine.runner.heads_drafter import HeadsDrafter
+from engine.runner.heads_drafter import HeadsDrafter, _is_sure
 from engine.runner.kv_cache import KVCache
+from engine.scheduling.ngrams import Chain
 from heads.base import DraftHeads
 from heads.hydra import HydraHeads
 from heads.medusa import MedusaHeads
@@ -74,6 +75,24 @@ def test_n_grams_that_repeat_deepen_the_trees_beyond_the_heads() -> None:
     assert result.tokens == [77] * LENGTH
     # Token 77 is odd, and these heads know even tokens alone.
     assert max(len(output.token_ids) for output in result.outputs) > 4
+
+
+@pytest.mark.parametrize(
+    ("gains", "num_nodes", "sure"),
+    [
+        ((0.95, 0.93, 0.9), 4, True),
+        ((0.95, 0.93, 0.9), 5, False),  # shorter than the tree
+        ((0.95, 0.93, 0.9), 2, True),
+        ((0.6, 0.5, 0.45), 4, True),
+        ((0.45, 0.44), 3, False),  # some other first guess may be likelier
+        ((0.9, 0.3), 3, False),  # and here some other second guess
+        ((), 2, False),
+    ],
+)
+def test_heads_are_left_out_where_the_chain_leaves_nothing_likelier(
+    gains: tuple[float, ...], num_nodes: int, sure: bool
+) -> None:
+    assert _is_sure(Chain(range(len(gains)), gains), num_nodes) == sure
 
 
 class Recording(HeadsDrafter):
