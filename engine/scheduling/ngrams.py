@@ -18,6 +18,9 @@ _LONGEST_MATCH = 24  # beyond, more agreement says no more
 _LENGTHS = (2, 3, 4, 5, 7, 11, 17)
 _RATES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 _PRIOR_GUESSES = 4.0  # how many guesses of a request these rates weigh
+_LEAST_GAIN = 0.01  # a guess that is less likely is worth no draft token anywhere
+# Place in _RATES by length of the match; whatever is longer has the last one.
+_BUCKETS = tuple(bisect_right(_LENGTHS, length) - 1 for length in range(_LENGTHS[-1] + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +55,27 @@ class NgramIndex:
     def guess(self, tokens: Sequence[int], limit: int) -> Chain:
         """Up to `limit` guesses at what comes after `tokens`, the sequence last given to `extend`.
 
-        None where its last two tokens are new. A match that reaches the end goes on with its own guesses, so
-        that a repeating pattern is continued for as long as asked.
+        NO_CHAIN where its last two tokens are new. It ends where a guess is hardly likely any more. A match
+        that reaches the end goes on with its own guesses, so that a repeating pattern is continued.
         """
         place = self._find(tokens)
         if place is None or limit <= 0:
             return NO_CHAIN
-        known = list(tokens[place : place + limit])
-        period = len(tokens) - place
-        while len(known) < limit:
-            known.append(known[len(known) - period])
         match = MIN_LENGTH
         longest = min(_LONGEST_MATCH, place)
         while match < longest and tokens[place - 1 - match] == tokens[-1 - match]:
             match += 1
+        rates = [right / guessed for right, guessed in zip(self._right, self._guessed, strict=True)]
         gains, sure = [], 1.0
-        for length in range(match, match + len(known)):
-            bucket = _bucket(length)
-            sure *= self._right[bucket] / self._guessed[bucket]
+        for length in range(match, match + limit):
+            sure *= rates[_bucket(length)]
+            if sure < _LEAST_GAIN:
+                break
             gains.append(sure)
+        known = list(tokens[place : place + len(gains)])
+        period = len(tokens) - place
+        while len(known) < len(gains):
+            known.append(known[len(known) - period])
         return Chain(known, gains, match)
 
     def observe(self, chain: Chain, committed: Sequence[int]) -> None:
@@ -91,4 +96,4 @@ class NgramIndex:
 
 
 def _bucket(length: int) -> int:
-    return bisect_right(_LENGTHS, length) - 1
+    return _BUCKETS[length] if length < len(_BUCKETS) else _BUCKETS[-1]

@@ -158,8 +158,9 @@ class Scheduler:
 
     def _add_drafts(self, batch: Batch, budget: int) -> None:
         committing = [scheduled for scheduled in batch.scheduled if scheduled.commits]
-        drafting = [scheduled for scheduled in committing if self._draft_limit(scheduled.request) > 0]
-        candidates = [self._candidate(scheduled) for scheduled in drafting]
+        limits = [(scheduled, self._draft_limit(scheduled.request)) for scheduled in committing]
+        drafting = [scheduled for scheduled, limit in limits if limit > 0]
+        candidates = [self._candidate(scheduled, limit) for scheduled, limit in limits if limit > 0]
         sizes = self._policy.plan(len(committing), batch.num_tokens, candidates)
         for scheduled, candidate, size in zip(drafting, candidates, sizes, strict=True):
             request = scheduled.request
@@ -171,9 +172,8 @@ class Scheduler:
             scheduled.num_drafts = size
             budget -= size
 
-    def _candidate(self, scheduled: ScheduledRequest) -> Candidate:
+    def _candidate(self, scheduled: ScheduledRequest, limit: int) -> Candidate:
         request = scheduled.request
-        limit = self._draft_limit(request)
         if self._ngrams:
             request.ngrams.extend(request.token_ids)
             scheduled.chain = request.ngrams.guess(request.token_ids, min(limit, request.num_remaining - 1))
