@@ -14,10 +14,13 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineBrokenError, RequestError
 from engine.messages import AddRequest, ModelInfo, RequestOutput, SamplingParams, StepOutput, StepStats
 from engine.model.config import DecoderConfig
+from engine.model.decoder import Decoder
 from engine.model.footprint import weight_bytes
 from engine.model.loader import load_config, load_decoder
 from engine.model.packing import fast_linear
 from engine.model.precision import quantization_choices, quantize_linears
+from engine.native.decoder import NativeDecoder, can_take
+from engine.native.precision import take_over
 from engine.runner import device as hardware
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
@@ -63,14 +66,14 @@ class Engine:
         model_dir = Path(config.model_dir)
         model = load_config(model_dir)
         max_model_len = _resolve_model_len(config, model)
-        decoder = load_decoder(model_dir, dtype, device)
+        loaded = load_decoder(model_dir, dtype, device)
         heads_name, num_heads = None, 0
         speculates = config.speculation != "off" and config.max_tree_nodes > 1
         if drafter is None and config.heads_dir is not None and speculates:
             heads = load_heads(Path(config.heads_dir))
             family = TreeFamily.load(Path(config.heads_dir) / "tree.json")
             _check_tree(family, heads)
-            drafter = HeadsDrafter(heads.bind(decoder.embedding, decoder.lm_head.weight, fast_linear))
+            drafter = HeadsDrafter(heads.bind(loaded.embedding, loaded.lm_head.weight, fast_linear))
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
         if drafter is None and ngrams:
             drafter = NgramDrafter()
@@ -79,7 +82,11 @@ class Engine:
         family = family.prefix(config.max_tree_nodes - 1)
         takes_chains = drafter is not None and drafter.takes_chains
         max_drafts = config.max_tree_nodes - 1 if takes_chains else len(family.paths)
-        quantization = quantize_linears(decoder, choices, hardware.spare_memory())
+        decoder: Decoder | NativeDecoder = loaded
+        if can_take(loaded):
+            decoder, quantization = take_over(loaded, choices)
+        else:
+            quantization = quantize_linears(loaded, choices, hardware.spare_memory())
 
         extra_layers = 0 if drafter is None else drafter.num_cache_layers
         token_bytes = bytes_per_token(model, dtype, extra_layers)

@@ -142,9 +142,14 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
 
 
-def _registered_dir(name: str) -> Path:
+def cache_dir() -> Path:
+    """Where everything that can be had again is kept: GORGON_HOME, or a folder of the user's."""
     home = os.environ.get("GORGON_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "gorgon").absolute() / "models" / name
+    return (Path(home) if home else Path.home() / ".cache" / "gorgon").absolute()
+
+
+def _registered_dir(name: str) -> Path:
+    return cache_dir() / "models" / name
 
 
 def _snapshot(hub_id: str, patterns: Iterable[str]) -> Path:

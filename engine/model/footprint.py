@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from engine.model.decoder import Decoder
+from engine.native.decoder import NativeDecoder
 
 _SECOND_COPY = "_copy"
 
 
-def weight_bytes(decoder: Decoder) -> int:
+def weight_bytes(decoder: Decoder | NativeDecoder) -> int:
     """Bytes of layers, final norm and vocabulary projection, in the form in which they are multiplied.
 
     The embedding is not among them, of which a pass reads a few rows, unless it is the projection too.

@@ -6,7 +6,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,13 @@ logger = logging.getLogger(__name__)
 # What auto lets int4 change in a matrix, relative to its size. What was stored in 4 bits with a scale and an
 # offset for every 32 weights changes by less than half a per cent; anything else by 7 per cent, which costs a
 # small model several per cent of perplexity.
-_MAX_INT4_ERROR = 0.015
+MAX_ERROR = 0.015
 _TIMED_ROWS = (1, 8, 16)  # a plain pass, a small tree, a larger one or several requests
 _REPEATS = 4
 _WORTHWHILE = 0.95  # of the time without: what saves less is not worth another number format
 # By what was timed. Engines of one process decide alike: speculation on and off are compared on one model.
 _timings: dict[tuple[object, ...], dict[Quantization, list[float]]] = {}
+MakeLinear = Callable[[Linear, str, Quantization], nn.Module]
 _CACHE_BYTES = 64 << 20  # displaces the weights from the caches, as a pass does between two visits of a layer
 
 
@@ -102,19 +104,22 @@ def describe(timings: Mapping[Quantization, Sequence[float]]) -> str:
     return f"Milliseconds of one layer's weights at {rows} tokens: {times}"
 
 
-def measure(decoder: Decoder, choices: Sequence[Quantization]) -> dict[Quantization, list[float]]:
+def measure(
+    decoder: Decoder, choices: Sequence[Quantization], make: MakeLinear | None = None
+) -> dict[Quantization, list[float]]:
     """Seconds that one layer's matrices take by number of rows, with the weights read from memory.
 
     Choices that change none of these matrices are left out. The same matrices are timed once a process.
+    make: a linear layer, by its name, as auto would have it of a choice; torch's operators where None.
     """
+    make = make or partial(_quantized, lossless=True)
     layer = decoder.layers[len(decoder.layers) // 2]
     linears = [(name, child) for name, child in layer.named_children() if isinstance(child, Linear)]
-    made = {c: [_quantized(child, name, c, lossless=True) for name, child in linears] for c in choices}
-    for choice in choices:
-        if choice != "none" and all(isinstance(module, PackedLinear) for module in made[choice]):
-            del made[choice]
+    made = {c: [make(child, name, c) for name, child in linears] for c in choices}
+    plain = [str(module) for module in made["none"]]
+    made = {c: modules for c, modules in made.items() if c == "none" or list(map(str, modules)) != plain}
     shapes = [child.weight.shape for _, child in linears]
-    key = (*made, *shapes, torch.get_num_threads())
+    key = (*map(str, made.items()), *shapes, torch.get_num_threads())
     if key not in _timings:
         sizes = [columns for _, columns in shapes]
         by_rows = [_time(made, [torch.randn(n, size).bfloat16() for size in sizes]) for n in _TIMED_ROWS]
@@ -155,6 +160,6 @@ def _quantized(
         return Int8Linear(weight, bias, keep_copy=copies)
     # The projection onto the vocabulary is never stored in 4 bits: it costs several per cent of perplexity.
     possible = choice == "int4" and name != "lm_head" and fits_int4(weight)
-    if possible and (not lossless or int4_error(weight) <= _MAX_INT4_ERROR):
+    if possible and (not lossless or int4_error(weight) <= MAX_ERROR):
         return Int4Linear(weight, bias, keep_copy=copies)
     return PackedLinear(weight, bias)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.model.decoder import Attention
+from engine.native.attention import NativeAttention
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import PassInput
 from trees.family import MAX_DRAFT_NODES
@@ -114,6 +116,13 @@ class PagedAttention:
             real=None if len(real) == rows.size else torch.from_numpy(real).to(device),
             covers_pass=len(real) == rows.size and members == list(range(len(step.starts) - 1)),
         )
+
+
+def paged_attention(step: PassInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> Attention:
+    """The attention of one pass, by our own kernel where the cache is one that it reads."""
+    if cache.has_kernels:
+        return NativeAttention(step, cache, num_heads, num_kv_heads)
+    return PagedAttention(step, cache, num_heads, num_kv_heads)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

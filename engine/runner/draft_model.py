@@ -18,7 +18,7 @@ from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.runner import sampling
-from engine.runner.attention import PagedAttention
+from engine.runner.attention import paged_attention
 from engine.runner.drafter import Drafter, DraftInput, Proposal, chain_parents
 from engine.runner.kv_cache import KVCache, bytes_per_token
 from engine.runner.per_request import PerRequest
@@ -116,7 +116,7 @@ class DraftModelDrafter(Drafter):
         """Hidden rows of these positions, [num_tokens, hidden]; token_ids: of drafts, [num_tokens]."""
         config = self._decoder.config
         rows = build_rows(requests, firsts, ends, self._cache.block_size, self._decoder.embedding.device)
-        attention = PagedAttention(rows, self._cache, config.num_heads, config.num_kv_heads)
+        attention = paged_attention(rows, self._cache, config.num_heads, config.num_kv_heads)
         hidden: Tensor = self._decoder(
             rows.token_ids if token_ids is None else token_ids, rows.positions, attention
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
-from engine.runner.attention import PagedAttention
+from engine.runner.attention import paged_attention
 from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
 from engine.runner.ngram_drafter import propose_chains
@@ -106,7 +106,7 @@ class _CachedPrefix:
         bases = [len(request.token_ids) - 1 for request in draft.requests]
         ends = [base + 1 for base in bases]
         rows = build_rows(draft.requests, bases, ends, self._cache.block_size, draft.roots.device)
-        attention = PagedAttention(rows, self._cache, self._layer.num_heads, self._layer.num_kv_heads)
+        attention = paged_attention(rows, self._cache, self._layer.num_heads, self._layer.num_kv_heads)
         entries = self._layer.entries(draft.hidden, roots)
         q = self._layer.queries(entries, rows.positions)
         read = attention(self._number, q, *self._layer.keys_values(entries, rows.positions))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.model.config import DecoderConfig
+from engine.native.attention import reads_cache
 
 
 def bytes_per_token(config: DecoderConfig, dtype: torch.dtype, extra_layers: int = 0) -> int:
@@ -35,6 +36,7 @@ class KVCache:
         shape = (self.num_layers, num_blocks * block_size, config.num_kv_heads, config.head_dim)
         self.k = _zeros(shape, dtype, device)
         self.v = _zeros(shape, dtype, device)
+        self.has_kernels = reads_cache(self.k)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """slots: [num_tokens] int64; k, v: [num_tokens, num_kv_heads, head_dim]."""

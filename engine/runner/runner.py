@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.model.decoder import Decoder
-from engine.runner.attention import PagedAttention
+from engine.native.decoder import NativeDecoder
+from engine.runner.attention import paged_attention
 from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
 from engine.runner.per_request import PerRequest
@@ -30,7 +31,9 @@ class Runner:
     """Executes batches. Between steps it keeps the KV cache and one hidden row per running request, the row
     that request's next draft starts from."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, drafter: Drafter | None, max_num_seqs: int) -> None:
+    def __init__(
+        self, decoder: Decoder | NativeDecoder, cache: KVCache, drafter: Drafter | None, max_num_seqs: int
+    ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.drafter = drafter
@@ -50,7 +53,7 @@ class Runner:
         """
         step, trees = self._draft(batch)
         config, commits = self.decoder.config, step.commits
-        attention = PagedAttention(step, self.cache, config.num_heads, config.num_kv_heads)
+        attention = paged_attention(step, self.cache, config.num_heads, config.num_kv_heads)
         hidden = self.decoder(step.token_ids, step.positions, attention)
         if self.drafter is not None:
             self.drafter.observe(step, trees, hidden, partial(self._rows_before, step))

@@ -1,0 +1,169 @@
+/* The decoder's pass on CPUs with AVX-512 VNNI and BF16, all layers in one call. Compiled where it runs, by
+ * engine/native/build.py; engine/model/decoder.py is what it computes. */
+#include <omp.h>
+#include "attention.h"
+
+/* Norm, rotation and cache writes of the rows a thread takes. qkv: [num_tokens, qkv_size] float. */
+static void rotate_and_store(const decoder *d, const layer *w, const paging *p, int64_t index,
+                             const int64_t *positions, const float *qkv, uint16_t *q, int64_t thread) {
+    const int64_t dim = d->head_dim, heads = d->num_heads, kv = d->num_kv_heads, half = dim / 2;
+    const range rows = share(p->num_tokens, thread, p->num_threads);
+    for (int64_t r = rows.first; r < rows.end; r++) {
+        const float *cos = d->cos + positions[r] * dim, *sin = d->sin + positions[r] * dim;
+        const int64_t at = (index * p->num_slots + p->slots[r]) * kv * dim;
+        for (int64_t h = 0; h < heads + kv; h++) {
+            const float *x = qkv + (r * (heads + 2 * kv) + h) * dim;
+            const float *norm = h < heads ? w->q_norm : w->k_norm;
+            float normed[MAX_DIM] __attribute__((aligned(64)));
+            if (norm) {
+                normalize(x, norm, dim, d->norm_eps, normed);
+                x = normed;
+            }
+            uint16_t *to = h < heads ? q + (r * heads + h) * dim : p->k_cache + at + (h - heads) * dim;
+            for (int64_t i = 0; i < dim; i += LANES) {
+                __m512 other = _mm512_loadu_ps(x + (i < half ? i + half : i - half));
+                __m512 turned = _mm512_mul_ps(other, _mm512_loadu_ps(sin + i));
+                store_bf16(to + i, _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(cos + i), turned));
+            }
+        }
+        const float *v = qkv + (r * (heads + 2 * kv) + heads + kv) * dim;
+        for (int64_t i = 0; i < kv * dim; i += LANES) store_bf16(p->v_cache + at + i, _mm512_loadu_ps(v + i));
+    }
+}
+
+/* out (+)= a m^T for the blocks a thread takes. */
+static void product(const matrix *m, const activations *a, int64_t num_rows, float *out, int accumulate,
+                    int64_t thread, int64_t num_threads) {
+    const range blocks = share(m->outputs / LANES, thread, num_threads);
+    for (int64_t b = blocks.first; b < blocks.end; b++)
+        for (int64_t r = 0, rows; r < num_rows; r += rows) {
+            rows = tile_rows(num_rows - r);
+            float *to = out + r * m->outputs + b * LANES;
+            if (!accumulate) {
+                multiply(m, b, a, r, rows, to, m->outputs);
+                continue;
+            }
+            float tile[MAX_TILE * LANES] __attribute__((aligned(64)));
+            multiply(m, b, a, r, rows, tile, LANES);
+            for (int64_t i = 0; i < rows; i++, to += m->outputs)
+                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_load_ps(tile + i * LANES)));
+        }
+}
+
+/* inner = silu(gate) * up, made ready for the matrix after it. */
+static void gated(const matrix *m, const activations *a, int64_t num_rows, const activations *inner,
+                  enum kind next, int64_t thread, int64_t num_threads) {
+    const int64_t half = m->outputs / 2 / LANES; /* blocks of the gate, then as many of up */
+    const range groups = share(half / 2, thread, num_threads);
+    for (int64_t g = groups.first; g < groups.end; g++)
+        for (int64_t r = 0, rows; r < num_rows; r += rows) {
+            rows = tile_rows(num_rows - r);
+            float tiles[4][MAX_TILE * LANES] __attribute__((aligned(64)));
+            for (int64_t i = 0; i < 4; i++)
+                multiply(m, 2 * g + i % 2 + i / 2 * half, a, r, rows, tiles[i], LANES);
+            for (int64_t i = 0; i < rows; i++) {
+                __m512 x[4];
+                for (int64_t t = 0; t < 4; t++) x[t] = _mm512_load_ps(tiles[t] + i * LANES);
+                prepare_group(inner, next, r + i, g, _mm512_mul_ps(silu_(x[0]), x[2]),
+                              _mm512_mul_ps(silu_(x[1]), x[3]));
+            }
+        }
+}
+
+static void normalized(const float *x, const float *weight, const decoder *d, const activations *a,
+                       enum kind kind, float *row, const paging *p, int64_t thread) {
+    const range rows = share(p->num_tokens, thread, p->num_threads);
+    for (int64_t r = rows.first; r < rows.end; r++) {
+        normalize(x + r * d->hidden, weight, d->hidden, d->norm_eps, row);
+        prepare_row(a, kind, r, row);
+    }
+}
+
+int64_t gorgon_pass_bytes(const decoder *d, int64_t rows, int64_t num_threads) {
+    const int64_t heads = d->num_heads * d->head_dim, qkv = heads + 2 * d->num_kv_heads * d->head_dim;
+    return (int64_t)(activations_bytes(rows, d->hidden) + activations_bytes(rows, heads) +
+                     activations_bytes(rows, d->intermediate)) +
+           rows * (4 * (d->hidden + qkv + heads) + 2 * heads) + num_threads * (4 * d->hidden + 64) + 8 * 64;
+}
+
+/* token_ids, positions: [num_tokens]; out: [num_tokens, hidden] bfloat16, after the final norm; memory: as
+ * many bytes as gorgon_pass_bytes says. */
+void gorgon_pass(const decoder *d, const paging *p, const int64_t *token_ids, const int64_t *positions,
+                 uint16_t *out, char *memory) {
+    const int64_t n = p->num_tokens, heads = d->num_heads * d->head_dim;
+    const int64_t qkv_size = heads + 2 * d->num_kv_heads * d->head_dim;
+    const activations outer = take_activations(&memory, n, d->hidden);
+    const activations read = take_activations(&memory, n, heads);
+    const activations inner = take_activations(&memory, n, d->intermediate);
+    float *x = (float *)take(&memory, 4 * (size_t)(n * d->hidden));
+    float *qkv = (float *)take(&memory, 4 * (size_t)(n * qkv_size));
+    float *attended = (float *)take(&memory, 4 * (size_t)(n * heads));
+    uint16_t *q = (uint16_t *)take(&memory, 2 * (size_t)(n * heads));
+    float *rows_of_threads = (float *)take(&memory, 4 * (size_t)(p->num_threads * (d->hidden + LANES)));
+#pragma omp parallel num_threads((int)p->num_threads)
+    {
+        const int64_t thread = omp_get_thread_num(), threads = p->num_threads;
+        float *row = rows_of_threads + thread * (d->hidden + LANES);
+        const range mine = share(n, thread, threads);
+        for (int64_t r = mine.first; r < mine.end; r++)
+            for (int64_t i = 0; i < d->hidden; i += LANES)
+                _mm512_storeu_ps(x + r * d->hidden + i, load_bf16(d->embedding + token_ids[r] * d->hidden + i));
+        for (int64_t index = 0; index < d->num_layers; index++) {
+            const layer *w = d->layers + index;
+            normalized(x, w->input_norm, d, &outer, w->qkv.kind, row, p, thread);
+#pragma omp barrier
+            product(&w->qkv, &outer, n, qkv, 0, thread, threads);
+#pragma omp barrier
+            rotate_and_store(d, w, p, index, positions, qkv, q, thread);
+#pragma omp barrier
+            attend(p, index, thread, q, attended);
+#pragma omp barrier
+            for (int64_t r = mine.first; r < mine.end; r++) prepare_row(&read, w->o.kind, r, attended + r * heads);
+#pragma omp barrier
+            product(&w->o, &read, n, x, 1, thread, threads);
+#pragma omp barrier
+            normalized(x, w->post_norm, d, &outer, w->gate_up.kind, row, p, thread);
+#pragma omp barrier
+            gated(&w->gate_up, &outer, n, &inner, w->down.kind, thread, threads);
+#pragma omp barrier
+            product(&w->down, &inner, n, x, 1, thread, threads);
+#pragma omp barrier
+        }
+        for (int64_t r = mine.first; r < mine.end; r++) {
+            normalize(x + r * d->hidden, d->final_norm, d->hidden, d->norm_eps, row);
+            for (int64_t i = 0; i < d->hidden; i += LANES)
+                store_bf16(out + r * d->hidden + i, _mm512_loadu_ps(row + i));
+        }
+    }
+}
+
+int64_t gorgon_linear_bytes(int64_t inputs, int64_t rows, int64_t num_threads) {
+    return (int64_t)activations_bytes(rows, inputs) + num_threads * (4 * inputs + 64) + 64;
+}
+
+/* x: [num_rows, inputs] bfloat16; out: [num_rows, outputs] float. */
+void gorgon_linear(const matrix *m, const uint16_t *x, int64_t num_rows, float *out, int64_t num_threads,
+                   char *memory) {
+    const activations a = take_activations(&memory, num_rows, m->inputs);
+    float *rows_of_threads = (float *)take(&memory, 4 * (size_t)(num_threads * (m->inputs + LANES)));
+#pragma omp parallel num_threads((int)num_threads)
+    {
+        const int64_t thread = omp_get_thread_num();
+        float *row = rows_of_threads + thread * (m->inputs + LANES);
+        const range mine = share(num_rows, thread, num_threads);
+        for (int64_t r = mine.first; r < mine.end; r++) {
+            for (int64_t i = 0; i < m->inputs; i += LANES)
+                _mm512_storeu_ps(row + i, load_bf16(x + r * m->inputs + i));
+            prepare_row(&a, (enum kind)m->kind, r, row);
+        }
+#pragma omp barrier
+        product(m, &a, num_rows, out, 0, thread, num_threads);
+    }
+}
+
+/* Attention of one layer whose K and V lie in the cache. q: [num_tokens, num_heads, head_dim] bfloat16; out:
+ * [num_tokens, num_heads * head_dim] float. */
+void gorgon_attend(const paging *p, int64_t index, const uint16_t *q, float *out) {
+#pragma omp parallel num_threads((int)p->num_threads)
+    attend(p, index, omp_get_thread_num(), q, out);
+}

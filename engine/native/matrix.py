@@ -1,0 +1,135 @@
+"""Weights in the layouts that the kernels read (`kernels/types.h`), and products with them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import ConfigError
+from engine.model.quantization import GROUP_SIZE, quantize_int4
+from engine.native.library import CMatrix, kernels
+from engine.native.scratch import scratch
+
+LANES = 16  # outputs of a block
+_INT8_LEVELS = 127
+_TINY = 1e-12  # a scale for weights that are all zero
+
+
+class Kind(IntEnum):
+    """Number format of a matrix: bfloat16; 8 bits with a scale, or 4 bits with a scale and an offset, for
+    every 32 inputs of an output. Activations are made 8 bits, too, for the last two."""
+
+    BF16 = 0
+    INT4 = 4
+    INT8 = 8
+
+
+class NativeLinear(nn.Module):
+    """Multiplication by a weight [out, in] of any float type, held in the kernels' layout only.
+
+    bias: [out]. A row's result never depends on the other rows. Raises ConfigError where `fits` says no.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kind: Kind) -> None:
+        super().__init__()
+        library = kernels()
+        if library is None or not fits(weight):
+            raise ConfigError(
+                "quantization", f"the CPU kernels do not take weights of shape {tuple(weight.shape)}"
+            )
+        self._library = library
+        self.kind = kind
+        self.out_features, self.in_features = weight.shape
+        self._blocks = _LAYOUTS[kind](weight.detach().float())
+        self._bias = None if bias is None else bias.detach().float().contiguous()
+        self.c = CMatrix(
+            kind=kind,
+            inputs=self.in_features,
+            outputs=self.out_features,
+            blocks=self._blocks.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.kind.name}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] bfloat16 -> [..., out] float32"""
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
+        out = torch.empty(len(rows), self.out_features)
+        threads = torch.get_num_threads()
+        needed = self._library.gorgon_linear_bytes(self.in_features, len(rows), threads)
+        self._library.gorgon_linear(
+            ctypes.byref(self.c),
+            rows.data_ptr(),
+            len(rows),
+            out.data_ptr(),
+            threads,
+            scratch.pointer(needed),
+        )
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether the kernels take weights [out, in] of this shape, on this machine."""
+    rows, columns = weight.shape
+    on_cpu = weight.device.type == "cpu" and kernels() is not None
+    return on_cpu and rows % LANES == 0 and columns % GROUP_SIZE == 0
+
+
+def quantize_int8_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes -127 to 127, [out, groups, 32], and the scale of each group, [out, groups]; both float32.
+
+    weight: [out, in] float32. Weights dequantized from GGUF's Q8_0 find their codes again.
+    """
+    groups = weight.view(len(weight), -1, GROUP_SIZE)
+    scales = (groups.abs().amax(dim=-1) / _INT8_LEVELS).clamp_min_(_TINY)
+    return (groups / scales.unsqueeze(-1)).round_(), scales
+
+
+def int8_error(weight: Tensor) -> float:
+    """Root mean square of what 8 bits change in weight [out, in], relative to that of the weights."""
+    values = weight.detach().float()
+    codes, scales = quantize_int8_groups(values)
+    meant = codes.mul_(scales.unsqueeze(-1)).flatten(1)
+    return float((meant - values).norm() / values.norm().clamp_min(_TINY))
+
+
+def _bf16_blocks(weight: Tensor) -> Tensor:
+    rows, columns = weight.shape
+    pairs = weight.bfloat16().view(rows // LANES, LANES, columns // 2, 2)
+    return pairs.transpose(1, 2).contiguous().view(torch.uint8).flatten()
+
+
+def _int4_blocks(weight: Tensor) -> Tensor:
+    codes, scales, offsets = quantize_int4(weight)
+    blocks, groups = len(weight) // LANES, codes.shape[1]
+    halves = codes.to(torch.uint8).view(blocks, LANES, groups, 2, 4, 4)  # half, vector, byte
+    pairs = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
+    packed = pairs.permute(0, 2, 3, 1, 4).reshape(blocks, groups, -1)
+    return torch.cat((packed, *(_by_block(x.half()) for x in (scales, offsets))), dim=-1).flatten()
+
+
+def _int8_blocks(weight: Tensor) -> Tensor:
+    codes, scales = quantize_int8_groups(weight)
+    blocks, groups = len(weight) // LANES, codes.shape[1]
+    unsigned = (codes + 128).to(torch.uint8).view(blocks, LANES, groups, 8, 4)  # vector, byte
+    packed = unsigned.permute(0, 2, 3, 1, 4).reshape(blocks, groups, -1)
+    return torch.cat((packed, _by_block(scales)), dim=-1).flatten()
+
+
+def _by_block(values: Tensor) -> Tensor:
+    """[out, groups] as bytes, [blocks, groups, 16 values]"""
+    rows, groups = values.shape
+    return values.view(rows // LANES, LANES, groups).transpose(1, 2).contiguous().view(torch.uint8)
+
+
+_LAYOUTS: dict[Kind, Callable[[Tensor], Tensor]] = {
+    Kind.BF16: _bf16_blocks,
+    Kind.INT4: _int4_blocks,
+    Kind.INT8: _int8_blocks,
+}
