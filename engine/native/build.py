@@ -24,7 +24,16 @@ _SOURCES = Path(__file__).parent / "kernels"
 _MAIN = _SOURCES / "kernels.c"
 # No -ffast-math: sums must come in the order in which they are written. OpenMP is not linked: the kernels
 # share the threads of torch's own runtime, a second one would fight it for the cores.
-_COMPILE = ("-O2", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-std=gnu11", "-c")
+_COMPILE = (
+    "-O2",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fopenmp",
+    "-fPIC",
+    "-std=gnu11",
+    "-c",
+)
 _SECONDS = 120
 
 
@@ -90,7 +99,7 @@ def _build(compiler: list[str]) -> Path:
             compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
             for command in (
                 [*compiler, *_COMPILE, str(_MAIN), "-o", str(compiled)],
-                [*compiler, "-shared", str(compiled), "-o", str(linked)],
+                [*compiler, "-shared", str(compiled), "-lm", "-o", str(linked)],
             ):
                 subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
             linked.replace(library)  # whole or not at all, whoever else compiles at the same time

@@ -75,6 +75,19 @@ _FUNCTIONS = {
     "gorgon_pass": (None, (POINTER(CDecoder), POINTER(CPaging), c_void_p, c_void_p, c_void_p, c_void_p)),
     "gorgon_linear_bytes": (c_int64, (c_int64, c_int64, c_int64)),
     "gorgon_linear": (None, (POINTER(CMatrix), c_void_p, c_int64, c_void_p, c_int64, c_void_p)),
+    "gorgon_prefix_bytes": (c_int64, (POINTER(CDecoder), c_int64, c_int64)),
+    "gorgon_prefix": (
+        None,
+        (POINTER(CDecoder), POINTER(CPaging), c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "gorgon_hydra_bytes": (c_int64, (c_int64, c_int64, c_int64, c_int64)),
+    "gorgon_hydra": (
+        None,
+        (
+            *(POINTER(CMatrix), POINTER(CMatrix), c_void_p, c_double, c_void_p, c_void_p, c_void_p, c_int64),
+            *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+        ),
+    ),
     "gorgon_attend": (None, (POINTER(CPaging), c_int64, c_void_p, c_void_p)),
 }
 

@@ -4,17 +4,19 @@ the file says."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from engine.config import Quantization
 from engine.model.decoder import Decoder, Linear
+from engine.model.packing import fast_linear
 from engine.model.precision import MAX_ERROR, describe, fastest, measure
 from engine.model.quantization import int4_error
 from engine.native.decoder import NativeDecoder
-from engine.native.matrix import Kind, NativeLinear, int8_error
+from engine.native.matrix import Kind, NativeLinear, fits, int8_error
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,15 @@ def choose_kind(name: str, weight: Tensor, choice: Quantization, lossless: bool)
     if choice == "int4" and name != "lm_head" and (not lossless or int4_error(weight) <= MAX_ERROR):
         return Kind.INT4
     return Kind.INT8 if int8_error(weight) <= MAX_ERROR or not lossless else Kind.BF16
+
+
+def draft_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Multiplication by a weight [out, in] of draft heads, as fast as this machine can: guesses need not be
+    exact, so that 8 bits do. Results have the dtype of what is multiplied."""
+    if weight.dtype != torch.bfloat16 or not fits(weight):
+        return fast_linear(weight)
+    linear = NativeLinear(weight, None, Kind.INT8)
+    return lambda x: linear(x).to(x.dtype)
 
 
 def _linear(linear: Linear, name: str, choice: Quantization, lossless: bool) -> NativeLinear:

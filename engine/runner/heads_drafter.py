@@ -8,55 +8,79 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
+from engine.native.attention import NativeAttention
+from engine.native.hydra import NativeHydra, NativePrefix, can_take_heads, can_take_prefix
 from engine.runner.attention import paged_attention
 from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
 from engine.runner.ngram_drafter import propose_chains
-from engine.runner.step_input import StepInput, build_rows
+from engine.runner.step_input import PassInput, StepInput, build_rows
 from engine.scheduling.batch import ScheduledRequest
 from engine.scheduling.ngrams import Chain
 from heads.base import DraftHeads
+from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
 from trees.select import grow_trees, make_chains, most_drafts
 from trees.verify import DraftTrees
 
 
 class HeadsDrafter(Drafter):
-    """heads: bound. The n-gram guesses of a request join its tree beside those of the heads."""
+    """heads: bound to the model whose projection onto the vocabulary is lm_head_weight. The n-gram guesses of
+    a request join its tree beside those of the heads."""
 
     takes_chains = True
 
-    def __init__(self, heads: DraftHeads) -> None:
+    def __init__(self, heads: DraftHeads, lm_head_weight: Tensor) -> None:
+        if heads.embedding is None:
+            raise ConfigError("heads", "the heads are not bound to a model")
         self._heads = heads
-        self._prefix: _CachedPrefix | None = None
+        self._embedding = heads.embedding
+        self._guesser: DraftHeads | NativeHydra = heads
+        if isinstance(heads, HydraHeads) and can_take_heads(heads, lm_head_weight):
+            self._guesser = NativeHydra(heads, lm_head_weight, heads.embedding)
+        self._prefix: _CachedPrefix | _NativeCachedPrefix | None = None
         self.num_cache_layers = 0 if heads.prefix_layer is None else 1
 
     def attach(self, config: DecoderConfig, cache: KVCache) -> None:
         """Raises ConfigError where the cache cannot hold the prefix layer's keys."""
         layer = self._heads.prefix_layer
-        if layer is not None:
-            self._prefix = _CachedPrefix(layer, config, cache)
+        if layer is None:
+            return
+        own, base = (layer.num_kv_heads, layer.head_dim), (config.num_kv_heads, config.head_dim)
+        if own != base:
+            raise ConfigError(
+                "heads",
+                f"the prefix layer has {own[0]} KV heads of size {own[1]}, which do not fit into the cache "
+                f"of the model's {base[0]} of size {base[1]}; train heads for this model",
+            )
+        if cache.has_kernels and can_take_prefix(layer, self._embedding):
+            native = NativePrefix(layer, self._embedding, config.max_positions)
+            self._prefix = _NativeCachedPrefix(native, layer, cache)
+        else:
+            self._prefix = _CachedPrefix(layer, self._embedding, cache)
 
     def limit(self, scheduled: ScheduledRequest) -> int:
         return most_drafts(scheduled.num_drafts, self._heads.num_heads, self._heads.num_tokens)
 
     def propose(self, draft: DraftInput) -> Proposal:
-        heads, hidden = self._heads, draft.hidden
+        hidden = draft.hidden
         if all(map(_is_sure, draft.chains, draft.budgets)):  # then the heads could only agree
             return propose_chains(draft)
-        max_depth = min(heads.num_heads, draft.max_nodes - 1)
+        max_depth = min(self._heads.num_heads, draft.max_nodes - 1)
         if self._prefix is not None:
-            hidden = self._prefix.start(draft, self._embedded(draft.roots))
-        state = heads.begin(hidden, draft.roots, max_depth)
+            hidden = self._prefix.start(draft)
+        state = self._guesser.begin(hidden, draft.roots, max_depth)
 
         def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
             nonlocal state
-            guesses, log_probs, state = heads.guess(level, state, tokens, origins, num_guesses)
+            guesses, log_probs, state = self._guesser.guess(level, state, tokens, origins, num_guesses)
             return guesses, log_probs
 
         chains = make_chains(
@@ -69,12 +93,7 @@ class HeadsDrafter(Drafter):
         self, step: StepInput, trees: DraftTrees, hidden: Tensor, rows_before: Callable[[], Tensor]
     ) -> None:
         if self._prefix is not None:
-            self._prefix.write(step, trees, hidden, rows_before(), self._embedded(step.token_ids))
-
-    def _embedded(self, token_ids: Tensor) -> Tensor:
-        if self._heads.embedding is None:
-            raise ConfigError("heads", "the heads are not bound to a model")
-        return torch.nn.functional.embedding(token_ids, self._heads.embedding)
+            self._prefix.write(step, trees, hidden, rows_before())
 
 
 def _is_sure(chain: Chain, num_nodes: int) -> bool:
@@ -86,43 +105,71 @@ def _is_sure(chain: Chain, num_nodes: int) -> bool:
     return all(before - after <= gains[-1] for before, after in itertools.pairwise(gains))
 
 
+def _rows_of_roots(draft: DraftInput, block_size: int) -> PassInput:
+    """The pass over the roots alone."""
+    bases = [len(request.token_ids) - 1 for request in draft.requests]
+    return build_rows(draft.requests, bases, [base + 1 for base in bases], block_size, draft.roots.device)
+
+
+def _parents_of_drafts(step: StepInput, trees: DraftTrees) -> tuple[Tensor, Tensor]:
+    """Flat rows of all draft nodes of a pass, and of the node above each; both [num_drafts] int64."""
+    commits = step.commits
+    roots = commits.rows[commits.first_row].unsqueeze(1)
+    above = (roots + trees.parents).reshape(-1)[commits.places]
+    drafts = commits.places % commits.max_nodes > 0
+    return commits.rows[drafts], above[drafts]
+
+
 class _CachedPrefix:
     """A prefix layer over the paged cache. The entry of the token at position p lies in that token's slot:
-    compaction, sharing and preemption treat it as they treat the base's own KV."""
+    compaction, sharing and preemption treat it as they treat the base's own KV. embedding: the base's."""
 
-    def __init__(self, layer: PrefixLayer, config: DecoderConfig, cache: KVCache) -> None:
-        own, base = (layer.num_kv_heads, layer.head_dim), (config.num_kv_heads, config.head_dim)
-        if own != base:
-            raise ConfigError(
-                "heads",
-                f"the prefix layer has {own[0]} KV heads of size {own[1]}, which do not fit into the cache "
-                f"of the model's {base[0]} of size {base[1]}; train heads for this model",
-            )
-        self._layer, self._cache = layer, cache
+    def __init__(self, layer: PrefixLayer, embedding: Tensor, cache: KVCache) -> None:
+        self._layer, self._embedding, self._cache = layer, embedding, cache
         self._number = cache.num_layers - 1
 
-    def start(self, draft: DraftInput, roots: Tensor) -> Tensor:
-        """What heads start from at each root, [num_requests, hidden]; roots: their embeddings."""
-        bases = [len(request.token_ids) - 1 for request in draft.requests]
-        ends = [base + 1 for base in bases]
-        rows = build_rows(draft.requests, bases, ends, self._cache.block_size, draft.roots.device)
+    def start(self, draft: DraftInput) -> Tensor:
+        """What heads start from at each root, [num_requests, hidden]."""
+        rows = _rows_of_roots(draft, self._cache.block_size)
         attention = paged_attention(rows, self._cache, self._layer.num_heads, self._layer.num_kv_heads)
-        entries = self._layer.entries(draft.hidden, roots)
+        entries = self._layer.entries(draft.hidden, F.embedding(draft.roots, self._embedding))
         q = self._layer.queries(entries, rows.positions)
         read = attention(self._number, q, *self._layer.keys_values(entries, rows.positions))
         return self._layer.finish(draft.hidden, read)
 
-    def write(
-        self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor, embedded: Tensor
-    ) -> None:
-        """Entries of all tokens of a pass, drafts included. embedded: [num_tokens, hidden]."""
+    def write(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
+        """Entries of all tokens of a pass, drafts included. hidden: [num_tokens, hidden], the base's rows;
+        before: [num_requests, hidden], those before each request's first."""
         rows_before = hidden.roll(1, dims=0)
         rows_before[torch.from_numpy(step.starts[:-1]).to(hidden.device)] = before
-        commits = step.commits
-        if commits.drafting:
-            roots = commits.rows[commits.first_row].unsqueeze(1)  # flat rows
-            above = (roots + trees.parents).reshape(-1)[commits.places]
-            drafts = commits.places % commits.max_nodes > 0
-            rows_before[commits.rows[drafts]] = hidden[above[drafts]]
-        entries = self._layer.entries(rows_before, embedded)
+        if step.commits.drafting:
+            drafts, above = _parents_of_drafts(step, trees)
+            rows_before[drafts] = hidden[above]
+        entries = self._layer.entries(rows_before, F.embedding(step.token_ids, self._embedding))
         self._cache.write(self._number, step.slots, *self._layer.keys_values(entries, step.positions))
+
+
+class _NativeCachedPrefix:
+    """The same by our own kernels."""
+
+    def __init__(self, native: NativePrefix, layer: PrefixLayer, cache: KVCache) -> None:
+        self._native, self._layer, self._cache = native, layer, cache
+        self._number = cache.num_layers - 1
+
+    def start(self, draft: DraftInput) -> Tensor:
+        rows = _rows_of_roots(draft, self._cache.block_size)
+        return self._native.start(
+            self._attention(rows), self._number, rows.token_ids, rows.positions, draft.hidden
+        )
+
+    def write(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
+        firsts = (step.starts[:-1], before, np.arange(len(before)))
+        drafts = []
+        if step.commits.drafting:
+            rows, above = _parents_of_drafts(step, trees)
+            drafts.append((rows.numpy(), hidden, above.numpy()))
+        attention = self._attention(step)
+        self._native.write(attention, self._number, step.token_ids, step.positions, hidden, [firsts, *drafts])
+
+    def _attention(self, rows: PassInput) -> NativeAttention:
+        return NativeAttention(rows, self._cache, self._layer.num_heads, self._layer.num_kv_heads)

@@ -79,58 +79,83 @@ static void normalized(const float *x, const float *weight, const decoder *d, co
     }
 }
 
-int64_t gorgon_pass_bytes(const decoder *d, int64_t rows, int64_t num_threads) {
+/* Buffers of a pass, shared by its threads. */
+typedef struct {
+    activations outer, read, inner; /* as wide as the inputs of QKV and gate/up; of O; of down */
+    float *x, *qkv, *attended;
+    uint16_t *q;
+} buffers;
+
+static int64_t buffers_bytes(const decoder *d, int64_t width, int64_t rows) {
     const int64_t heads = d->num_heads * d->head_dim, qkv = heads + 2 * d->num_kv_heads * d->head_dim;
-    return (int64_t)(activations_bytes(rows, d->hidden) + activations_bytes(rows, heads) +
+    return (int64_t)(activations_bytes(rows, width) + activations_bytes(rows, heads) +
                      activations_bytes(rows, d->intermediate)) +
-           rows * (4 * (d->hidden + qkv + heads) + 2 * heads) + num_threads * (4 * d->hidden + 64) + 8 * 64;
+           rows * (4 * (d->hidden + qkv + heads) + 2 * heads) + 4 * 64;
+}
+
+static buffers take_buffers(char **memory, const decoder *d, int64_t width, int64_t rows) {
+    const int64_t heads = d->num_heads * d->head_dim, qkv = heads + 2 * d->num_kv_heads * d->head_dim;
+    buffers b = {.outer = take_activations(memory, rows, width),
+                 .read = take_activations(memory, rows, heads),
+                 .inner = take_activations(memory, rows, d->intermediate)};
+    b.x = (float *)take(memory, 4 * (size_t)(rows * d->hidden));
+    b.qkv = (float *)take(memory, 4 * (size_t)(rows * qkv));
+    b.attended = (float *)take(memory, 4 * (size_t)(rows * heads));
+    b.q = (uint16_t *)take(memory, 2 * (size_t)(rows * heads));
+    return b;
+}
+
+/* A layer from QKV on, over inputs made ready in b->outer; its output is added to b->x. */
+static void run_layer(const decoder *d, const layer *w, const paging *p, int64_t index,
+                      const int64_t *positions, const buffers *b, float *row, int64_t thread) {
+    const int64_t n = p->num_tokens, heads = d->num_heads * d->head_dim, threads = p->num_threads;
+    const activations middle = {.width = d->hidden, .bf16 = b->outer.bf16, .codes = b->outer.codes,
+                                .scales = b->outer.scales, .sums = b->outer.sums, .shifts = b->outer.shifts};
+    const range mine = share(n, thread, threads);
+    product(&w->qkv, &b->outer, n, b->qkv, 0, thread, threads);
+#pragma omp barrier
+    rotate_and_store(d, w, p, index, positions, b->qkv, b->q, thread);
+#pragma omp barrier
+    attend(p, index, thread, b->q, b->attended);
+#pragma omp barrier
+    for (int64_t r = mine.first; r < mine.end; r++)
+        prepare_row(&b->read, w->o.kind, r, b->attended + r * heads);
+#pragma omp barrier
+    product(&w->o, &b->read, n, b->x, 1, thread, threads);
+#pragma omp barrier
+    normalized(b->x, w->post_norm, d, &middle, w->gate_up.kind, row, p, thread);
+#pragma omp barrier
+    gated(&w->gate_up, &middle, n, &b->inner, w->down.kind, thread, threads);
+#pragma omp barrier
+    product(&w->down, &b->inner, n, b->x, 1, thread, threads);
+#pragma omp barrier
+}
+
+int64_t gorgon_pass_bytes(const decoder *d, int64_t rows, int64_t num_threads) {
+    return buffers_bytes(d, d->hidden, rows) + num_threads * (4 * d->hidden + 64) + 64;
 }
 
 /* token_ids, positions: [num_tokens]; out: [num_tokens, hidden] bfloat16, after the final norm; memory: as
  * many bytes as gorgon_pass_bytes says. */
 void gorgon_pass(const decoder *d, const paging *p, const int64_t *token_ids, const int64_t *positions,
                  uint16_t *out, char *memory) {
-    const int64_t n = p->num_tokens, heads = d->num_heads * d->head_dim;
-    const int64_t qkv_size = heads + 2 * d->num_kv_heads * d->head_dim;
-    const activations outer = take_activations(&memory, n, d->hidden);
-    const activations read = take_activations(&memory, n, heads);
-    const activations inner = take_activations(&memory, n, d->intermediate);
-    float *x = (float *)take(&memory, 4 * (size_t)(n * d->hidden));
-    float *qkv = (float *)take(&memory, 4 * (size_t)(n * qkv_size));
-    float *attended = (float *)take(&memory, 4 * (size_t)(n * heads));
-    uint16_t *q = (uint16_t *)take(&memory, 2 * (size_t)(n * heads));
+    const buffers b = take_buffers(&memory, d, d->hidden, p->num_tokens);
     float *rows_of_threads = (float *)take(&memory, 4 * (size_t)(p->num_threads * (d->hidden + LANES)));
 #pragma omp parallel num_threads((int)p->num_threads)
     {
-        const int64_t thread = omp_get_thread_num(), threads = p->num_threads;
+        const int64_t thread = omp_get_thread_num();
         float *row = rows_of_threads + thread * (d->hidden + LANES);
-        const range mine = share(n, thread, threads);
+        const range mine = share(p->num_tokens, thread, p->num_threads);
         for (int64_t r = mine.first; r < mine.end; r++)
-            for (int64_t i = 0; i < d->hidden; i += LANES)
-                _mm512_storeu_ps(x + r * d->hidden + i, load_bf16(d->embedding + token_ids[r] * d->hidden + i));
+            load_row(d->embedding + token_ids[r] * d->hidden, d->hidden, b.x + r * d->hidden);
         for (int64_t index = 0; index < d->num_layers; index++) {
             const layer *w = d->layers + index;
-            normalized(x, w->input_norm, d, &outer, w->qkv.kind, row, p, thread);
+            normalized(b.x, w->input_norm, d, &b.outer, w->qkv.kind, row, p, thread);
 #pragma omp barrier
-            product(&w->qkv, &outer, n, qkv, 0, thread, threads);
-#pragma omp barrier
-            rotate_and_store(d, w, p, index, positions, qkv, q, thread);
-#pragma omp barrier
-            attend(p, index, thread, q, attended);
-#pragma omp barrier
-            for (int64_t r = mine.first; r < mine.end; r++) prepare_row(&read, w->o.kind, r, attended + r * heads);
-#pragma omp barrier
-            product(&w->o, &read, n, x, 1, thread, threads);
-#pragma omp barrier
-            normalized(x, w->post_norm, d, &outer, w->gate_up.kind, row, p, thread);
-#pragma omp barrier
-            gated(&w->gate_up, &outer, n, &inner, w->down.kind, thread, threads);
-#pragma omp barrier
-            product(&w->down, &inner, n, x, 1, thread, threads);
-#pragma omp barrier
+            run_layer(d, w, p, index, positions, &b, row, thread);
         }
         for (int64_t r = mine.first; r < mine.end; r++) {
-            normalize(x + r * d->hidden, d->final_norm, d->hidden, d->norm_eps, row);
+            normalize(b.x + r * d->hidden, d->final_norm, d->hidden, d->norm_eps, row);
             for (int64_t i = 0; i < d->hidden; i += LANES)
                 store_bf16(out + r * d->hidden + i, _mm512_loadu_ps(row + i));
         }
@@ -152,8 +177,7 @@ void gorgon_linear(const matrix *m, const uint16_t *x, int64_t num_rows, float *
         float *row = rows_of_threads + thread * (m->inputs + LANES);
         const range mine = share(num_rows, thread, num_threads);
         for (int64_t r = mine.first; r < mine.end; r++) {
-            for (int64_t i = 0; i < m->inputs; i += LANES)
-                _mm512_storeu_ps(row + i, load_bf16(x + r * m->inputs + i));
+            load_row(x + r * m->inputs, m->inputs, row);
             prepare_row(&a, (enum kind)m->kind, r, row);
         }
 #pragma omp barrier
@@ -167,3 +191,5 @@ void gorgon_attend(const paging *p, int64_t index, const uint16_t *q, float *out
 #pragma omp parallel num_threads((int)p->num_threads)
     attend(p, index, omp_get_thread_num(), q, out);
 }
+
+#include "hydra.h"

@@ -25,11 +25,11 @@ INLINE void int4_tile(const uint8_t *w, const activations *a, int64_t row, float
         }
         __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w + 256)));
         __m512 offset = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w + 288)));
-        if (rows == 1) __builtin_prefetch(w + 2560);
-        if (rows == 1) __builtin_prefetch(w + 2624);
-        if (rows == 1) __builtin_prefetch(w + 2688);
-        if (rows == 1) __builtin_prefetch(w + 2752);
-        if (rows == 1) __builtin_prefetch(w + 2816);
+        __builtin_prefetch(w + 2560);
+        __builtin_prefetch(w + 2624);
+        __builtin_prefetch(w + 2688);
+        __builtin_prefetch(w + 2752);
+        __builtin_prefetch(w + 2816);
         UNROLL for (int r = 0; r < rows; r++) {
             const int32_t *x = (const int32_t *)(a->codes + (row + r) * a->width + g * GROUP);
             __m512i even = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
@@ -56,7 +56,7 @@ INLINE void int8_tile(const uint8_t *w, const activations *a, int64_t row, float
         __m512i codes[8];
         UNROLL for (int v = 0; v < 8; v++) codes[v] = _mm512_loadu_si512(w + 64 * v);
         __m512 scale = _mm512_loadu_ps(w + 512);
-        if (rows == 1)
+        if (1)
             for (int line = 0; line < 9; line++) __builtin_prefetch(w + 2880 + 64 * line);
         UNROLL for (int r = 0; r < rows; r++) {
             const int32_t *x = (const int32_t *)(a->codes + (row + r) * a->width + g * GROUP);
@@ -80,8 +80,8 @@ INLINE void bf16_tile(const uint8_t *w, const activations *a, int64_t row, float
     UNROLL for (int r = 0; r < rows; r++) even[r] = odd[r] = _mm512_setzero_ps();
     for (int64_t p = 0; p < pairs; p += 2, w += 128) {
         __m512bh first = (__m512bh)_mm512_loadu_si512(w), second = (__m512bh)_mm512_loadu_si512(w + 64);
-        if (rows == 1) __builtin_prefetch(w + 4096);
-        if (rows == 1) __builtin_prefetch(w + 4160);
+        __builtin_prefetch(w + 4096);
+        __builtin_prefetch(w + 4160);
         UNROLL for (int r = 0; r < rows; r++) {
             const int32_t *x = (const int32_t *)(a->bf16 + (row + r) * a->width) + p;
             even[r] = _mm512_dpbf16_ps(even[r], first, (__m512bh)_mm512_set1_epi32(x[0]));

@@ -33,6 +33,10 @@ static inline __m512 load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+static inline void load_row(const uint16_t *from, int64_t width, float *to) {
+    for (int64_t i = 0; i < width; i += LANES) _mm512_storeu_ps(to + i, load_bf16(from + i));
+}
+
 static inline void store_bf16(uint16_t *p, __m512 x) {
     _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x));
 }

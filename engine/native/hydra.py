@@ -1,0 +1,197 @@
+"""Hydra heads and their prefix layer by our own kernels: `heads.hydra` and `heads.prefix` are what they
+compute, up to rounding, with weights of 8 bits. Guesses need not be exact."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.native.attention import NativeAttention
+from engine.native.library import CDecoder, CLayer, kernels
+from engine.native.matrix import Kind, NativeLinear, fits
+from engine.native.scratch import scratch
+from heads.hydra import HydraHeads
+from heads.prefix import ROPE_THETA, PrefixLayer
+
+_EPS = torch.finfo(torch.float32).eps  # as torch's rms_norm has it by default, for bfloat16 too
+
+
+def can_take_prefix(layer: PrefixLayer, embedding: Tensor) -> bool:
+    """Whether the kernels run this layer; its cache is the caller's to check."""
+    weights = [linear.weight for linear in (layer.q, layer.kv, layer.o, layer.gate_up, layer.down)]
+    halves = layer.down.in_features % 32 == 0
+    return halves and embedding.dtype == torch.bfloat16 and all(map(fits, weights))
+
+
+def can_take_heads(heads: HydraHeads, lm_head_weight: Tensor) -> bool:
+    """Whether the kernels run these bound heads: those that project with the base's own projection."""
+    shared = heads.projection_kind == "shared" and heads.num_tokens % 16 == 0
+    in_bf16 = lm_head_weight.dtype == torch.bfloat16
+    return shared and in_bf16 and fits(lm_head_weight) and fits(heads.weights[0])
+
+
+class NativePrefix:
+    """A prefix layer whose keys and values are one layer of the paged cache.
+
+    embedding: [vocab, hidden], the base's; max_positions: of a request.
+    """
+
+    def __init__(self, layer: PrefixLayer, embedding: Tensor, max_positions: int) -> None:
+        library = kernels()
+        assert library is not None and can_take_prefix(layer, embedding)
+        self._library, self._layer, self._embedding = library, layer, embedding
+        hidden = embedding.shape[1]
+        qkv = torch.cat((layer.q.weight, layer.kv.weight)).detach()
+        self._matrices = {
+            name: NativeLinear(weight.detach(), None, Kind.INT8)
+            for name, weight in (
+                ("qkv", qkv),
+                ("o", layer.o.weight),
+                ("gate_up", layer.gate_up.weight),
+                ("down", layer.down.weight),
+            )
+        }
+        self._ones = torch.ones(hidden)
+        self._cos, self._sin = _rope_tables(layer.head_dim, max_positions)
+        ones = self._ones.data_ptr()
+        self._c_layer = CLayer(
+            input_norm=ones, post_norm=ones, **{name: m.c for name, m in self._matrices.items()}
+        )
+        self._c = CDecoder(
+            num_layers=1,
+            hidden=hidden,
+            intermediate=layer.down.in_features,
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            norm_eps=_EPS,
+            embedding=embedding.data_ptr(),
+            final_norm=ones,
+            cos=self._cos.data_ptr(),
+            sin=self._sin.data_ptr(),
+            layers=ctypes.pointer(self._c_layer),
+        )
+
+    def start(
+        self, attention: NativeAttention, index: int, roots: Tensor, positions: Tensor, hidden: Tensor
+    ) -> Tensor:
+        """What heads start from at each root, [num_requests, hidden] float32.
+
+        index: of the layer in the cache; roots, positions: [num_requests] int64; hidden: [num_requests,
+        hidden] bfloat16, the base's rows before them.
+        """
+        out = torch.empty(hidden.shape)
+        hidden = hidden.contiguous()
+        before = hidden.data_ptr() + np.arange(len(hidden)) * hidden.stride(0) * hidden.itemsize
+        self._run(attention, index, roots.contiguous(), positions, before, out)
+        return out
+
+    def write(
+        self,
+        attention: NativeAttention,
+        index: int,
+        token_ids: Tensor,
+        positions: Tensor,
+        hidden: Tensor,
+        before: Sequence[tuple[np.ndarray, Tensor, np.ndarray]],
+    ) -> None:
+        """Keys and values of the entries of a pass.
+
+        token_ids, positions: [num_tokens]; hidden: [num_tokens, hidden] bfloat16, the base's rows. The row
+        before a token is that of the flat row before it, but for those that `before` lists: (rows of the
+        pass, tensor of rows, which of them).
+        """
+        stride = hidden.stride(0) * hidden.itemsize
+        addresses = hidden.data_ptr() + (np.arange(len(hidden)) - 1) * stride
+        for rows, source, places in before:
+            addresses[rows] = source.data_ptr() + places * source.stride(0) * source.itemsize
+        self._run(attention, index, token_ids, positions, addresses, None)
+
+    def _run(
+        self,
+        attention: NativeAttention,
+        index: int,
+        token_ids: Tensor,
+        positions: Tensor,
+        before: np.ndarray,
+        out: Tensor | None,
+    ) -> None:
+        paging = attention.paging
+        needed = self._library.gorgon_prefix_bytes(
+            ctypes.byref(self._c), paging.num_tokens, paging.num_threads
+        )
+        self._library.gorgon_prefix(
+            ctypes.byref(self._c),
+            ctypes.byref(paging),
+            index,
+            token_ids.data_ptr(),
+            positions.data_ptr(),
+            before.ctypes.data,
+            None if out is None else out.data_ptr(),
+            scratch.pointer(needed),
+        )
+
+
+class NativeHydra:
+    """Bound Hydra heads: `begin` and `guess` as `heads.base.DraftHeads` has them.
+
+    lm_head_weight, embedding: [vocab, hidden] bfloat16, the base's.
+    """
+
+    def __init__(self, heads: HydraHeads, lm_head_weight: Tensor, embedding: Tensor) -> None:
+        library = kernels()
+        assert library is not None and can_take_heads(heads, lm_head_weight)
+        self._library, self._embedding = library, embedding
+        self._mixes = [
+            NativeLinear(weight.detach(), bias.detach(), Kind.INT8)
+            for weight, bias in zip(heads.weights, heads.biases, strict=True)
+        ]
+        self._projection = NativeLinear(heads.mapped(lm_head_weight.detach()), None, Kind.INT8)
+        self._token_map = heads.token_map
+
+    def begin(self, hidden: Tensor, roots: Tensor, num_heads: int) -> Tensor:
+        return hidden.float().unsqueeze(1)
+
+    def guess(
+        self, head: int, state: Tensor, tokens: Tensor, origins: Tensor, num_guesses: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        requests, paths = tokens.shape
+        hidden, num_tokens = self._embedding.shape[1], self._projection.out_features
+        num_guesses = min(num_guesses, num_tokens)
+        tokens, state = tokens.contiguous(), state.contiguous()
+        rows = origins + (torch.arange(requests) * state.shape[1]).unsqueeze(1)
+        features = torch.empty(requests, paths, hidden)
+        guesses = torch.empty(requests, paths, num_guesses, dtype=torch.int64)
+        log_probs = torch.empty(requests, paths, num_guesses)
+        threads = torch.get_num_threads()
+        needed = self._library.gorgon_hydra_bytes(hidden, num_tokens, tokens.numel(), threads)
+        self._library.gorgon_hydra(
+            ctypes.byref(self._mixes[head].c),
+            ctypes.byref(self._projection.c),
+            self._embedding.data_ptr(),
+            _EPS,
+            tokens.data_ptr(),
+            state.data_ptr(),
+            rows.data_ptr(),
+            tokens.numel(),
+            features.data_ptr(),
+            num_guesses,
+            None if self._token_map is None else self._token_map.data_ptr(),
+            guesses.data_ptr(),
+            log_probs.data_ptr(),
+            threads,
+            scratch.pointer(needed),
+        )
+        return guesses, log_probs, features
+
+
+def _rope_tables(head_dim: int, max_positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, [max_positions, head_dim], as `heads.prefix.rotate` has them; sin's first half negated."""
+    half = head_dim // 2
+    angles = torch.arange(max_positions).unsqueeze(1) * ROPE_THETA ** -(torch.arange(half) / half)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
