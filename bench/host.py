@@ -83,7 +83,9 @@ def make_scheduler(num_requests: int, num_steps: int) -> Scheduler:
     siblings = tuple((rank,) for rank in range(1, MAX_DRAFT_NODES - DEPTH + 1))
     paths = chain + siblings
     family = TreeFamily(paths, tuple(0.5 * 0.9**i for i in range(len(paths))))
-    cost = CostModel(passes=((1, 0.01), (64 * num_requests, 0.0101)), drafting=((1, 0.0001), (64, 0.0001)))
+    cost = CostModel(
+        passes=((1, 0.01), (64 * num_requests, 0.0101)), first_level=((1, 0.0001),), all_levels=((1, 0.0001),)
+    )
     pool = BlockPool(num_requests * -(-length // BLOCK_SIZE), BLOCK_SIZE)
     return Scheduler(limits, pool, AdaptiveSpeculation(family, cost), eos_token_ids=(), ngrams=True)
 

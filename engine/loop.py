@@ -30,7 +30,7 @@ from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, CommittedTokens
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
-from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy
+from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy, StepCost
 from heads.checkpoint import HeadSet, load_heads
 from heads.errors import HeadsError
 from trees.family import TreeFamily
@@ -136,7 +136,7 @@ class Engine:
         if not limits.max_drafts:
             return FixedSpeculation(0)
         costs = measure_costs(self._runner, limits)
-        return AdaptiveSpeculation(family, costs)
+        return AdaptiveSpeculation(family, costs, trims=self._runner.trims)
 
     def add_request(self, message: AddRequest) -> None:
         """Queue a request. Raises RequestError for one the model cannot run."""
@@ -171,9 +171,16 @@ class Engine:
         executed = time.perf_counter()
         outputs = self.scheduler.update(batch, committed)
         if not any(s.num_tokens > 1 for s in batch.scheduled):
-            drafts = [s.num_drafts for s in batch.scheduled if s.num_drafts]
-            seconds = executed - executing
-            self._policy.observe_step(len(batch.scheduled), sum(drafts), len(drafts), seconds)
+            guessed = [s.allowance.most for s in batch.scheduled if s.guesses]
+            self._policy.observe_step(
+                StepCost(
+                    num_known=len(batch.scheduled),
+                    num_drafts=sum(s.num_drafts for s in batch.scheduled),
+                    num_guessing=len(guessed),
+                    depth=max(guessed, default=0),
+                    seconds=executed - executing,
+                )
+            )
         return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))
 
     def _try(self, batch: Batch) -> list[CommittedTokens] | None:

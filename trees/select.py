@@ -49,13 +49,21 @@ def make_chains(
 
 
 def grow_trees(
-    guess: Guess, roots: Tensor, num_nodes: Tensor, max_nodes: int, max_depth: int, chains: Chains
-) -> tuple[Tensor, Tensor]:
+    guess: Guess,
+    roots: Tensor,
+    num_nodes: Tensor,
+    max_nodes: int,
+    max_depth: int,
+    chains: Chains,
+    least: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Trees of the likeliest nodes, by the product of probabilities along their paths.
 
     roots: [num_requests] int64; num_nodes: [num_requests] int64, root included; max_nodes: the largest;
-    max_depth: levels that can be guessed. Returns tokens and parents, both [num_requests, max_nodes] int64,
-    each node after its parent. What lies past num_nodes repeats the root.
+    max_depth: levels that can be guessed; least: [num_requests] float32, the log-probability below which a
+    node is left out. Returns tokens and parents, both [num_requests, max_nodes] int64 or as wide as the
+    largest tree, each node after its parent, and the number of nodes of each. What lies past them repeats the
+    root.
     """
     num_drafts = max_nodes - 1
     # Offered nodes: the root, its chain (at depth i node i), then level by level what is guessed.
@@ -88,13 +96,17 @@ def grow_trees(
         num_paths = min(_MOST_PATHS, num_drafts, children.shape[1])
         sure, places = children.topk(num_paths, dim=1)
         if roots.device.type == "cpu":  # elsewhere, to look would cost more than to guess in vain
-            num_paths = _worth_following(sure, offered_sure, max_nodes)
+            num_paths = _worth_following(sure, offered_sure, max_nodes, least)
             if num_paths == 0:
                 break
             sure, places = sure[:, :num_paths], places[:, :num_paths]
         tokens, origins, paths = guesses.gather(1, places), places // num_guesses, nodes.gather(1, places)
+    if least is not None:
+        likely = (offered_sure >= least.unsqueeze(1)).sum(dim=1).clamp_(min=1)
+        num_nodes = torch.minimum(num_nodes, likely)
+        max_nodes = min(max_nodes, offered_sure.shape[1])
     nodes, parents = likeliest_nodes(offered_sure, offered_parents, num_nodes, max_nodes)
-    return offered_tokens.gather(1, nodes), parents
+    return offered_tokens.gather(1, nodes), parents, num_nodes
 
 
 def most_drafts(num_drafts: int, max_depth: int, num_tokens: int) -> int:
@@ -109,15 +121,17 @@ def most_drafts(num_drafts: int, max_depth: int, num_tokens: int) -> int:
     return offered
 
 
-def _worth_following(sure: Tensor, offered: Tensor, max_nodes: int) -> int:
+def _worth_following(sure: Tensor, offered: Tensor, max_nodes: int, least: Tensor | None) -> int:
     """How many of these paths could have children among the `max_nodes` likeliest nodes.
 
     sure: [num_requests, num_paths], falling; offered: [num_requests, num_offered], the paths included.
     """
-    if offered.shape[1] <= max_nodes:
+    if least is None and offered.shape[1] <= max_nodes:
         return sure.shape[1]
-    least = offered.topk(max_nodes, dim=1).values[:, -1:]
-    return int((sure > least).sum(dim=1).max())
+    bound = sure.new_full((len(sure), 1), -torch.inf) if least is None else least.unsqueeze(1)
+    if offered.shape[1] > max_nodes:
+        bound = torch.maximum(bound, offered.topk(max_nodes, dim=1).values[:, -1:])
+    return int((sure > bound).sum(dim=1).max())
 
 
 def likeliest_nodes(

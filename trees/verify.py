@@ -33,6 +33,9 @@ class DraftTrees:
         """
         requests, width = parents.shape
         max_depth = min(max_depth, width - 1)
+        if width == 1:  # the root alone, as in every step without drafts
+            alone = torch.zeros_like(parents)
+            return cls(tokens, parents, num_nodes, alone, alone + 1, alone.unsqueeze(2))
         nodes = torch.arange(width, device=parents.device)
         # chains[..., i] is the i-th node on the way up, the root repeated past it. Each round doubles them:
         # the second half of a way is the way of the node that lies half the way up.
@@ -83,6 +86,8 @@ def deepest_accepted(edges: Tensor, trees: DraftTrees) -> Tensor:
     the earlier one wins.
     """
     width = edges.shape[1]
+    if width == 1:
+        return torch.zeros(len(edges), dtype=torch.int64, device=edges.device)
     accepted = edges & (torch.arange(width, device=edges.device) < trees.num_nodes.unsqueeze(1))
     accepted[:, 0] = True
     on_path = accepted.unsqueeze(1).expand(-1, width, -1).gather(2, trees.paths)

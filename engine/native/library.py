@@ -88,6 +88,7 @@ _FUNCTIONS = {
             *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
         ),
     ),
+    "gorgon_argmax": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "gorgon_attend": (None, (POINTER(CPaging), c_int64, c_void_p, c_void_p)),
 }
 

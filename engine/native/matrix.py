@@ -81,6 +81,18 @@ def fits(weight: Tensor) -> bool:
     return on_cpu and rows % LANES == 0 and columns % GROUP_SIZE == 0
 
 
+def argmax(x: Tensor) -> Tensor | None:
+    """The first largest entry of each row, [num_rows, width] float32 -> [num_rows] int64; None where the
+    kernels do not do it."""
+    library = kernels()
+    takes = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+    if library is None or not takes or x.shape[1] % LANES or not x.shape[1]:
+        return None
+    places = torch.empty(len(x), dtype=torch.int64)
+    library.gorgon_argmax(x.data_ptr(), len(x), x.shape[1], places.data_ptr())
+    return places
+
+
 def quantize_int8_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes -127 to 127, [out, groups, 32], and the scale of each group, [out, groups]; both float32.
 

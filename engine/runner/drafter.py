@@ -30,20 +30,26 @@ class DraftInput:
     requests: Sequence[Request]
     chains: Sequence[Chain]  # n-gram guesses of each request, for drafters that take them
     budgets: Sequence[int]  # nodes of each tree, root included
-    num_nodes: Tensor  # [num_requests] int64, the same on the device
-    max_nodes: int  # the largest of them
+    least: Sequence[float]  # of each request: the least probability that is worth a node
+    chain_only: bool  # whether the chains are all that is wanted
     hidden: Tensor  # [num_requests, hidden], the base's row that each root was drawn from
     roots: Tensor  # [num_requests] int64 token ids
+
+    @property
+    def max_nodes(self) -> int:
+        """The largest budget."""
+        return max(self.budgets)
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Trees of `max_nodes` columns. What lies past a request's budget is not read, but is valid all the same:
-    token ids of the vocabulary, parents that come before their children."""
+    """Trees of up to `max_nodes` columns. What lies past a request's nodes is not read, but is valid all the
+    same: token ids of the vocabulary, parents that come before their children."""
 
     tokens: Tensor  # [num_requests, max_nodes] int64, column 0 the roots themselves; siblings differ
     parents: Tensor  # [num_requests, max_nodes] int64, the root's is itself; each node after its parent
     max_depth: int  # a bound that the host knows
+    num_nodes: Sequence[int] | None = None  # root included, where some trees are smaller than their budgets
 
 
 class Drafter(Protocol):
@@ -55,6 +61,8 @@ class Drafter(Protocol):
     """
 
     takes_chains: bool = False  # whether it makes use of n-gram guesses
+    num_levels: int = 0  # of guesses that take time of their own
+    trims: bool = False  # whether it leaves out what is less likely than `DraftInput.least`
     num_cache_layers: int = 0
     cache_bytes_per_token: int = 0
 

@@ -5,7 +5,6 @@ Heads with a prefix layer keep its keys and values in the base's cache, as one m
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -23,7 +22,6 @@ from engine.runner.kv_cache import KVCache
 from engine.runner.ngram_drafter import propose_chains
 from engine.runner.step_input import PassInput, StepInput, build_rows
 from engine.scheduling.batch import ScheduledRequest
-from engine.scheduling.ngrams import Chain
 from heads.base import DraftHeads
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
@@ -46,6 +44,9 @@ class HeadsDrafter(Drafter):
         if isinstance(heads, HydraHeads) and can_take_heads(heads, lm_head_weight):
             self._guesser = NativeHydra(heads, lm_head_weight, heads.embedding)
         self._prefix: _CachedPrefix | _NativeCachedPrefix | None = None
+        self.num_levels = heads.num_heads
+        # Elsewhere the host would have to wait for what was drafted.
+        self.trims = heads.embedding.device.type == "cpu"
         self.num_cache_layers = 0 if heads.prefix_layer is None else 1
 
     def attach(self, config: DecoderConfig, cache: KVCache) -> None:
@@ -71,7 +72,7 @@ class HeadsDrafter(Drafter):
 
     def propose(self, draft: DraftInput) -> Proposal:
         hidden = draft.hidden
-        if all(map(_is_sure, draft.chains, draft.budgets)):  # then the heads could only agree
+        if draft.chain_only:
             return propose_chains(draft)
         max_depth = min(self._heads.num_heads, draft.max_nodes - 1)
         if self._prefix is not None:
@@ -86,23 +87,20 @@ class HeadsDrafter(Drafter):
         chains = make_chains(
             [(c.token_ids, c.gains) for c in draft.chains], draft.max_nodes - 1, hidden.device
         )
-        tokens, parents = grow_trees(guess, draft.roots, draft.num_nodes, draft.max_nodes, max_depth, chains)
-        return Proposal(tokens, parents, max(max_depth, chains.length))
+        device = hidden.device
+        num_nodes = torch.tensor(draft.budgets, device=device)
+        least = torch.tensor(draft.least, device=device).log_() if self.trims else None
+        tokens, parents, num_nodes = grow_trees(
+            guess, draft.roots, num_nodes, draft.max_nodes, max_depth, chains, least
+        )
+        grown = num_nodes.tolist() if self.trims else None
+        return Proposal(tokens, parents, max(max_depth, chains.length), grown)
 
     def observe(
         self, step: StepInput, trees: DraftTrees, hidden: Tensor, rows_before: Callable[[], Tensor]
     ) -> None:
         if self._prefix is not None:
             self._prefix.write(step, trees, hidden, rows_before())
-
-
-def _is_sure(chain: Chain, num_nodes: int) -> bool:
-    """Whether no guess beside the chain can be as likely as the chain's own, as many as there is room for:
-    what may branch off at a node has at most the probability that the chain loses there."""
-    gains = (1.0, *chain.gains[: num_nodes - 1])
-    if len(gains) < num_nodes:
-        return False
-    return all(before - after <= gains[-1] for before, after in itertools.pairwise(gains))
 
 
 def _rows_of_roots(draft: DraftInput, block_size: int) -> PassInput:

@@ -14,7 +14,7 @@ from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.cost import CostModel, Curve
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import SchedulerLimits
-from engine.scheduling.speculation import Acceptance
+from engine.scheduling.speculation import Acceptance, Allowance
 
 _TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _REQUESTS = (1, 4, 16, 64)
@@ -33,12 +33,15 @@ def measure_costs(runner: Runner, limits: SchedulerLimits) -> CostModel:
     batches = {n: _batch(runner, limits, n) for n in _TOKENS if n <= limits.max_num_batched_tokens}
     passes = _curve({n: partial(runner.execute, batch) for n, batch in batches.items() if batch is not None})
     runner.drafter = drafter
-    drafting: Curve = ((1, 0.0),)
-    if drafter is not None:
-        most = min(limits.max_num_seqs, runner.cache.num_blocks)
-        sizes = [n for n in _REQUESTS if n <= most]
-        drafting = _curve({n: partial(runner.draft, _drafting(runner, limits, n)) for n in sizes})
-    return CostModel(passes=passes, drafting=drafting)
+    if drafter is None or not drafter.num_levels:
+        return CostModel(passes)
+    most = min(limits.max_num_seqs, runner.cache.num_blocks)
+    sizes = [n for n in _REQUESTS if n <= most]
+    first, rest = (
+        _curve({n: partial(runner.draft, _guessing(runner, limits, n, drafts)) for n in sizes})
+        for drafts in (1, max(_DRAFTS, drafter.num_levels))
+    )
+    return CostModel(passes, first, rest, drafter.num_levels)
 
 
 def _curve(runs: dict[int, Callable[[], object]]) -> Curve:
@@ -62,9 +65,9 @@ def _batch(runner: Runner, limits: SchedulerLimits, num_tokens: int) -> Batch | 
     return _decoding(runner, shares)
 
 
-def _drafting(runner: Runner, limits: SchedulerLimits, num_requests: int) -> Batch:
-    """Requests with middling trees, as far as they have room for them."""
-    num_nodes = min(_DRAFTS, limits.max_drafts) + 1
+def _guessing(runner: Runner, limits: SchedulerLimits, num_requests: int, num_drafts: int) -> Batch:
+    """Requests that ask the heads for as many draft tokens, as far as they have room for them."""
+    num_nodes = min(num_drafts, limits.max_drafts) + 1
     return _decoding(runner, [min(num_nodes, _room(runner, num_requests))] * num_requests)
 
 
@@ -94,7 +97,8 @@ def _decoding(runner: Runner, trees: list[int]) -> Batch:
             slot=index,
             has_hidden=True,
         )
-        batch.scheduled.append(ScheduledRequest(request, 1, num_nodes - 1))
+        drafts = num_nodes - 1
+        batch.scheduled.append(ScheduledRequest(request, 1, drafts, allowance=Allowance(drafts)))
     return batch
 
 

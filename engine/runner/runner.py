@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from engine.runner.kv_cache import KVCache
 from engine.runner.per_request import PerRequest
 from engine.runner.sampler import Sampler, token_logprobs
 from engine.runner.step_input import CommitRows, StepInput, build_step
-from engine.scheduling.batch import Batch, CommittedTokens
+from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from trees.verify import DraftTrees, deepest_accepted
 
 
@@ -44,6 +44,11 @@ class Runner:
         self._behind: PerRequest[_Behind] = PerRequest(lambda _: _Behind())
         if drafter is not None:
             drafter.attach(config, cache)
+
+    @property
+    def trims(self) -> bool:
+        """Whether trees may turn out smaller than they were planned."""
+        return self.drafter is not None and self.drafter.trims
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[CommittedTokens]:
@@ -84,10 +89,9 @@ class Runner:
             for scheduled in batch.scheduled:
                 if scheduled.num_drafts:
                     scheduled.num_drafts = self.drafter.limit(scheduled)
+        proposal = self._propose([s for s in batch.scheduled if s.num_drafts])
         step = build_step(batch, self.cache.block_size, self._device)
-        commits = step.commits
-        proposal = self._propose(commits)
-        trees = DraftTrees.build(proposal.tokens, proposal.parents, commits.num_nodes, proposal.max_depth)
+        trees = self._trees(step.commits, proposal)
         step.fill(trees)
         return step, trees
 
@@ -114,31 +118,45 @@ class Runner:
                 self._hidden[request.slot] = hidden[int(end) - 1]
                 self._behind[request].length = request.num_computed + scheduled.num_tokens
 
-    def _propose(self, commits: CommitRows) -> Proposal:
-        """Trees of all that commit, [num_commits, max_nodes]: of most, or of many, the root alone."""
-        tokens = torch.nn.functional.pad(commits.roots.unsqueeze(1), (0, commits.max_nodes - 1))
-        parents = torch.zeros_like(tokens)
-        if not commits.drafting:
-            return Proposal(tokens, parents, 0)
-        if self.drafter is None:  # only when costs are measured: every node guesses token 0
-            return Proposal(tokens, parents, 1)
-        chosen = [commits.scheduled[index] for index in commits.drafting]
-        all_draft = len(chosen) == len(commits.scheduled)
-        members = slice(None) if all_draft else torch.tensor(commits.drafting, device=self._device)
-        requests = [scheduled.request for scheduled in chosen]
+    def _propose(self, drafting: list[ScheduledRequest]) -> Proposal | None:
+        """Guesses for these requests; lowers the number of drafts of those that get fewer."""
+        if not drafting or self.drafter is None:
+            return None
+        requests = [scheduled.request for scheduled in drafting]
+        slots = torch.tensor([request.slot for request in requests], device=self._device)
         draft = DraftInput(
             requests=requests,
-            chains=[scheduled.chain for scheduled in chosen],
-            budgets=[scheduled.num_drafts + 1 for scheduled in chosen],
-            num_nodes=commits.num_nodes[members],
-            max_nodes=commits.max_nodes,
-            hidden=self._hidden[commits.state_slots[members]],
-            roots=commits.roots[members],
+            chains=[scheduled.chain for scheduled in drafting],
+            budgets=[scheduled.num_drafts + 1 for scheduled in drafting],
+            least=[scheduled.allowance.least for scheduled in drafting],
+            chain_only=not any(scheduled.guesses for scheduled in drafting),
+            hidden=self._hidden[slots],
+            roots=torch.tensor([request.token_ids[-1] for request in requests], device=self._device),
         )
         proposal = self.drafter.propose(draft)
-        # The roots are known, whatever a drafter makes of them.
-        tokens[members, 1:], parents[members, 1:] = proposal.tokens[:, 1:], proposal.parents[:, 1:]
-        return Proposal(tokens, parents, proposal.max_depth)
+        if proposal.num_nodes is not None:
+            for scheduled, num_nodes in zip(drafting, proposal.num_nodes, strict=True):
+                scheduled.num_drafts = num_nodes - 1
+            grown = [index for index, num_nodes in enumerate(proposal.num_nodes) if num_nodes > 1]
+            if len(grown) < len(drafting):
+                proposal = replace(proposal, tokens=proposal.tokens[grown], parents=proposal.parents[grown])
+        return proposal
+
+    def _trees(self, commits: CommitRows, proposal: Proposal | None) -> DraftTrees:
+        """Trees of all that commit, [num_commits, max_nodes]: of most, or of many, the root alone."""
+        tokens = torch.nn.functional.pad(commits.roots.unsqueeze(1), (0, commits.max_nodes - 1))
+        parents, max_depth = torch.zeros_like(tokens), 0
+        if commits.drafting and proposal is None:  # only when costs are measured: all nodes guess token 0
+            max_depth = 1
+        elif commits.drafting and proposal is not None:
+            all_draft = len(commits.drafting) == len(commits.scheduled)
+            members = slice(None) if all_draft else torch.tensor(commits.drafting, device=self._device)
+            # The roots are known, whatever a drafter makes of them.
+            inner = slice(1, commits.max_nodes)
+            tokens[members, 1:] = proposal.tokens[:, inner]
+            parents[members, 1:] = proposal.parents[:, inner]
+            max_depth = proposal.max_depth
+        return DraftTrees.build(tokens, parents, commits.num_nodes, max_depth)
 
     def _compact(self, commits: CommitRows, last: Tensor, trees: DraftTrees) -> None:
         """Move the K and V of accepted nodes to the logical positions base + 1, base + 2, ..."""

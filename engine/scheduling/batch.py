@@ -17,12 +17,12 @@ compaction        moving the accepted nodes' K and V to the positions they have 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.messages import TokenLogprobs
 from engine.scheduling.ngrams import NO_CHAIN, Chain
 from engine.scheduling.request import Request
+from engine.scheduling.speculation import NOTHING, Allowance
 
 
 @dataclass(slots=True)
@@ -36,10 +36,15 @@ class ScheduledRequest:
     num_tokens: int
     num_drafts: int = 0
     chain: Chain = NO_CHAIN  # what followed its last tokens before, for the drafter to weigh
-    gains: Sequence[float] = ()  # what each draft token was expected to commit
+    allowance: Allowance = NOTHING  # what it may draft; `num_drafts` is what it does
     num_committed: int = 0  # what the step brought, once it is known
     num_accepted: int = 0
     draft_depth: int = 0  # how deep its tree reached
+
+    @property
+    def guesses(self) -> bool:
+        """Whether the heads are asked for it."""
+        return self.allowance.most > 0 and not self.allowance.chain_only
 
     @property
     def commits(self) -> bool:

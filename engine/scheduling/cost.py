@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,26 +13,49 @@ _PRIOR = np.array([0.02, 0.5, 0.5])  # seconds, factor, factor
 _NOISE = 0.15  # share of the predicted time
 _DRIFT = 0.02  # share of the prior variance that comes back every step: loads change
 _LARGEST_SURPRISE = 1.0  # a step that took longer by this share of the prediction counts as this much longer
-
+_TABLE = 4096  # tokens, and requests, whose times are looked up
 
 Curve = tuple[tuple[int, float], ...]  # (count, seconds), rising counts
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of a pass by its number of tokens, and of drafting by its number of requests, as measured.
+    """Seconds of a pass by its number of tokens, and of asking the heads by the number of requests, as
+    measured: for one level of guesses, and for all `levels` of them.
 
     Between two points time is interpolated, beyond the last it goes on with the slope of the last two.
     """
 
     passes: Curve
-    drafting: Curve
+    first_level: Curve = ((1, 0.0),)
+    all_levels: Curve = ((1, 0.0),)
+    levels: int = 1
+
+    @cached_property
+    def _pass_table(self) -> NDArray[np.float64]:
+        return _interpolate(self.passes, np.arange(_TABLE))
+
+    @cached_property
+    def _level_tables(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of the first level, and of each further one."""
+        counts = np.arange(_TABLE)
+        first, all_levels = (_interpolate(curve, counts) for curve in (self.first_level, self.all_levels))
+        first[0] = all_levels[0] = 0.0
+        return first, np.maximum(all_levels - first, 0.0) / max(self.levels - 1, 1)
 
     def pass_seconds(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        if num_tokens[-1] < _TABLE:  # what comes in an order comes in a rising one
+            return np.asarray(self._pass_table[num_tokens])
         return _interpolate(self.passes, num_tokens)
 
-    def drafting_seconds(self, num_requests: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.where(num_requests > 0, _interpolate(self.drafting, num_requests), 0.0)
+    def guessing_seconds(
+        self, num_requests: NDArray[np.int64], depth: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """num_requests: that the heads guess for, none at 0; depth: levels that they are asked for, at least
+        1."""
+        first, further = self._level_tables
+        seconds = first[num_requests] + further[num_requests] * (np.minimum(depth, self.levels) - 1)
+        return np.asarray(seconds)
 
 
 def _interpolate(points: Curve, at: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -161,11 +161,11 @@ class Scheduler:
         limits = [(scheduled, self._draft_limit(scheduled.request)) for scheduled in committing]
         drafting = [scheduled for scheduled, limit in limits if limit > 0]
         candidates = [self._candidate(scheduled, limit) for scheduled, limit in limits if limit > 0]
-        sizes = self._policy.plan(len(committing), batch.num_tokens, candidates)
-        for scheduled, candidate, size in zip(drafting, candidates, sizes, strict=True):
+        allowances = self._policy.plan(len(committing), batch.num_tokens, candidates)
+        for scheduled, allowance in zip(drafting, allowances, strict=True):
             request = scheduled.request
-            scheduled.gains = candidate.gains
-            size = min(size, budget)
+            scheduled.allowance = allowance
+            size = min(allowance.most, budget)
             if not self._reserve(request, len(request.token_ids) + size):
                 # Drafts never push another request out: they make do with the room there is.
                 size = len(request.block_table) * self.pool.block_size - len(request.token_ids)
@@ -272,9 +272,8 @@ class Scheduler:
         request.accepted_tokens += num_accepted
         request.ngrams.observe(scheduled.chain, appended)
         # An answer's end cuts off what might have been right.
-        if scheduled.num_drafts and request.finish_reason is None:
-            expected = sum(scheduled.gains[: scheduled.num_drafts])
-            self._policy.observe(request.acceptance, expected, num_accepted)
+        if scheduled.guesses and request.finish_reason is None:
+            self._policy.observe(request.acceptance, scheduled.allowance.expected, num_accepted)
         return RequestOutput(
             request_id=request.request_id,
             token_ids=appended,

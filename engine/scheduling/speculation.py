@@ -19,6 +19,7 @@ from trees.family import TreeFamily
 _MEMORY = 0.9  # weight of a request's past against its next verified draft
 _OVERALL_MEMORY = 0.99  # the same for all requests together
 _FORGETTING = 0.98  # per step without drafts: an old verdict fades, so that speculation is tried again
+_ROOM = 3  # times the size that pays on average, for guesses that turn out to be surer
 _PRIOR_TOKENS = 2.0  # how many expected tokens the calibration weighs against a request's own record
 
 
@@ -46,19 +47,45 @@ class Acceptance:
 class Candidate:
     """A request that could take up to `limit` draft tokens in this step.
 
-    chain: probabilities that the guesses of an n-gram chain are right, each with all before it; gains: what
-    each further draft token is expected to commit, put there by the policy.
+    chain: probabilities that the guesses of an n-gram chain are right, each with all before it.
     """
 
     acceptance: Acceptance
     limit: int
     chain: Sequence[float] = ()
-    gains: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a request may draft in a step: at most `most` tokens, none that is less likely than `least`.
+
+    expected: draft tokens it is to commit by calibration, the measure of what it will commit.
+    chain_only: its n-gram chain makes all of them, and the heads are not asked.
+    """
+
+    most: int = 0
+    least: float = 0.0
+    expected: float = 0.0
+    chain_only: bool = False
+
+
+NOTHING = Allowance()
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step without prompt chunks was made of, and how long it took."""
+
+    num_known: int  # tokens that are no drafts
+    num_drafts: int
+    num_guessing: int  # requests that heads guessed for
+    depth: int  # levels that heads were asked for, 0 where they were not
+    seconds: float
 
 
 class SpeculationPolicy(Protocol):
-    def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[int]:
-        """Draft tokens for each candidate.
+    def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[Allowance]:
+        """What each candidate may draft.
 
         num_committing: requests that commit in this pass; num_tokens: known tokens in the pass.
         """
@@ -68,8 +95,8 @@ class SpeculationPolicy(Protocol):
         """Learn how one request's drafts fared against what was expected of them."""
         ...
 
-    def observe_step(self, num_known: int, num_drafts: int, num_drafting: int, seconds: float) -> None:
-        """Learn how long a pass over known and draft tokens took in which `num_drafting` requests drafted."""
+    def observe_step(self, step: StepCost) -> None:
+        """Learn how long a pass took."""
         ...
 
 
@@ -79,82 +106,167 @@ class FixedSpeculation:
     def __init__(self, num_drafts: int) -> None:
         self.num_drafts = num_drafts
 
-    def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[int]:
-        return [min(self.num_drafts, candidate.limit) for candidate in candidates]
+    def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[Allowance]:
+        return [Allowance(min(self.num_drafts, candidate.limit)) for candidate in candidates]
 
     def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
         pass
 
-    def observe_step(self, num_known: int, num_drafts: int, num_drafting: int, seconds: float) -> None:
+    def observe_step(self, step: StepCost) -> None:
         pass
 
 
 class AdaptiveSpeculation:
-    """Chooses every request's tree size each step, by marginal gain over marginal time, down to none."""
+    """Chooses every request's tree size each step, by marginal gain over marginal time, down to none.
 
-    def __init__(self, family: TreeFamily, cost: CostModel) -> None:
+    Two plans compete: n-gram chains alone, which cost the tokens they add to the pass, and chains beside the
+    heads' guesses, which cost the asking too. trims: whether trees are cut by how likely their nodes turn out
+    to be; then the size is a guide, and sure guesses may go beyond it.
+    """
+
+    def __init__(self, family: TreeFamily, cost: CostModel, trims: bool = False) -> None:
         self._gains = np.array(family.gains)  # [num_drafts], falling
         self._cost = cost
+        self._trims = trims
         self._overall = Acceptance()  # over all requests: the prior of each
         self._correction = CostCorrection()
+        self.speed_up = 1.0  # of the last plan over none, as estimated
 
-    def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[int]:
+    def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[Allowance]:
+        self.speed_up = 1.0
+        if not candidates:
+            return []
         prior = self._overall.ratio(1.0)
         ratios = [candidate.acceptance.ratio(prior) for candidate in candidates]
-        sizes = self._choose(num_committing, num_tokens, candidates, ratios) if candidates else []
-        for candidate, size in zip(candidates, sizes, strict=True):
-            if size == 0:
+        allowances = self._choose(num_committing, num_tokens, candidates, ratios)
+        for candidate, allowance in zip(candidates, allowances, strict=True):
+            if allowance.most == 0 or allowance.chain_only:
                 candidate.acceptance.fade()
-        if candidates and not any(sizes):
+        if all(allowance.most == 0 or allowance.chain_only for allowance in allowances):
             self._overall.fade()
-        return sizes
+        return allowances
 
     def _choose(
         self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate], ratios: list[float]
-    ) -> list[int]:
-        offers = [self._offers(candidate) for candidate in candidates]
-        for candidate, offer in zip(candidates, offers, strict=True):
-            candidate.gains = offer.tolist()
-        limits = [len(offer) for offer in offers]
-        gains = np.minimum(np.concatenate(offers) * np.repeat(ratios, limits), 1.0)
-        owners = np.repeat(np.arange(len(candidates)), limits)
-        is_first = np.concatenate([np.arange(limit) == 0 for limit in limits])
-        order = np.argsort(-gains, kind="stable")
-        total_gain = np.concatenate([[0.0], np.cumsum(gains[order])])  # [num_offers + 1]
-        counts = np.arange(len(order) + 1)
-        num_drafting = np.concatenate([[0], np.cumsum(is_first[order])])
+    ) -> list[Allowance]:
         base = self._correction.base_seconds(float(self._cost.pass_seconds(np.array([num_committing]))[0]))
-        alone = base + self._correction.draft_seconds(self._added(num_committing, counts, num_drafting))
+        chains = [np.array(candidate.chain[: candidate.limit]) for candidate in candidates]
+        plans = [_Plan(self, num_committing, num_tokens, base, chains, chain_only=True)]
+        if len(self._gains):
+            offers = [self._offers(c, ratio) for c, ratio in zip(candidates, ratios, strict=True)]
+            plans.append(_Plan(self, num_committing, num_tokens, base, offers, chain_only=False))
         # What a second is worth: the best rate of a pass that only decodes. Prompt chunks in the pass change
         # what a draft token costs, not what a committed one is worth.
-        best_rate = float(np.max((num_committing + total_gain) / alone))
-        here = self._correction.draft_seconds(self._added(num_tokens, counts, num_drafting))
-        chosen = int(np.argmax(total_gain - best_rate * here))
-        sizes = np.bincount(owners[order[:chosen]], minlength=len(candidates))
-        return [int(size) for size in sizes]
+        best_rate = max(plan.best_rate for plan in plans)
+        self.speed_up = best_rate * base / num_committing
+        best = max(plans, key=lambda plan: plan.choose(best_rate))
+        return best.allowances(best_rate, [candidate.limit for candidate in candidates])
 
-    def _offers(self, candidate: Candidate) -> NDArray[np.float64]:
+    def _offers(self, candidate: Candidate, ratio: float) -> NDArray[np.float64]:
         """Expected gain of each further draft token, falling. Where the chain is right, branches beside it
         are wrong: they count for as much as the chain's first token is in doubt."""
+        gains = np.minimum(self._gains * ratio, 1.0)
         if not candidate.chain:
-            return self._gains[: candidate.limit]
+            return gains[: candidate.limit]
         chain = np.array(candidate.chain)
-        offers = np.concatenate((chain, self._gains * (1.0 - chain[0])))
+        offers = np.concatenate((chain, gains * (1.0 - chain[0])))
         return -np.sort(-offers)[: candidate.limit]
 
     def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
         acceptance.observe(expected, num_accepted)
         self._overall.observe(expected, num_accepted, _OVERALL_MEMORY)
 
-    def observe_step(self, num_known: int, num_drafts: int, num_drafting: int, seconds: float) -> None:
-        base = float(self._cost.pass_seconds(np.array([num_known]))[0])
-        added = self._added(num_known, np.array([num_drafts]), np.array([num_drafting]))
-        self._correction.observe(base, float(added[0]), seconds)
+    def observe_step(self, step: StepCost) -> None:
+        base = float(self._cost.pass_seconds(np.array([step.num_known]))[0])
+        counts = [np.array([n]) for n in (step.num_drafts, step.num_guessing, max(step.depth, 1))]
+        added = self.added_seconds(step.num_known, *counts)
+        self._correction.observe(base, float(added[0]), step.seconds)
 
-    def _added(
-        self, num_known: int, num_drafts: NDArray[np.int64], num_drafting: NDArray[np.int64]
+    def added_seconds(
+        self,
+        num_known: int,
+        num_drafts: NDArray[np.int64],
+        num_guessing: NDArray[np.int64],
+        depth: NDArray[np.int64],
     ) -> NDArray[np.float64]:
-        """Modelled seconds that draft tokens add to a pass over `num_known` others."""
+        """Modelled seconds that draft tokens add to a pass over `num_known` others, and guessing them."""
         with_drafts = self._cost.pass_seconds(num_known + num_drafts)
         without = self._cost.pass_seconds(np.array([num_known]))
-        return with_drafts - without + self._cost.drafting_seconds(num_drafting)
+        return with_drafts - without + self._cost.guessing_seconds(num_guessing, depth)
+
+    def draft_seconds(
+        self,
+        num_known: int,
+        num_drafts: NDArray[np.int64],
+        num_guessing: NDArray[np.int64],
+        depth: NDArray[np.int64],
+    ) -> NDArray[np.float64]:
+        """The same as steps have taught it."""
+        return self._correction.draft_seconds(self.added_seconds(num_known, num_drafts, num_guessing, depth))
+
+    @property
+    def trims(self) -> bool:
+        return self._trims
+
+
+class _Plan:
+    """One way to spend draft tokens on what is offered: always the next best of all requests' offers.
+
+    offers: expected gains of each candidate's draft tokens, falling; base: seconds of a pass without any.
+    """
+
+    def __init__(
+        self,
+        policy: AdaptiveSpeculation,
+        num_committing: int,
+        num_tokens: int,
+        base: float,
+        offers: list[NDArray[np.float64]],
+        chain_only: bool,
+    ) -> None:
+        self._policy, self._num_tokens, self._offers = policy, num_tokens, offers
+        self._chain_only = chain_only
+        limits = [len(offer) for offer in offers]
+        gains = np.concatenate(offers)
+        ranks = np.concatenate([np.arange(1, limit + 1) for limit in limits])
+        self._owners = np.repeat(np.arange(len(offers)), limits)
+        self._order = np.argsort(-gains, kind="stable")
+        self._gain = np.concatenate([[0.0], np.cumsum(gains[self._order])])  # [num_offers + 1]
+        counts = np.arange(len(self._order) + 1)
+        depth = np.ones_like(counts)
+        np.maximum.accumulate(ranks[self._order], out=depth[1:])
+        guessing = np.zeros_like(counts)
+        if not chain_only:
+            guessing[1:] = np.cumsum(ranks[self._order] == 1)
+        alone = base + policy.draft_seconds(num_committing, counts, guessing, depth)
+        self._seconds = policy.draft_seconds(num_tokens, counts, guessing, depth)
+        self.best_rate = float(np.max((num_committing + self._gain) / alone))
+        self._chosen = 0
+
+    def choose(self, rate: float) -> float:
+        """Spend while it is worth it at `rate` tokens a second; how many tokens that wins over none."""
+        wins = self._gain - rate * self._seconds
+        self._chosen = int(np.argmax(wins))
+        return float(wins[self._chosen])
+
+    def allowances(self, rate: float, limits: Sequence[int]) -> list[Allowance]:
+        """Of what was chosen last. limits: draft tokens that each candidate could take."""
+        sizes = np.bincount(self._owners[self._order[: self._chosen]], minlength=len(self._offers))
+        trims = self._policy.trims and not self._chain_only
+        least = 0.0
+        if trims:
+            counts = self._chosen + np.arange(2)
+            nobody, depth = np.zeros_like(counts), np.ones_like(counts)
+            seconds = self._policy.draft_seconds(self._num_tokens, counts, nobody, depth)
+            least = min(rate * float(seconds[1] - seconds[0]), 1.0)
+        return [
+            NOTHING
+            if size == 0
+            else Allowance(
+                most=min(limit, _ROOM * int(size)) if trims else int(size),
+                least=least,
+                expected=float(offer[:size].sum()),
+                chain_only=self._chain_only,
+            )
+            for size, offer, limit in zip(sizes, self._offers, limits, strict=True)
+        ]

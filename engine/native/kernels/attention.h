@@ -6,8 +6,8 @@
 enum { MAX_DIM = 256, TILE_QUERIES = 48, MAX_NODES = 64 };
 
 typedef struct {
-    __m512i keys[MAX_DIM / 2];          /* pairs of dimensions, a key per lane */
-    float values[LANES][MAX_DIM];
+    __m512i keys[MAX_DIM / 2];                     /* pairs of dimensions, a key per lane */
+    __m512i values[LANES / 2][MAX_DIM / LANES];    /* pairs of keys, a dimension per lane */
 } key_tile;
 
 /* Running softmax of one query head of one token. */
@@ -44,6 +44,16 @@ INLINE void transpose16(__m512i *r) { /* 16 vectors of 16 numbers of 32 bits */
     }
 }
 
+/* Places of `first` to `first + 15` of two vectors in turns. */
+INLINE __m512i interleaved(int16_t first) {
+    int16_t places[32];
+    for (int16_t i = 0; i < 16; i++) {
+        places[2 * i] = (int16_t)(first + i);
+        places[2 * i + 1] = (int16_t)(32 + first + i);
+    }
+    return _mm512_loadu_si512(places);
+}
+
 /* keys, values: where each of `count` keys of one KV head begins in the cache. */
 INLINE void load_tile(key_tile *tile, const uint16_t **keys, const uint16_t **values, int64_t count,
                       const int64_t dim) {
@@ -53,8 +63,14 @@ INLINE void load_tile(key_tile *tile, const uint16_t **keys, const uint16_t **va
         transpose16(rows);
         UNROLL for (int64_t i = 0; i < LANES; i++) tile->keys[d / 2 + i] = rows[i];
     }
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t d = 0; d < dim; d += LANES) _mm512_store_ps(tile->values[i] + d, load_bf16(values[i] + d));
+    const __m512i low = interleaved(0), high = interleaved(LANES);
+    UNROLL for (int64_t i = 0; i < LANES; i += 2)
+        for (int64_t d = 0; d < dim; d += 32) {
+            __m512i first = _mm512_loadu_si512(values[i < count ? i : 0] + d);
+            __m512i second = _mm512_loadu_si512(values[i + 1 < count ? i + 1 : 0] + d);
+            tile->values[i / 2][d / LANES] = _mm512_permutex2var_epi16(first, low, second);
+            tile->values[i / 2][d / LANES + 1] = _mm512_permutex2var_epi16(first, high, second);
+        }
 }
 
 /* q: [head_dim] bfloat16. */
@@ -78,17 +94,19 @@ INLINE void attend_tile(const key_tile *tile, const int64_t count, const int64_t
     }
     __m512 weights = _mm512_maskz_mov_ps(seen, exp_(_mm512_sub_ps(scores, _mm512_set1_ps(s->max))));
     s->sum = _mm512_add_ps(s->sum, weights);
-    float shares[LANES] __attribute__((aligned(64)));
-    _mm512_store_ps(shares, weights);
-    UNROLL for (int64_t d = 0; d < dim; d += 2 * LANES) {
-        __m512 low = _mm512_load_ps(s->out + d), high = _mm512_load_ps(s->out + d + LANES);
-        UNROLL for (int64_t i = 0; i < count; i++) {
-            __m512 share = _mm512_set1_ps(shares[i]);
-            low = _mm512_fmadd_ps(share, _mm512_load_ps(tile->values[i] + d), low);
-            high = _mm512_fmadd_ps(share, _mm512_load_ps(tile->values[i] + d + LANES), high);
+    uint16_t shares[LANES] __attribute__((aligned(32)));
+    store_bf16(shares, weights);
+    const int32_t *pairs_of_shares = (const int32_t *)shares;
+    UNROLL for (int64_t d = 0; d < dim; d += 4 * LANES) {
+        __m512 out[4];
+        const int vectors = dim - d < 4 * LANES ? 2 : 4;
+        UNROLL for (int v = 0; v < vectors; v++) out[v] = _mm512_load_ps(s->out + d + v * LANES);
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            const __m512bh share = (__m512bh)_mm512_set1_epi32(pairs_of_shares[i]);
+            UNROLL for (int v = 0; v < vectors; v++)
+                out[v] = _mm512_dpbf16_ps(out[v], (__m512bh)tile->values[i][d / LANES + v], share);
         }
-        _mm512_store_ps(s->out + d, low);
-        _mm512_store_ps(s->out + d + LANES, high);
+        UNROLL for (int v = 0; v < vectors; v++) _mm512_store_ps(s->out + d + v * LANES, out[v]);
     }
 }
 

@@ -185,6 +185,25 @@ void gorgon_linear(const matrix *m, const uint16_t *x, int64_t num_rows, float *
     }
 }
 
+/* Place of the first largest of each row. x: [num_rows, width] float, width a multiple of 16. */
+void gorgon_argmax(const float *x, int64_t num_rows, int64_t width, int64_t *places) {
+    for (int64_t r = 0; r < num_rows; r++, x += width) {
+        __m512 best = _mm512_loadu_ps(x);
+        __m512i at = _mm512_setzero_si512(); /* vector in which each lane's best is */
+        for (int64_t i = LANES; i < width; i += LANES) {
+            __m512 v = _mm512_loadu_ps(x + i);
+            __mmask16 better = _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ);
+            best = _mm512_mask_mov_ps(best, better, v);
+            at = _mm512_mask_mov_epi32(at, better, _mm512_set1_epi32((int)(i / LANES)));
+        }
+        const float largest = _mm512_reduce_max_ps(best);
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(at, 4), lanes);
+        const __mmask16 equal = _mm512_cmp_ps_mask(best, _mm512_set1_ps(largest), _CMP_EQ_OQ);
+        places[r] = equal ? _mm512_mask_reduce_min_epi32(equal, all) : 0; /* 0 where all are NaN */
+    }
+}
+
 /* Attention of one layer whose K and V lie in the cache. q: [num_tokens, num_heads, head_dim] bfloat16; out:
  * [num_tokens, num_heads * head_dim] float. */
 void gorgon_attend(const paging *p, int64_t index, const uint16_t *q, float *out) {
