@@ -150,7 +150,7 @@ class AdaptiveSpeculation:
         self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate], ratios: list[float]
     ) -> list[Allowance]:
         base = self._correction.base_seconds(float(self._cost.pass_seconds(np.array([num_committing]))[0]))
-        chains = [np.array(candidate.chain[: candidate.limit]) for candidate in candidates]
+        chains = [np.tile(candidate.chain[: candidate.limit], (2, 1)) for candidate in candidates]
         plans = [_Plan(self, num_committing, num_tokens, base, chains, chain_only=True)]
         if len(self._gains):
             offers = [self._offers(c, ratio) for c, ratio in zip(candidates, ratios, strict=True)]
@@ -163,14 +163,15 @@ class AdaptiveSpeculation:
         return best.allowances(best_rate, [candidate.limit for candidate in candidates])
 
     def _offers(self, candidate: Candidate, ratio: float) -> NDArray[np.float64]:
-        """Expected gain of each further draft token, falling. Where the chain is right, branches beside it
-        are wrong: they count for as much as the chain's first token is in doubt."""
-        gains = np.minimum(self._gains * ratio, 1.0)
-        if not candidate.chain:
-            return gains[: candidate.limit]
-        chain = np.array(candidate.chain)
-        offers = np.concatenate((chain, gains * (1.0 - chain[0])))
-        return -np.sort(-offers)[: candidate.limit]
+        """Each further draft token's gain, falling: [2, num_offers], as expected of this request, and as
+        calibrated. Where the chain is right, branches beside it are wrong: they count for as much as the
+        chain's first token is in doubt."""
+        gains = np.stack((np.minimum(self._gains * ratio, 1.0), self._gains))
+        if candidate.chain:
+            chain = np.array(candidate.chain)
+            gains = np.concatenate((np.stack((chain, chain)), gains * (1.0 - chain[0])), axis=1)
+            gains = gains[:, np.argsort(-gains[0], kind="stable")]
+        return gains[:, : candidate.limit]
 
     def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
         acceptance.observe(expected, num_accepted)
@@ -212,7 +213,8 @@ class AdaptiveSpeculation:
 class _Plan:
     """One way to spend draft tokens on what is offered: always the next best of all requests' offers.
 
-    offers: expected gains of each candidate's draft tokens, falling; base: seconds of a pass without any.
+    offers: of each candidate's draft tokens, [2, num_offers], the gain expected, falling, and as calibrated;
+    base: seconds of a pass without any.
     """
 
     def __init__(
@@ -226,8 +228,8 @@ class _Plan:
     ) -> None:
         self._policy, self._num_tokens, self._offers = policy, num_tokens, offers
         self._chain_only = chain_only
-        limits = [len(offer) for offer in offers]
-        gains = np.concatenate(offers)
+        limits = [offer.shape[1] for offer in offers]
+        gains = np.concatenate([offer[0] for offer in offers])
         ranks = np.concatenate([np.arange(1, limit + 1) for limit in limits])
         self._owners = np.repeat(np.arange(len(offers)), limits)
         self._order = np.argsort(-gains, kind="stable")
@@ -265,7 +267,7 @@ class _Plan:
             else Allowance(
                 most=min(limit, _ROOM * int(size)) if trims else int(size),
                 least=least,
-                expected=float(offer[:size].sum()),
+                expected=float(offer[1, :size].sum()),
                 chain_only=self._chain_only,
             )
             for size, offer, limit in zip(sizes, self._offers, limits, strict=True)

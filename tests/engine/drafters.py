@@ -28,7 +28,7 @@ class ShapedDrafter(Drafter):
         tokens, parents = [], []
         for index, request in enumerate(draft.requests):
             assert request.token_ids[-1] == int(draft.roots[index])
-            assert draft.budgets[index] == int(draft.num_nodes[index]) <= draft.max_nodes
+            assert 1 < draft.budgets[index] <= draft.max_nodes
             shape = self._shape(draft.max_nodes)
             children: list[list[int]] = [[] for _ in shape]
             for node in range(1, len(shape)):

@@ -179,7 +179,7 @@ def _random_heads(decoder: Decoder) -> HeadsDrafter:
         parameter.data.normal_(std=0.5)
     heads.requires_grad_(False)
     heads.bind(decoder.lm_head.weight, decoder.embedding)
-    return HeadsDrafter(heads)
+    return HeadsDrafter(heads, decoder.lm_head.weight)
 
 
 @dataclass

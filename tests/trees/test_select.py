@@ -120,7 +120,7 @@ def test_a_grown_tree_is_made_of_the_likeliest_paths_there_are(
     sizes = [min(size, most_drafts(size, max_depth, num_tokens)) for size in sizes]
     roots = list(range(100, 100 + len(sizes)))
     drafter = Table(seed, roots, num_tokens, max_depth)
-    tokens, parents = grow_trees(
+    tokens, parents, _ = grow_trees(
         drafter.guess,
         torch.tensor(roots),
         torch.tensor(sizes) + 1,
@@ -151,7 +151,7 @@ def test_certain_guesses_grow_a_chain_and_uncertain_ones_a_fan() -> None:
         return guesses, torch.stack((certain, torn)).unsqueeze(1).expand(*tokens.shape, 3)
 
     sizes = torch.tensor([4, 4])
-    tokens, parents = grow_trees(guess, torch.tensor([7, 8]), sizes, 4, 5, no_chains(2))
+    tokens, parents, _ = grow_trees(guess, torch.tensor([7, 8]), sizes, 4, 5, no_chains(2))
     assert tokens.tolist() == [[7, 1, 1, 1], [8, 1, 2, 3]]
     assert parents.tolist() == [[0, 0, 1, 2], [0, 0, 0, 0]]
 
@@ -174,7 +174,7 @@ def test_a_chain_joins_the_tree_once_and_as_likely_as_the_surer_of_both_says(
         shares = data.draw(st.lists(st.floats(0.05, 0.99), min_size=len(tokens), max_size=len(tokens)))
         chains.append((tokens, list(itertools.accumulate(shares, operator.mul))))
     joined = make_chains(chains, max(sizes), torch.device("cpu"))
-    tokens, parents = grow_trees(
+    tokens, parents, _ = grow_trees(
         drafter.guess, torch.tensor(roots), torch.tensor(sizes) + 1, max(sizes) + 1, max_depth, joined
     )
     for request, (size, (guessed, gains)) in enumerate(zip(sizes, chains, strict=True)):
@@ -203,3 +203,16 @@ def test_no_more_is_promised_than_can_be_offered() -> None:
     assert most_drafts(63, 4, 2) == 2 + 4 + 8 + 16
     assert most_drafts(63, 3, 8192) == 63
     assert most_drafts(0, 3, 8192) == 0
+
+
+def test_what_is_less_likely_than_worth_a_node_is_left_out() -> None:
+    def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
+        shape = (*tokens.shape, 3)
+        probabilities = torch.tensor([0.6, 0.25, 0.15]).log()
+        return torch.tensor([1, 2, 3]).expand(shape), probabilities.expand(shape)
+
+    sizes, least = torch.tensor([20, 20, 4]), torch.tensor([0.3, 0.1, 0.1]).log()
+    tokens, parents, num_nodes = grow_trees(guess, torch.tensor([7, 8, 9]), sizes, 20, 3, no_chains(3), least)
+    # 0.6, 0.36; then also 0.25, 0.15 twice (as a first guess, and below the first two), 0.216, 0.15
+    assert num_nodes.tolist() == [3, 8, 4]
+    assert tokens[0, :3].tolist() == [7, 1, 1] and parents[0, :3].tolist() == [0, 0, 1]

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.runner.drafter import DraftInput, Proposal
-from engine.runner.heads_drafter import HeadsDrafter, _is_sure
+from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kv_cache import KVCache
-from engine.scheduling.ngrams import Chain
 from heads.base import DraftHeads
 from heads.hydra import HydraHeads
 from heads.medusa import MedusaHeads
@@ -48,6 +47,10 @@ def bound(heads: DraftHeads) -> DraftHeads:
     return heads
 
 
+def drafter_of(heads: DraftHeads) -> HeadsDrafter:
+    return HeadsDrafter(heads, tiny_decoder().lm_head.weight)
+
+
 def arrivals(**sampling: Any) -> list[Arrival]:
     settings = {"ignore_eos": True, **sampling}
     return [Arrival(str(i), prompt, params(LENGTH, **settings), 2 * i) for i, prompt in enumerate(PROMPTS)]
@@ -59,7 +62,7 @@ def arrivals(**sampling: Any) -> list[Arrival]:
 def test_grown_trees_leave_the_text_as_it_is(sampling: dict[str, Any], num_blocks: int, make: Any) -> None:
     requests = arrivals(**sampling)
     expected = TinyEngine(num_blocks=num_blocks, **ARRIVALS).run(requests)
-    drafter = HeadsDrafter(bound(make()))
+    drafter = drafter_of(bound(make()))
     engine = TinyEngine(full(20, 3, 3), drafter, num_blocks=num_blocks, budget=48, **ARRIVALS)
     for name, result in engine.run(requests).items():
         assert result.tokens == expected[name].tokens
@@ -69,7 +72,7 @@ def test_grown_trees_leave_the_text_as_it_is(sampling: dict[str, Any], num_block
 
 def test_n_grams_that_repeat_deepen_the_trees_beyond_the_heads() -> None:
     # A model that is made to say the same token over and over.
-    engine = TinyEngine(full(20, 3, 3), HeadsDrafter(bound(hydra())), num_blocks=200)
+    engine = TinyEngine(full(20, 3, 3), drafter_of(bound(hydra())), num_blocks=200)
     sampling = params(LENGTH, ignore_eos=True, logit_bias={77: 1000.0})
     [result] = engine.run([Arrival("0", PROMPTS[1], sampling)]).values()
     assert result.tokens == [77] * LENGTH
@@ -77,29 +80,11 @@ def test_n_grams_that_repeat_deepen_the_trees_beyond_the_heads() -> None:
     assert max(len(output.token_ids) for output in result.outputs) > 4
 
 
-@pytest.mark.parametrize(
-    ("gains", "num_nodes", "sure"),
-    [
-        ((0.95, 0.93, 0.9), 4, True),
-        ((0.95, 0.93, 0.9), 5, False),  # shorter than the tree
-        ((0.95, 0.93, 0.9), 2, True),
-        ((0.6, 0.5, 0.45), 4, True),
-        ((0.45, 0.44), 3, False),  # some other first guess may be likelier
-        ((0.9, 0.3), 3, False),  # and here some other second guess
-        ((), 2, False),
-    ],
-)
-def test_heads_are_left_out_where_the_chain_leaves_nothing_likelier(
-    gains: tuple[float, ...], num_nodes: int, sure: bool
-) -> None:
-    assert _is_sure(Chain(range(len(gains)), gains), num_nodes) == sure
-
-
 class Recording(HeadsDrafter):
     """Keeps, of every draft, the known tokens and the rows that its heads start from."""
 
     def __init__(self, heads: HydraHeads) -> None:
-        super().__init__(heads)
+        super().__init__(heads, tiny_decoder().lm_head.weight)
         self.starts: list[tuple[list[int], Tensor]] = []
         self._known: list[list[int]] = []
         begin = heads.begin
@@ -138,13 +123,13 @@ def test_heads_that_have_overflowed_leave_the_text_as_it_is() -> None:
     assert isinstance(heads, HydraHeads)
     heads.biases.data[1:] = torch.nan
     expected = TinyEngine(num_blocks=200, **ARRIVALS).run(arrivals())
-    engine = TinyEngine(full(20, 3, 3), HeadsDrafter(heads), num_blocks=200, **ARRIVALS)
+    engine = TinyEngine(full(20, 3, 3), drafter_of(heads), num_blocks=200, **ARRIVALS)
     for name, result in engine.run(arrivals()).items():
         assert result.tokens == expected[name].tokens
 
 
 def test_a_request_that_has_ended_is_not_kept_alive() -> None:
-    engine = TinyEngine(full(20, 3, 3), HeadsDrafter(bound(hydra())), num_blocks=200, **ARRIVALS)
+    engine = TinyEngine(full(20, 3, 3), drafter_of(bound(hydra())), num_blocks=200, **ARRIVALS)
     engine.scheduler.add("0", PROMPTS[1], params(8, ignore_eos=True))
     engine.step()
     request = weakref.ref(engine.scheduler._requests["0"])
@@ -155,7 +140,7 @@ def test_a_request_that_has_ended_is_not_kept_alive() -> None:
 
 
 def test_a_prefix_layer_of_another_shape_than_the_cache_is_refused() -> None:
-    drafter = HeadsDrafter(bound(hydra(kv_heads=1)))
+    drafter = drafter_of(bound(hydra(kv_heads=1)))
     cache = KVCache(CONFIG, 4, 4, torch.float32, CPU, extra_layers=1)
     with pytest.raises(ConfigError, match="1 KV heads of size 16"):
         drafter.attach(CONFIG, cache)

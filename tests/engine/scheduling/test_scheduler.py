@@ -301,7 +301,8 @@ class TestDrafts:
 
 def test_host_work_of_64_requests_stays_under_two_milliseconds() -> None:
     family = full()
-    costs = CostModel(passes=((1, 0.02), (64, 0.03), (1024, 0.1)), drafting=((1, 0.001), (64, 0.003)))
+    guessing = ((1, 0.001), (64, 0.003))
+    costs = CostModel(((1, 0.02), (64, 0.03), (1024, 0.1)), guessing, guessing)
     scheduler = make_scheduler(
         num_blocks=4000,
         block_size=16,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
-from engine.scheduling.speculation import Acceptance, Candidate
+from engine.scheduling.speculation import Acceptance, Allowance, Candidate, StepCost
 from tests.engine.helpers import FakeRunner, continuation, make_scheduler, params, random_accept, run_step
 
 MODEL_LEN = 40
@@ -28,15 +28,14 @@ class RandomSpeculation:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
-    def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[int]:
-        for candidate in candidates:
-            candidate.gains = [1.0] * candidate.limit  # so that the drafts are counted
-        return [self._random.randint(0, candidate.limit) for candidate in candidates]
+    def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[Allowance]:
+        sizes = [self._random.randint(0, candidate.limit) for candidate in candidates]
+        return [Allowance(size, expected=size) for size in sizes]
 
     def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
         assert 0 <= num_accepted <= expected
 
-    def observe_step(self, num_tokens: int, num_drafting: int, seconds: float) -> None:
+    def observe_step(self, step: StepCost) -> None:
         pass
 
 

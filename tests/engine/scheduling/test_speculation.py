@@ -13,6 +13,7 @@ from engine.scheduling.speculation import (
     AdaptiveSpeculation,
     Candidate,
     FixedSpeculation,
+    StepCost,
 )
 from tests.engine.families import family_of_rates
 from trees.family import RankPath, TreeFamily
@@ -41,7 +42,8 @@ class Machine:
     def cost_model(self) -> CostModel:
         return CostModel(
             passes=tuple((n, self.pass_seconds(n)) for n in COUNTS),
-            drafting=tuple((n, self.drafting_seconds(n)) for n in (1, 4, 16, 64)),
+            first_level=tuple((n, self.drafting_seconds(n)) for n in (1, 4, 16, 64)),
+            all_levels=tuple((n, self.drafting_seconds(n)) for n in (1, 4, 16, 64)),
         )
 
 
@@ -97,17 +99,17 @@ class Simulation:
         self.drafts = []
         for step in range(num_steps + warm_up):
             candidates = [Candidate(acceptance, len(self.family.paths)) for acceptance in self.acceptances]
-            sizes = policy.plan(count, count, candidates)
+            allowances = policy.plan(count, count, candidates)
+            sizes = [allowance.most for allowance in allowances]
             assert all(0 <= size <= len(self.family.paths) for size in sizes)
-            for acceptance, ratio, size in zip(self.acceptances, self.ratios, sizes, strict=True):
-                if size:
-                    expected = float(self.total_gain[size])
-                    policy.observe(acceptance, expected, self.accepted(size, ratio))
+            for acceptance, ratio, allowance in zip(self.acceptances, self.ratios, allowances, strict=True):
+                if allowance.most:
+                    policy.observe(acceptance, allowance.expected, self.accepted(allowance.most, ratio))
             num_drafting = sum(size > 0 for size in sizes)
             duration = self.machine.pass_seconds(count + sum(sizes))
             if num_drafting:
                 duration += self.machine.drafting_seconds(num_drafting)
-            policy.observe_step(count, sum(sizes), num_drafting, duration)
+            policy.observe_step(StepCost(count, sum(sizes), num_drafting, max(sizes), duration))
             self.drafts.append(sum(sizes))
             if step >= warm_up:
                 tokens += sum(
@@ -130,6 +132,12 @@ class Simulation:
 
 def adaptive(machine: Machine) -> AdaptiveSpeculation:
     return AdaptiveSpeculation(FAMILY, machine.cost_model())
+
+
+def sizes_of(
+    policy: AdaptiveSpeculation | FixedSpeculation, committing: int, tokens: int, *candidates: Candidate
+) -> list[int]:
+    return [allowance.most for allowance in policy.plan(committing, tokens, candidates)]
 
 
 def test_simulated_acceptance_is_what_calibration_says() -> None:
@@ -211,7 +219,7 @@ def test_one_unlucky_request_does_not_spoil_the_next() -> None:
 
 def test_limits_of_candidates_are_kept() -> None:
     policy = adaptive(MACHINES["memory bound"])
-    sizes = policy.plan(3, 3, [Candidate(Acceptance(), limit) for limit in (1, 5, 63)])
+    sizes = sizes_of(policy, 3, 3, *(Candidate(Acceptance(), limit) for limit in (1, 5, 63)))
     assert sizes[0] <= 1 and sizes[1] <= 5 and sizes[2] > 5
 
 
@@ -220,17 +228,44 @@ def test_a_sure_chain_is_worth_a_longer_tree_and_a_doubtful_one_is_not() -> None
     chains = ((), (0.95, 0.9, 0.85, 0.8), (0.02, 0.01))
     candidates = [Candidate(Acceptance(), 63, chain) for chain in chains]
     without, sure, doubtful = policy.plan(3, 3, candidates)
-    assert sure >= 4 and abs(doubtful - without) <= 1
-    for candidate in candidates:
-        assert list(candidate.gains) == sorted(candidate.gains, reverse=True)
-        assert len(candidate.gains) <= 63
+    assert sure.most >= 4 and abs(doubtful.most - without.most) <= 1
     # Where the chain is right, branches beside it are wrong: together they promise no more than all there is.
-    assert sum(candidates[1].gains) < sum(chains[1]) + 0.05 * sum(candidates[0].gains) + 1e-9
+    assert sure.expected < sum(chains[1]) + 0.05 * sum(FAMILY.gains) + 1e-9
+
+
+def test_a_sure_chain_saves_asking_the_heads() -> None:
+    policy = adaptive(MACHINES["dear drafting"])
+    [alone] = policy.plan(1, 1, [Candidate(Acceptance(), 63, (0.99, 0.98, 0.97, 0.96))])
+    assert alone.chain_only and alone.most == 4
+    [doubtful] = adaptive(MACHINES["memory bound"]).plan(1, 1, [Candidate(Acceptance(), 63, (0.1,))])
+    assert not doubtful.chain_only and doubtful.most > 4
+
+
+def test_trees_that_are_cut_get_room_and_the_likelihood_that_pays() -> None:
+    machine = MACHINES["early knee"]
+    plain, trimmed = adaptive(machine), AdaptiveSpeculation(FAMILY, machine.cost_model(), trims=True)
+    [fixed] = plain.plan(1, 1, [Candidate(Acceptance(), 63)])
+    [cut] = trimmed.plan(1, 1, [Candidate(Acceptance(), 63)])
+    assert fixed.least == 0.0 and fixed.expected == cut.expected
+    assert fixed.most < cut.most <= 63 and 0.0 < cut.least < 1.0
+    # What is just not worth a draft token by calibration is as likely as the bound, more or less.
+    assert FAMILY.gains[fixed.most] <= cut.least + 1e-9 <= 2 * FAMILY.gains[fixed.most - 1]
+
+
+def test_the_estimated_speed_up_is_that_of_the_plan() -> None:
+    machine = MACHINES["early knee"]
+    policy = adaptive(machine)
+    [allowance] = policy.plan(1, 1, [Candidate(Acceptance(), 63)])
+    simulation = Simulation(machine, [1.0])
+    expected = simulation.expected(allowance.most) / simulation.expected(0)
+    assert policy.speed_up == pytest.approx(expected, rel=0.02) and policy.speed_up > 1.0
+    assert sizes_of(adaptive(MACHINES["linear"]), 1, 1, Candidate(Acceptance(), 63)) == [0]
 
 
 def test_chains_alone_are_drafted_where_there_are_no_heads() -> None:
     policy = AdaptiveSpeculation(TreeFamily((), ()), MACHINES["early knee"].cost_model())
-    assert policy.plan(2, 2, [Candidate(Acceptance(), 63), Candidate(Acceptance(), 63, (0.9, 0.8))]) == [0, 2]
+    chained = Candidate(Acceptance(), 63, (0.9, 0.8))
+    assert sizes_of(policy, 2, 2, Candidate(Acceptance(), 63), chained) == [0, 2]
 
 
 def test_nothing_to_plan() -> None:
@@ -240,12 +275,12 @@ def test_nothing_to_plan() -> None:
 def test_drafts_beside_a_full_prompt_chunk_cost_what_the_pass_grows_by() -> None:
     # A pass of 2000 tokens lies far above the knee: there a draft costs its slope, which here is too much.
     machine = Machine(0.014, 6, 0.01)
-    assert adaptive(machine).plan(1, 1, [Candidate(Acceptance(), 63)])[0] > 0
-    assert adaptive(machine).plan(1, 2000, [Candidate(Acceptance(), 63)]) == [0]
+    assert sizes_of(adaptive(machine), 1, 1, Candidate(Acceptance(), 63))[0] > 0
+    assert sizes_of(adaptive(machine), 1, 2000, Candidate(Acceptance(), 63)) == [0]
 
 
 def test_a_slow_outlier_in_the_measured_costs_makes_nothing_free() -> None:
-    costs = CostModel(passes=((1, 0.01), (2, 0.03), (4, 0.012), (8, 0.02)), drafting=((1, 0.0),))
+    costs = CostModel(passes=((1, 0.01), (2, 0.03), (4, 0.012), (8, 0.02)))
     seconds = costs.pass_seconds(np.array([1, 2, 3, 4, 8, 16]))
     assert seconds.tolist() == pytest.approx([0.01, 0.012, 0.012, 0.012, 0.02, 0.036])
 
@@ -254,15 +289,15 @@ def test_time_beyond_the_cost_model_makes_drafts_dearer_or_cheaper() -> None:
     """A pass that takes longer for reasons of its own makes committed tokens dearer, so more drafts pay."""
     machine = MACHINES["steep"]
     policy = adaptive(machine)
-    before = policy.plan(1, 1, [Candidate(Acceptance(), 63)])[0]
+    before = sizes_of(policy, 1, 1, Candidate(Acceptance(), 63))[0]
     for _ in range(200):
-        policy.observe_step(1, 0, 0, machine.pass_seconds(1) + 0.05)
-    assert policy.plan(1, 1, [Candidate(Acceptance(), 63)])[0] > before
+        policy.observe_step(StepCost(1, 0, 0, 0, machine.pass_seconds(1) + 0.05))
+    assert sizes_of(policy, 1, 1, Candidate(Acceptance(), 63))[0] > before
 
 
 def test_fixed_size_gives_everybody_the_same_within_their_limits() -> None:
     policy = FixedSpeculation(4)
-    assert policy.plan(2, 2, [Candidate(Acceptance(), 3), Candidate(Acceptance(), 9)]) == [3, 4]
+    assert sizes_of(policy, 2, 2, Candidate(Acceptance(), 3), Candidate(Acceptance(), 9)) == [3, 4]
 
 
 @pytest.mark.parametrize("count", [1, 4, 16])
