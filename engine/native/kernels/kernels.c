@@ -109,8 +109,8 @@ static buffers take_buffers(char **memory, const decoder *d, int64_t width, int6
 static void run_layer(const decoder *d, const layer *w, const paging *p, int64_t index,
                       const int64_t *positions, const buffers *b, float *row, int64_t thread) {
     const int64_t n = p->num_tokens, heads = d->num_heads * d->head_dim, threads = p->num_threads;
-    const activations middle = {.width = d->hidden, .bf16 = b->outer.bf16, .codes = b->outer.codes,
-                                .scales = b->outer.scales, .sums = b->outer.sums, .shifts = b->outer.shifts};
+    activations middle = b->outer;
+    middle.groups = d->hidden / GROUP;
     const range mine = share(n, thread, threads);
     product(&w->qkv, &b->outer, n, b->qkv, 0, thread, threads);
 #pragma omp barrier

@@ -6,17 +6,24 @@
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-enum { MAX_TILE = 12 };
+enum { MAX_TILE = 12, AHEAD = 7680 /* bytes of weights fetched before they are needed */ };
 
 static const int64_t group_bytes[9] = {[BF16] = 1024, [INT4] = 320, [INT8] = 576};
 
+/* Four products of 8 bits into each lane: codes of weights with four inputs of a row, which all lanes share. */
+INLINE __m512i dot4(__m512i sum, __m512i codes, const int32_t *inputs) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*inputs));
+    return sum;
+}
+
 INLINE void int4_tile(const uint8_t *w, const activations *a, int64_t row, float *out, int64_t stride,
                       const int rows) {
-    const int64_t groups = a->width / GROUP;
     const __m512i nibble = _mm512_set1_epi8(15);
+    const int32_t *x = (const int32_t *)(a->codes + row * GROUP);
+    const float *scales = a->scales + row, *inputs = a->sums + row;
     __m512 sums[MAX_TILE];
     UNROLL for (int r = 0; r < rows; r++) sums[r] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; g++, w += 320) {
+    for (int64_t g = a->groups; g > 0; g--, w += 320) {
         __m512i codes[8];
         UNROLL for (int v = 0; v < 4; v++) {
             __m512i pair = _mm512_loadu_si512(w + 64 * v);
@@ -25,70 +32,68 @@ INLINE void int4_tile(const uint8_t *w, const activations *a, int64_t row, float
         }
         __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w + 256)));
         __m512 offset = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w + 288)));
-        __builtin_prefetch(w + 2560);
-        __builtin_prefetch(w + 2624);
-        __builtin_prefetch(w + 2688);
-        __builtin_prefetch(w + 2752);
-        __builtin_prefetch(w + 2816);
+        UNROLL for (int line = 0; line < 5; line++) __builtin_prefetch(w + AHEAD + 64 * line);
         UNROLL for (int r = 0; r < rows; r++) {
-            const int32_t *x = (const int32_t *)(a->codes + (row + r) * a->width + g * GROUP);
             __m512i even = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
             UNROLL for (int v = 0; v < 8; v += 2) {
-                even = _mm512_dpbusd_epi32(even, codes[v], _mm512_set1_epi32(x[v]));
-                odd = _mm512_dpbusd_epi32(odd, codes[v + 1], _mm512_set1_epi32(x[v + 1]));
+                even = dot4(even, codes[v], x + 8 * r + v);
+                odd = dot4(odd, codes[v + 1], x + 8 * r + v + 1);
             }
             __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
-            const int64_t at = (row + r) * groups + g;
-            __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(a->scales[at]));
-            sums[r] = _mm512_fmadd_ps(dot, both, sums[r]);
-            sums[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(a->sums[at]), sums[r]);
+            sums[r] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, _mm512_set1_ps(scales[r])), sums[r]);
+            sums[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(inputs[r]), sums[r]);
         }
+        x += 8 * a->rows, scales += a->rows, inputs += a->rows;
     }
     UNROLL for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * stride, sums[r]);
 }
 
 INLINE void int8_tile(const uint8_t *w, const activations *a, int64_t row, float *out, int64_t stride,
                       const int rows) {
-    const int64_t groups = a->width / GROUP;
+    const int32_t *x = (const int32_t *)(a->codes + row * GROUP), *shifts = a->shifts + row;
+    const float *scales = a->scales + row;
     __m512 sums[MAX_TILE];
     UNROLL for (int r = 0; r < rows; r++) sums[r] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; g++, w += 576) {
+    for (int64_t g = a->groups; g > 0; g--, w += 576) {
         __m512i codes[8];
         UNROLL for (int v = 0; v < 8; v++) codes[v] = _mm512_loadu_si512(w + 64 * v);
         __m512 scale = _mm512_loadu_ps(w + 512);
-        if (1)
-            for (int line = 0; line < 9; line++) __builtin_prefetch(w + 2880 + 64 * line);
+        UNROLL for (int line = 0; line < 9; line++) __builtin_prefetch(w + AHEAD + 64 * line);
         UNROLL for (int r = 0; r < rows; r++) {
-            const int32_t *x = (const int32_t *)(a->codes + (row + r) * a->width + g * GROUP);
-            const int64_t at = (row + r) * groups + g;
-            __m512i even = _mm512_set1_epi32(a->shifts[at]), odd = _mm512_setzero_si512();
+            __m512i even = _mm512_set1_epi32(shifts[r]), odd = _mm512_setzero_si512();
             UNROLL for (int v = 0; v < 8; v += 2) {
-                even = _mm512_dpbusd_epi32(even, codes[v], _mm512_set1_epi32(x[v]));
-                odd = _mm512_dpbusd_epi32(odd, codes[v + 1], _mm512_set1_epi32(x[v + 1]));
+                even = dot4(even, codes[v], x + 8 * r + v);
+                odd = dot4(odd, codes[v + 1], x + 8 * r + v + 1);
             }
             __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
-            sums[r] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, _mm512_set1_ps(a->scales[at])), sums[r]);
+            sums[r] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, _mm512_set1_ps(scales[r])), sums[r]);
         }
+        x += 8 * a->rows, scales += a->rows, shifts += a->rows;
     }
     UNROLL for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * stride, sums[r]);
 }
 
 INLINE void bf16_tile(const uint8_t *w, const activations *a, int64_t row, float *out, int64_t stride,
                       const int rows) {
-    const int64_t pairs = a->width / 2;
+    const int32_t *x = (const int32_t *)(a->bf16 + row * GROUP);
     __m512 even[MAX_TILE], odd[MAX_TILE];
     UNROLL for (int r = 0; r < rows; r++) even[r] = odd[r] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p += 2, w += 128) {
-        __m512bh first = (__m512bh)_mm512_loadu_si512(w), second = (__m512bh)_mm512_loadu_si512(w + 64);
-        __builtin_prefetch(w + 4096);
-        __builtin_prefetch(w + 4160);
-        UNROLL for (int r = 0; r < rows; r++) {
-            const int32_t *x = (const int32_t *)(a->bf16 + (row + r) * a->width) + p;
-            even[r] = _mm512_dpbf16_ps(even[r], first, (__m512bh)_mm512_set1_epi32(x[0]));
-            odd[r] = _mm512_dpbf16_ps(odd[r], second, (__m512bh)_mm512_set1_epi32(x[1]));
+    for (int64_t g = a->groups; g > 0; g--, w += 1024) {
+        UNROLL for (int p = 0; p < 16; p += 2) {
+            __m512bh first = (__m512bh)_mm512_loadu_si512(w + 64 * p);
+            __m512bh second = (__m512bh)_mm512_loadu_si512(w + 64 * p + 64);
+            __builtin_prefetch(w + AHEAD + 64 * p);
+            __builtin_prefetch(w + AHEAD + 64 * p + 64);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const int32_t *pairs = x + 16 * r + p;
+                even[r] = _mm512_dpbf16_ps(even[r], first, (__m512bh)_mm512_set1_epi32(pairs[0]));
+                odd[r] = _mm512_dpbf16_ps(odd[r], second, (__m512bh)_mm512_set1_epi32(pairs[1]));
+            }
         }
+        x += 16 * a->rows;
     }
-    UNROLL for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * stride, _mm512_add_ps(even[r], odd[r]));
+    UNROLL for (int r = 0; r < rows; r++)
+        _mm512_storeu_ps(out + r * stride, _mm512_add_ps(even[r], odd[r]));
 }
 
 #define TILES(tile)                                                                                          \

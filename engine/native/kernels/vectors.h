@@ -42,14 +42,15 @@ static inline void store_bf16(uint16_t *p, __m512 x) {
 }
 
 /* Rows of activations as a matrix of one kind multiplies them: bfloat16, or 8-bit codes with a scale for
- * every 32. `sums` are what an offset (INT4) or the 128 added to the codes (INT8) multiplies. */
+ * every 32. `sums` are what an offset (INT4) or the 128 added to the codes (INT8) multiplies. The rows of a
+ * group lie side by side, so that a product over some of them finds all at one address. */
 typedef struct {
-    int64_t width;
-    uint16_t *bf16;  /* [rows, width] */
-    int8_t *codes;   /* [rows, width] */
-    float *scales;   /* [rows, width / 32] */
-    float *sums;     /* [rows, width / 32], scaled */
-    int32_t *shifts; /* [rows, width / 32], -128 times the sum of the codes */
+    int64_t rows, groups;
+    uint16_t *bf16;  /* [groups, rows, 32] */
+    int8_t *codes;   /* [groups, rows, 32] */
+    float *scales;   /* [groups, rows] */
+    float *sums;     /* [groups, rows], scaled */
+    int32_t *shifts; /* [groups, rows], -128 times the sum of the codes */
 } activations;
 
 static size_t activations_bytes(int64_t rows, int64_t width) {
@@ -63,7 +64,7 @@ static char *take(char **memory, size_t bytes) {
 }
 
 static activations take_activations(char **memory, int64_t rows, int64_t width) {
-    activations a = {.width = width};
+    activations a = {.rows = rows, .groups = width / GROUP};
     size_t groups = (size_t)rows * (width / GROUP);
     a.bf16 = (uint16_t *)take(memory, 2 * (size_t)rows * width);
     a.codes = (int8_t *)take(memory, (size_t)rows * width);
@@ -76,7 +77,7 @@ static activations take_activations(char **memory, int64_t rows, int64_t width) 
 /* Make 32 values ready as group `group` of a row. */
 static inline void prepare_group(const activations *a, enum kind kind, int64_t row, int64_t group,
                                  __m512 low, __m512 high) {
-    int64_t at = row * a->width + group * GROUP;
+    const int64_t index = group * a->rows + row, at = index * GROUP;
     if (kind == BF16) {
         store_bf16(a->bf16 + at, low);
         store_bf16(a->bf16 + at + LANES, high);
@@ -90,14 +91,13 @@ static inline void prepare_group(const activations *a, enum kind kind, int64_t r
     _mm_storeu_si128((__m128i *)(a->codes + at), _mm512_cvtsepi32_epi8(codes_low));
     _mm_storeu_si128((__m128i *)(a->codes + at + LANES), _mm512_cvtsepi32_epi8(codes_high));
     int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(codes_low, codes_high));
-    int64_t index = row * (a->width / GROUP) + group;
     a->scales[index] = scale;
     a->sums[index] = scale * (float)sum;
     a->shifts[index] = -128 * sum;
 }
 
 static inline void prepare_row(const activations *a, enum kind kind, int64_t row, const float *values) {
-    for (int64_t g = 0; g < a->width / GROUP; g++)
+    for (int64_t g = 0; g < a->groups; g++)
         prepare_group(a, kind, row, g, _mm512_loadu_ps(values + g * GROUP),
                       _mm512_loadu_ps(values + g * GROUP + LANES));
 }
