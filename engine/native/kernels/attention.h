@@ -3,7 +3,7 @@
 #pragma once
 #include "matmul.h"
 
-enum { MAX_DIM = 256, TILE_QUERIES = 48, MAX_NODES = 64 };
+enum { MAX_DIM = 256, TILE_QUERIES = 48 };
 
 typedef struct {
     __m512i keys[MAX_DIM / 2];                     /* pairs of dimensions, a key per lane */
@@ -110,50 +110,69 @@ INLINE void attend_tile(const key_tile *tile, const int64_t count, const int64_t
     }
 }
 
-/* Rows [row, end) of one request, all query heads of one KV head. q: [num_tokens, num_heads, head_dim]
- * bfloat16; out: [num_tokens, num_heads * head_dim] float. */
-INLINE void attend_rows_of(const int64_t dim, const paging *p, int64_t layer, int64_t request, int64_t kv_head,
-                           int64_t row, int64_t end, const uint16_t *q, float *out) {
-    const int64_t group = p->num_heads / p->num_kv_heads;
-    const int64_t token_size = p->num_kv_heads * dim;
+/* Where 16 keys of one KV head begin in the cache, and their values. */
+typedef struct {
+    const uint16_t *keys[LANES], *values[LANES];
+} key_places;
+
+INLINE void locate(const paging *p, int64_t request, int64_t position, int64_t token_size, const uint16_t *k,
+                   const uint16_t *v, key_places *places) {
+    const int together = position % p->block_size + LANES <= p->block_size;
+    int64_t slot = slot_of(p, request, position);
+    for (int64_t i = 0; i < LANES; i++) {
+        if (i) slot = together ? slot + 1 : slot_of(p, request, position + i);
+        places->keys[i] = k + slot * token_size;
+        places->values[i] = v + slot * token_size;
+    }
+}
+
+INLINE void fetch(const key_places *places, const int64_t dim) {
+    for (int64_t i = 0; i < LANES; i++)
+        for (int64_t d = 0; d < dim; d += 32) {
+            __builtin_prefetch(places->keys[i] + d);
+            __builtin_prefetch(places->values[i] + d);
+        }
+}
+
+/* Queries [first, last) of one request and one KV head, which are its rows times the heads that share it, row
+ * by row from flat row `start`. q: [num_tokens, num_heads, head_dim] bfloat16; out: [num_tokens, num_heads *
+ * head_dim] float. */
+INLINE void attend_queries_of(const int64_t dim, const paging *p, int64_t layer, int64_t request,
+                              int64_t kv_head, int64_t start, int64_t first, int64_t last, const uint16_t *q,
+                              float *out) {
+    const int64_t group = p->num_heads / p->num_kv_heads, token_size = p->num_kv_heads * dim;
     const uint16_t *k = p->k_cache + layer * p->num_slots * token_size + kv_head * dim;
     const uint16_t *v = p->v_cache + layer * p->num_slots * token_size + kv_head * dim;
     const float scale = 1.0f / __builtin_sqrtf((float)dim);
-    const uint16_t *keys[LANES], *values[LANES];
+    key_places places, next;
     key_tile tile;
     softmax_state states[TILE_QUERIES];
+    int64_t offsets[TILE_QUERIES]; /* of each query in q and out */
     float sums[TILE_QUERIES][MAX_DIM] __attribute__((aligned(64)));
-    const int64_t first_query = row * p->num_heads + kv_head * group;
-    int64_t common = p->prefix_len[row]; /* keys that all rows see */
-    for (int64_t r = row; r < end; r++)
-        if (p->prefix_len[r] < common) common = p->prefix_len[r];
+    int64_t common = p->prefix_len[start + first / group]; /* keys that all rows see */
+    for (int64_t i = first; i < last; i++) {
+        const int64_t row = start + i / group;
+        if (p->prefix_len[row] < common) common = p->prefix_len[row];
+        offsets[i - first] = (row * p->num_heads + kv_head * group + i % group) * dim;
+        states[i - first] = (softmax_state){-__builtin_inff(), _mm512_setzero_ps(), sums[i - first]};
+        memset(sums[i - first], 0, (size_t)dim * sizeof(float));
+    }
     common -= common % LANES;
-    for (int64_t i = 0; i < (end - row) * group; i++) {
-        states[i] = (softmax_state){-__builtin_inff(), _mm512_setzero_ps(), sums[i]};
-        memset(sums[i], 0, (size_t)dim * sizeof(float));
-    }
+    if (common) locate(p, request, 0, token_size, k, v, &next);
     for (int64_t key = 0; key < common; key += LANES) {
-        int64_t first = slot_of(p, request, key);
-        if (key % p->block_size + LANES <= p->block_size)
-            for (int64_t i = 0; i < LANES; i++) {
-                keys[i] = k + (first + i) * token_size;
-                values[i] = v + (first + i) * token_size;
-            }
-        else
-            for (int64_t i = 0; i < LANES; i++) {
-                int64_t slot = slot_of(p, request, key + i);
-                keys[i] = k + slot * token_size;
-                values[i] = v + slot * token_size;
-            }
-        load_tile(&tile, keys, values, LANES, dim);
-        for (int64_t r = 0; r < end - row; r++)
-            for (int64_t h = 0; h < group; h++)
-                attend_tile(&tile, LANES, dim, scale, q + (first_query + r * p->num_heads + h) * dim,
-                            &states[r * group + h]);
+        places = next;
+        if (key + LANES < common) {
+            locate(p, request, key + LANES, token_size, k, v, &next);
+            fetch(&next, dim);
+        }
+        load_tile(&tile, places.keys, places.values, LANES, dim);
+        for (int64_t i = 0; i < last - first; i++)
+            attend_tile(&tile, LANES, dim, scale, q + offsets[i], &states[i]);
     }
-    for (int64_t r = row; r < end; r++) { /* what only this row sees, in order */
-        const int64_t prefix = p->prefix_len[r];
-        uint64_t nodes = p->ancestors[r];
+    for (int64_t i = first, end; i < last; i = end) { /* what only one row sees, in order */
+        const int64_t row = start + i / group, prefix = p->prefix_len[row];
+        end = (i / group + 1) * group < last ? (i / group + 1) * group : last;
+        uint64_t nodes = p->ancestors[row];
         int64_t position = common, count = 0;
         while (position < prefix || nodes) {
             int64_t at = position++;
@@ -162,53 +181,51 @@ INLINE void attend_rows_of(const int64_t dim, const paging *p, int64_t layer, in
                 nodes &= nodes - 1;
             }
             int64_t slot = slot_of(p, request, at);
-            keys[count] = k + slot * token_size;
-            values[count] = v + slot * token_size;
+            places.keys[count] = k + slot * token_size;
+            places.values[count] = v + slot * token_size;
             if (++count < LANES && (position < prefix || nodes)) continue;
-            load_tile(&tile, keys, values, count, dim);
-            for (int64_t h = 0; h < group; h++)
-                attend_tile(&tile, count, dim, scale, q + (r * p->num_heads + kv_head * group + h) * dim,
-                            &states[(r - row) * group + h]);
+            load_tile(&tile, places.keys, places.values, count, dim);
+            for (int64_t h = i; h < end; h++)
+                attend_tile(&tile, count, dim, scale, q + offsets[h - first], &states[h - first]);
             count = 0;
         }
-        for (int64_t h = 0; h < group; h++) {
-            const softmax_state *s = &states[(r - row) * group + h];
-            __m512 factor = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(s->sum));
-            float *to = out + (r * p->num_heads + kv_head * group + h) * dim;
-            for (int64_t d = 0; d < dim; d += LANES)
-                _mm512_storeu_ps(to + d, _mm512_mul_ps(_mm512_load_ps(s->out + d), factor));
-        }
+    }
+    for (int64_t i = 0; i < last - first; i++) {
+        __m512 factor = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(states[i].sum));
+        for (int64_t d = 0; d < dim; d += LANES)
+            _mm512_storeu_ps(out + offsets[i] + d, _mm512_mul_ps(_mm512_load_ps(sums[i] + d), factor));
     }
 }
 
-static void attend_rows(const paging *p, int64_t layer, int64_t request, int64_t kv_head, int64_t row,
-                        int64_t end, const uint16_t *q, float *out) {
+static void attend_queries(const paging *p, int64_t layer, int64_t request, int64_t kv_head, int64_t start,
+                           int64_t first, int64_t last, const uint16_t *q, float *out) {
     switch (p->head_dim) { /* common sizes are known when this is compiled */
-    case 64: attend_rows_of(64, p, layer, request, kv_head, row, end, q, out); break;
-    case 128: attend_rows_of(128, p, layer, request, kv_head, row, end, q, out); break;
-    default: attend_rows_of(p->head_dim, p, layer, request, kv_head, row, end, q, out); break;
+    case 64: attend_queries_of(64, p, layer, request, kv_head, start, first, last, q, out); break;
+    case 128: attend_queries_of(128, p, layer, request, kv_head, start, first, last, q, out); break;
+    default: attend_queries_of(p->head_dim, p, layer, request, kv_head, start, first, last, q, out); break;
     }
 }
 
-/* What a unit of work, one token and one KV head, costs: its keys, and what is done once. */
-static inline int64_t unit_cost(const paging *p, int64_t row) { return p->prefix_len[row] + 32; }
-
-/* This thread's part of the attention of one layer; K and V of the pass lie in the cache already. */
+/* This thread's part of the attention of one layer; K and V of the pass lie in the cache already. Work is
+ * counted in queries, each of which costs its keys and what is done once. */
 static void attend(const paging *p, int64_t layer, int64_t thread, const uint16_t *q, float *out) {
+    const int64_t group = p->num_heads / p->num_kv_heads;
     int64_t total = 0, done = 0;
-    for (int64_t r = 0; r < p->num_tokens; r++) total += unit_cost(p, r);
-    range mine = share(total * p->num_kv_heads, thread, p->num_threads);
-    const int64_t most = TILE_QUERIES / (p->num_heads / p->num_kv_heads);
-    for (int64_t request = 0; request < p->num_requests; request++)
+    for (int64_t r = 0; r < p->num_tokens; r++) total += p->prefix_len[r] + 32;
+    const range mine = share(total * p->num_heads, thread, p->num_threads);
+    for (int64_t request = 0; request < p->num_requests; request++) {
+        const int64_t start = p->starts[request], queries = (p->starts[request + 1] - start) * group;
         for (int64_t head = 0; head < p->num_kv_heads; head++) {
-            int64_t row = p->starts[request], end = p->starts[request + 1];
-            while (row < end && done < mine.first) done += unit_cost(p, row++); /* a unit is whose it begins */
-            while (row < end && done < mine.end) {
-                int64_t last = row;
-                while (last < end && last - row < most && done < mine.end) done += unit_cost(p, last++);
-                attend_rows(p, layer, request, head, row, last, q, out);
-                row = last;
+            int64_t first = 0, last = 0;
+            for (int64_t i = 0; i < queries; i++) { /* a query is whose it begins in */
+                const int taken = done >= mine.first && done < mine.end;
+                done += p->prefix_len[start + i / group] + 32;
+                if (taken && last == 0) first = i;
+                if (taken) last = i + 1;
             }
-            while (row < end) done += unit_cost(p, row++);
+            for (int64_t i = first; i < last; i += TILE_QUERIES)
+                attend_queries(p, layer, request, head, start, i,
+                               i + TILE_QUERIES < last ? i + TILE_QUERIES : last, q, out);
         }
+    }
 }
