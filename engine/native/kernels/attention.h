@@ -3,7 +3,7 @@
 #pragma once
 #include "matmul.h"
 
-enum { MAX_DIM = 256, TILE_QUERIES = 48 };
+enum { MAX_DIM = 256, TILE_QUERIES = 48, BLOCK = 3 };
 
 typedef struct {
     __m512i keys[MAX_DIM / 2];                     /* pairs of dimensions, a key per lane */
@@ -73,41 +73,60 @@ INLINE void load_tile(key_tile *tile, const uint16_t **keys, const uint16_t **va
         }
 }
 
-/* q: [head_dim] bfloat16. */
+/* One tile of keys for `num` queries at once, at most BLOCK: their steps fill each other's waiting times.
+ * q: where the bfloat16 [head_dim] of each begins. */
 INLINE void attend_tile(const key_tile *tile, const int64_t count, const int64_t dim, float scale,
-                        const uint16_t *q, softmax_state *s) {
-    const int32_t *pairs = (const int32_t *)q;
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-    UNROLL for (int64_t d = 0; d < dim / 2; d += 2) {
-        even = _mm512_dpbf16_ps(even, (__m512bh)tile->keys[d], (__m512bh)_mm512_set1_epi32(pairs[d]));
-        odd = _mm512_dpbf16_ps(odd, (__m512bh)tile->keys[d + 1], (__m512bh)_mm512_set1_epi32(pairs[d + 1]));
-    }
+                        const uint16_t *const *q, softmax_state *s, const int num) {
     const __mmask16 seen = (__mmask16)((1u << count) - 1);
-    __m512 scores = _mm512_mul_ps(_mm512_add_ps(even, odd), _mm512_set1_ps(scale));
-    float max = _mm512_mask_reduce_max_ps(seen, scores);
-    if (max > s->max) {
-        __m512 factor = exp_(_mm512_set1_ps(s->max - max));
-        s->sum = _mm512_mul_ps(s->sum, factor);
-        for (int64_t d = 0; d < dim; d += LANES)
-            _mm512_store_ps(s->out + d, _mm512_mul_ps(_mm512_load_ps(s->out + d), factor));
-        s->max = max;
-    }
-    __m512 weights = _mm512_maskz_mov_ps(seen, exp_(_mm512_sub_ps(scores, _mm512_set1_ps(s->max))));
-    s->sum = _mm512_add_ps(s->sum, weights);
-    uint16_t shares[LANES] __attribute__((aligned(32)));
-    store_bf16(shares, weights);
-    const int32_t *pairs_of_shares = (const int32_t *)shares;
-    UNROLL for (int64_t d = 0; d < dim; d += 4 * LANES) {
-        __m512 out[4];
-        const int vectors = dim - d < 4 * LANES ? 2 : 4;
-        UNROLL for (int v = 0; v < vectors; v++) out[v] = _mm512_load_ps(s->out + d + v * LANES);
-        UNROLL for (int i = 0; i < LANES / 2; i++) {
-            const __m512bh share = (__m512bh)_mm512_set1_epi32(pairs_of_shares[i]);
-            UNROLL for (int v = 0; v < vectors; v++)
-                out[v] = _mm512_dpbf16_ps(out[v], (__m512bh)tile->values[i][d / LANES + v], share);
+    __m512 even[BLOCK], odd[BLOCK], weights[BLOCK];
+    uint16_t shares[BLOCK][LANES] __attribute__((aligned(32)));
+    UNROLL for (int n = 0; n < num; n++) even[n] = odd[n] = _mm512_setzero_ps();
+    _Pragma("GCC unroll 4") for (int64_t d = 0; d < dim / 2; d += 2)
+        UNROLL for (int n = 0; n < num; n++) {
+            const int32_t *pairs = (const int32_t *)q[n] + d;
+            even[n] = _mm512_dpbf16_ps(even[n], (__m512bh)tile->keys[d], (__m512bh)_mm512_set1_epi32(pairs[0]));
+            odd[n] = _mm512_dpbf16_ps(odd[n], (__m512bh)tile->keys[d + 1], (__m512bh)_mm512_set1_epi32(pairs[1]));
         }
-        UNROLL for (int v = 0; v < vectors; v++) _mm512_store_ps(s->out + d + v * LANES, out[v]);
+    UNROLL for (int n = 0; n < num; n++) {
+        __m512 scores = _mm512_mul_ps(_mm512_add_ps(even[n], odd[n]), _mm512_set1_ps(scale));
+        float max = _mm512_mask_reduce_max_ps(seen, scores);
+        if (max > s[n].max) {
+            __m512 factor = exp_(_mm512_set1_ps(s[n].max - max));
+            s[n].sum = _mm512_mul_ps(s[n].sum, factor);
+            for (int64_t d = 0; d < dim; d += LANES)
+                _mm512_store_ps(s[n].out + d, _mm512_mul_ps(_mm512_load_ps(s[n].out + d), factor));
+            s[n].max = max;
+        }
+        weights[n] = _mm512_sub_ps(scores, _mm512_set1_ps(s[n].max));
     }
+    UNROLL for (int n = 0; n < num; n++) {
+        weights[n] = _mm512_maskz_mov_ps(seen, exp_(weights[n]));
+        s[n].sum = _mm512_add_ps(s[n].sum, weights[n]);
+        store_bf16(shares[n], weights[n]);
+    }
+    for (int64_t d = 0; d < dim; d += 4 * LANES) {
+        __m512 out[BLOCK][4];
+        const int vectors = dim - d < 4 * LANES ? 2 : 4;
+        UNROLL for (int n = 0; n < num; n++)
+            UNROLL for (int v = 0; v < vectors; v++) out[n][v] = _mm512_load_ps(s[n].out + d + v * LANES);
+        UNROLL for (int i = 0; i < LANES / 2; i++)
+            UNROLL for (int v = 0; v < vectors; v++) {
+                const __m512bh values = (__m512bh)tile->values[i][d / LANES + v];
+                UNROLL for (int n = 0; n < num; n++) {
+                    const __m512i share = _mm512_set1_epi32(((const int32_t *)shares[n])[i]);
+                    out[n][v] = _mm512_dpbf16_ps(out[n][v], values, (__m512bh)share);
+                }
+            }
+        UNROLL for (int n = 0; n < num; n++)
+            UNROLL for (int v = 0; v < vectors; v++) _mm512_store_ps(s[n].out + d + v * LANES, out[n][v]);
+    }
+}
+
+INLINE void attend_tiles(const key_tile *tile, const int64_t count, const int64_t dim, float scale,
+                         const uint16_t *const *q, softmax_state *s, int64_t num) {
+    for (; num >= BLOCK; num -= BLOCK, q += BLOCK, s += BLOCK) attend_tile(tile, count, dim, scale, q, s, BLOCK);
+    if (num == 2) attend_tile(tile, count, dim, scale, q, s, 2);
+    if (num == 1) attend_tile(tile, count, dim, scale, q, s, 1);
 }
 
 /* Where 16 keys of one KV head begin in the cache, and their values. */
@@ -147,6 +166,7 @@ INLINE void attend_queries_of(const int64_t dim, const paging *p, int64_t layer,
     key_places places, next;
     key_tile tile;
     softmax_state states[TILE_QUERIES];
+    const uint16_t *queries[TILE_QUERIES];
     int64_t offsets[TILE_QUERIES]; /* of each query in q and out */
     float sums[TILE_QUERIES][MAX_DIM] __attribute__((aligned(64)));
     int64_t common = p->prefix_len[start + first / group]; /* keys that all rows see */
@@ -154,6 +174,7 @@ INLINE void attend_queries_of(const int64_t dim, const paging *p, int64_t layer,
         const int64_t row = start + i / group;
         if (p->prefix_len[row] < common) common = p->prefix_len[row];
         offsets[i - first] = (row * p->num_heads + kv_head * group + i % group) * dim;
+        queries[i - first] = q + offsets[i - first];
         states[i - first] = (softmax_state){-__builtin_inff(), _mm512_setzero_ps(), sums[i - first]};
         memset(sums[i - first], 0, (size_t)dim * sizeof(float));
     }
@@ -166,8 +187,7 @@ INLINE void attend_queries_of(const int64_t dim, const paging *p, int64_t layer,
             fetch(&next, dim);
         }
         load_tile(&tile, places.keys, places.values, LANES, dim);
-        for (int64_t i = 0; i < last - first; i++)
-            attend_tile(&tile, LANES, dim, scale, q + offsets[i], &states[i]);
+        attend_tiles(&tile, LANES, dim, scale, queries, states, last - first);
     }
     for (int64_t i = first, end; i < last; i = end) { /* what only one row sees, in order */
         const int64_t row = start + i / group, prefix = p->prefix_len[row];
@@ -185,8 +205,7 @@ INLINE void attend_queries_of(const int64_t dim, const paging *p, int64_t layer,
             places.values[count] = v + slot * token_size;
             if (++count < LANES && (position < prefix || nodes)) continue;
             load_tile(&tile, places.keys, places.values, count, dim);
-            for (int64_t h = i; h < end; h++)
-                attend_tile(&tile, count, dim, scale, q + offsets[h - first], &states[h - first]);
+            attend_tiles(&tile, count, dim, scale, queries + i - first, states + i - first, end - i);
             count = 0;
         }
     }
