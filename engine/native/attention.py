@@ -50,7 +50,7 @@ class NativeAttention:
             head_dim=cache.k.shape[-1],
             block_size=cache.block_size,
             max_blocks=self._tables.shape[1],
-            num_slots=cache.k.shape[1],
+            num_slots=cache.k.shape[2],
             k_cache=cache.k.data_ptr(),
             v_cache=cache.v.data_ptr(),
             slots=step.slots.data_ptr(),

@@ -84,7 +84,7 @@ class PagedAttention:
         # The query heads that share a KV head become further queries of it: K and V are never repeated.
         q = q.view(requests, queries, self._num_kv_heads, self._heads_per_kv, head_dim)
         q = q.permute(0, 2, 3, 1, 4).reshape(requests, self._num_kv_heads, -1, head_dim)
-        out = _attention(q, k.transpose(1, 2), v.transpose(1, 2), group.bias)
+        out = _attention(q, k, v, group.bias)
         out = out.view(requests, self._num_kv_heads, self._heads_per_kv, queries, head_dim)
         return out.permute(0, 3, 1, 2, 4).reshape(requests * queries, -1)
 

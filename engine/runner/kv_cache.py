@@ -16,9 +16,10 @@ def bytes_per_token(config: DecoderConfig, dtype: torch.dtype, extra_layers: int
 
 
 class KVCache:
-    """K and V of all layers, each [num_layers, num_blocks * block_size, num_kv_heads, head_dim].
+    """K and V of all layers, each [num_layers, num_kv_heads, num_blocks * block_size, head_dim].
 
-    A *slot* is a row of the second dimension. `extra_layers` come after the model's own: a drafter's.
+    What one head reads of a run of blocks is one run of memory. A *slot* is a row of the third dimension.
+    `extra_layers` come after the model's own: a drafter's.
     """
 
     def __init__(
@@ -33,27 +34,28 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_layers = config.num_layers + extra_layers
-        shape = (self.num_layers, num_blocks * block_size, config.num_kv_heads, config.head_dim)
+        shape = (self.num_layers, config.num_kv_heads, num_blocks * block_size, config.head_dim)
         self.k = _zeros(shape, dtype, device)
         self.v = _zeros(shape, dtype, device)
         self.has_kernels = reads_cache(self.k)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """slots: [num_tokens] int64; k, v: [num_tokens, num_kv_heads, head_dim]."""
-        self.k[layer].index_copy_(0, slots, k)
-        self.v[layer].index_copy_(0, slots, v)
+        self.k[layer].index_copy_(1, slots, k.transpose(0, 1))
+        self.v[layer].index_copy_(1, slots, v.transpose(0, 1))
 
     def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of block tables, each [num_tables, blocks_per_table * block_size, kv_heads, head_dim].
+        """K and V of block tables, each [num_tables, num_kv_heads, blocks_per_table * block_size, head_dim].
 
         blocks: [num_tables, blocks_per_table] int64.
         """
         tables, length = blocks.shape[0], blocks.shape[1] * self.block_size
         k, v = (
             cache[layer]
-            .view(self.num_blocks, -1)
-            .index_select(0, blocks.view(-1))
-            .view(tables, length, *cache.shape[2:])
+            .view(cache.shape[1], self.num_blocks, -1)
+            .index_select(1, blocks.view(-1))
+            .view(cache.shape[1], tables, length, cache.shape[3])
+            .transpose(0, 1)
             for cache in (self.k, self.v)
         )
         return k, v
@@ -61,15 +63,15 @@ class KVCache:
     def read_run(self, layer: int, first_block: int, num_blocks: int) -> tuple[Tensor, Tensor]:
         """The same for one table of consecutive blocks, as views: nothing is copied."""
         run = slice(first_block * self.block_size, (first_block + num_blocks) * self.block_size)
-        return self.k[layer, run].unsqueeze(0), self.v[layer, run].unsqueeze(0)
+        return self.k[layer, :, run].unsqueeze(0), self.v[layer, :, run].unsqueeze(0)
 
     def move(self, sources: Tensor, destinations: Tensor) -> None:
         """Compaction, in all layers: slot sources[i] moves to destinations[i], both [num_moves] int64.
 
         All sources are read before anything is written: a destination may be another move's source.
         """
-        self.k[:, destinations] = self.k[:, sources]
-        self.v[:, destinations] = self.v[:, sources]
+        self.k[:, :, destinations] = self.k[:, :, sources]
+        self.v[:, :, destinations] = self.v[:, :, sources]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

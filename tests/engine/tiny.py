@@ -205,7 +205,10 @@ class TinyEngine:
         size = self.runner.cache.block_size
         slots = torch.tensor([block_table[p // size] * size + p % size for p in range(length)])
         layers = slice(CONFIG.num_layers)
-        return self.runner.cache.k[layers, slots], self.runner.cache.v[layers, slots]
+        k, v = (
+            cache[layers][:, :, slots].transpose(1, 2) for cache in (self.runner.cache.k, self.runner.cache.v)
+        )
+        return k, v
 
 
 def log_softmax(logits: Tensor) -> Tensor:

@@ -134,14 +134,14 @@ typedef struct {
     const uint16_t *keys[LANES], *values[LANES];
 } key_places;
 
-INLINE void locate(const paging *p, int64_t request, int64_t position, int64_t token_size, const uint16_t *k,
+INLINE void locate(const paging *p, int64_t request, int64_t position, const int64_t dim, const uint16_t *k,
                    const uint16_t *v, key_places *places) {
     const int together = position % p->block_size + LANES <= p->block_size;
     int64_t slot = slot_of(p, request, position);
     for (int64_t i = 0; i < LANES; i++) {
         if (i) slot = together ? slot + 1 : slot_of(p, request, position + i);
-        places->keys[i] = k + slot * token_size;
-        places->values[i] = v + slot * token_size;
+        places->keys[i] = k + slot * dim;
+        places->values[i] = v + slot * dim;
     }
 }
 
@@ -159,9 +159,9 @@ INLINE void fetch(const key_places *places, const int64_t dim) {
 INLINE void attend_queries_of(const int64_t dim, const paging *p, int64_t layer, int64_t request,
                               int64_t kv_head, int64_t start, int64_t first, int64_t last, const uint16_t *q,
                               float *out) {
-    const int64_t group = p->num_heads / p->num_kv_heads, token_size = p->num_kv_heads * dim;
-    const uint16_t *k = p->k_cache + layer * p->num_slots * token_size + kv_head * dim;
-    const uint16_t *v = p->v_cache + layer * p->num_slots * token_size + kv_head * dim;
+    const int64_t group = p->num_heads / p->num_kv_heads;
+    const uint16_t *k = p->k_cache + (layer * p->num_kv_heads + kv_head) * p->num_slots * dim;
+    const uint16_t *v = p->v_cache + (layer * p->num_kv_heads + kv_head) * p->num_slots * dim;
     const float scale = 1.0f / __builtin_sqrtf((float)dim);
     key_places places, next;
     key_tile tile;
@@ -179,11 +179,11 @@ INLINE void attend_queries_of(const int64_t dim, const paging *p, int64_t layer,
         memset(sums[i - first], 0, (size_t)dim * sizeof(float));
     }
     common -= common % LANES;
-    if (common) locate(p, request, 0, token_size, k, v, &next);
+    if (common) locate(p, request, 0, dim, k, v, &next);
     for (int64_t key = 0; key < common; key += LANES) {
         places = next;
         if (key + LANES < common) {
-            locate(p, request, key + LANES, token_size, k, v, &next);
+            locate(p, request, key + LANES, dim, k, v, &next);
             fetch(&next, dim);
         }
         load_tile(&tile, places.keys, places.values, LANES, dim);
@@ -201,8 +201,8 @@ INLINE void attend_queries_of(const int64_t dim, const paging *p, int64_t layer,
                 nodes &= nodes - 1;
             }
             int64_t slot = slot_of(p, request, at);
-            places.keys[count] = k + slot * token_size;
-            places.values[count] = v + slot * token_size;
+            places.keys[count] = k + slot * dim;
+            places.values[count] = v + slot * dim;
             if (++count < LANES && (position < prefix || nodes)) continue;
             load_tile(&tile, places.keys, places.values, count, dim);
             attend_tiles(&tile, count, dim, scale, queries + i - first, states + i - first, end - i);

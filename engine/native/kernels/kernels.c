@@ -10,7 +10,7 @@ static void rotate_and_store(const decoder *d, const layer *w, const paging *p, 
     const range rows = share(p->num_tokens, thread, p->num_threads);
     for (int64_t r = rows.first; r < rows.end; r++) {
         const float *cos = d->cos + positions[r] * dim, *sin = d->sin + positions[r] * dim;
-        const int64_t at = (index * p->num_slots + p->slots[r]) * kv * dim;
+        const int64_t at = (index * kv * p->num_slots + p->slots[r]) * dim, head_size = p->num_slots * dim;
         for (int64_t h = 0; h < heads + kv; h++) {
             const float *x = qkv + (r * (heads + 2 * kv) + h) * dim;
             const float *norm = h < heads ? w->q_norm : w->k_norm;
@@ -19,7 +19,7 @@ static void rotate_and_store(const decoder *d, const layer *w, const paging *p, 
                 normalize(x, norm, dim, d->norm_eps, normed);
                 x = normed;
             }
-            uint16_t *to = h < heads ? q + (r * heads + h) * dim : p->k_cache + at + (h - heads) * dim;
+            uint16_t *to = h < heads ? q + (r * heads + h) * dim : p->k_cache + at + (h - heads) * head_size;
             for (int64_t i = 0; i < dim; i += LANES) {
                 __m512 other = _mm512_loadu_ps(x + (i < half ? i + half : i - half));
                 __m512 turned = _mm512_mul_ps(other, _mm512_loadu_ps(sin + i));
@@ -27,7 +27,9 @@ static void rotate_and_store(const decoder *d, const layer *w, const paging *p, 
             }
         }
         const float *v = qkv + (r * (heads + 2 * kv) + heads + kv) * dim;
-        for (int64_t i = 0; i < kv * dim; i += LANES) store_bf16(p->v_cache + at + i, _mm512_loadu_ps(v + i));
+        for (int64_t h = 0; h < kv; h++)
+            for (int64_t i = 0; i < dim; i += LANES)
+                store_bf16(p->v_cache + at + h * head_size + i, _mm512_loadu_ps(v + h * dim + i));
     }
 }
 

@@ -36,7 +36,7 @@ typedef struct {
     int64_t num_tokens, num_requests, num_threads;
     int64_t num_heads, num_kv_heads, head_dim;
     int64_t block_size, max_blocks, num_slots;
-    uint16_t *k_cache, *v_cache;  /* [layers, num_slots, num_kv_heads, head_dim] bfloat16 */
+    uint16_t *k_cache, *v_cache;  /* [layers, num_kv_heads, num_slots, head_dim] bfloat16 */
     const int64_t *slots;         /* [num_tokens] */
     const int64_t *prefix_len;    /* [num_tokens] */
     const uint64_t *ancestors;    /* [num_tokens] */
