@@ -172,10 +172,13 @@ class Engine:
         outputs = self.scheduler.update(batch, committed)
         if not any(s.num_tokens > 1 for s in batch.scheduled):
             guessed = [s.allowance.most for s in batch.scheduled if s.guesses]
+            keys = [(s.base, s.num_drafts) for s in batch.scheduled]
             self._policy.observe_step(
                 StepCost(
                     num_known=len(batch.scheduled),
-                    num_drafts=sum(s.num_drafts for s in batch.scheduled),
+                    num_keys=sum(base for base, _ in keys),
+                    num_drafts=sum(drafts for _, drafts in keys),
+                    draft_keys=sum(base * drafts for base, drafts in keys),
                     num_guessing=len(guessed),
                     depth=max(guessed, default=0),
                     seconds=executed - executing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from engine.scheduling.speculation import Acceptance, Allowance
 _TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _REQUESTS = (1, 4, 16, 64)
 _CONTEXT = 128  # computed tokens of each request in a measured pass, where the cache has room for them
+_LONG_CONTEXT, _KEY_REQUESTS = 1024, 4  # where the price of longer contexts is measured
 _DRAFTS = 8  # of each request when drafting is timed: more guesses take little longer
 _REPEATS = 3
 _TIME_LIMIT = 4.0  # seconds for either curve: on a slow or busy machine the largest sizes are extrapolated
@@ -32,16 +34,35 @@ def measure_costs(runner: Runner, limits: SchedulerLimits) -> CostModel:
     drafter, runner.drafter = runner.drafter, None
     batches = {n: _batch(runner, limits, n) for n in _TOKENS if n <= limits.max_num_batched_tokens}
     passes = _curve({n: partial(runner.execute, batch) for n, batch in batches.items() if batch is not None})
+    first_key, next_key = _key_seconds(runner, limits)
     runner.drafter = drafter
+    cost = CostModel(passes, context=_CONTEXT, first_key=first_key, next_key=next_key)
     if drafter is None or not drafter.num_levels:
-        return CostModel(passes)
+        return cost
     most = min(limits.max_num_seqs, runner.cache.num_blocks)
     sizes = [n for n in _REQUESTS if n <= most]
     first, rest = (
         _curve({n: partial(runner.draft, _guessing(runner, limits, n, drafts)) for n in sizes})
         for drafts in (1, max(_DRAFTS, drafter.num_levels))
     )
-    return CostModel(passes, first, rest, drafter.num_levels)
+    return replace(cost, first_level=first, all_levels=rest, levels=drafter.num_levels)
+
+
+def _key_seconds(runner: Runner, limits: SchedulerLimits) -> tuple[float, float]:
+    """What one more computed position costs a request's root, and each further token of it in the pass."""
+    num_requests, drafts = min(_KEY_REQUESTS, limits.max_num_seqs), min(_DRAFTS, limits.max_drafts)
+    longest = min(_LONG_CONTEXT, _room(runner, num_requests) - drafts - 1)
+    more = longest - _CONTEXT
+    if more <= 0 or not drafts:
+        return 0.0, 0.0
+    seconds = [
+        _seconds(partial(runner.execute, _decoding(runner, [num_nodes] * num_requests, context)))
+        for num_nodes in (1, drafts + 1)
+        for context in (_CONTEXT, longest)
+    ]
+    roots = max(seconds[1] - seconds[0], 0.0)
+    nodes = max(seconds[3] - seconds[2] - roots, 0.0)
+    return roots / (num_requests * more), nodes / (num_requests * drafts * more)
 
 
 def _curve(runs: dict[int, Callable[[], object]]) -> Curve:
@@ -77,10 +98,10 @@ def _room(runner: Runner, num_requests: int) -> int:
     return min(blocks_each * runner.cache.block_size, runner.decoder.config.max_positions)
 
 
-def _decoding(runner: Runner, trees: list[int]) -> Batch:
+def _decoding(runner: Runner, trees: list[int], context: int = _CONTEXT) -> Batch:
     """Requests that decode with trees of these sizes, root included, each with blocks of its own."""
     widest = max(trees)
-    context = min(_CONTEXT, _room(runner, len(trees)) - widest)
+    context = min(context, _room(runner, len(trees)) - widest)
     blocks_each = -(-(context + widest) // runner.cache.block_size)
     batch = Batch()
     for index, num_nodes in enumerate(trees):

@@ -36,6 +36,7 @@ class ScheduledRequest:
     num_tokens: int
     num_drafts: int = 0
     chain: Chain = NO_CHAIN  # what followed its last tokens before, for the drafter to weigh
+    base: int = 0  # positions its request had computed before the pass
     allowance: Allowance = NOTHING  # what it may draft; `num_drafts` is what it does
     num_committed: int = 0  # what the step brought, once it is known
     num_accepted: int = 0

@@ -23,13 +23,23 @@ class CostModel:
     """Seconds of a pass by its number of tokens, and of asking the heads by the number of requests, as
     measured: for one level of guesses, and for all `levels` of them.
 
-    Between two points time is interpolated, beyond the last it goes on with the slope of the last two.
+    Between two points time is interpolated, beyond the last it goes on with the slope of the last two. The
+    passes were measured over `context` computed positions for each request; `first_key` is what one more of
+    them costs a request, `next_key` what it costs each further token of the same request in the pass.
     """
 
     passes: Curve
     first_level: Curve = ((1, 0.0),)
     all_levels: Curve = ((1, 0.0),)
     levels: int = 1
+    context: int = 0
+    first_key: float = 0.0
+    next_key: float = 0.0
+
+    def base_seconds(self, num_tokens: int, num_requests: int, num_keys: int) -> float:
+        """Of a pass without drafts; num_keys: computed positions of all its requests together."""
+        keys = max(num_keys - self.context * num_requests, 0)
+        return float(self.pass_seconds(np.array([num_tokens]))[0]) + self.first_key * keys
 
     @cached_property
     def _pass_table(self) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from engine.messages import RequestOutput, SamplingParams
 from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import Acceptance, Candidate, SpeculationPolicy
+from engine.scheduling.speculation import Acceptance, Candidate, Load, SpeculationPolicy
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Scheduler:
                 batch.num_preemptions += 1
                 if request.slot is None:  # it was the youngest itself
                     return budget
-            batch.scheduled.append(ScheduledRequest(request, num_tokens))
+            batch.scheduled.append(ScheduledRequest(request, num_tokens, base=request.num_computed))
             budget -= num_tokens
             position += 1
         return budget
@@ -152,7 +152,7 @@ class Scheduler:
                 batch.prefix_queries += request.num_prompt_tokens
                 batch.prefix_hits += request.num_computed
             num_tokens = min(request.num_pending, budget)
-            batch.scheduled.append(ScheduledRequest(request, num_tokens))
+            batch.scheduled.append(ScheduledRequest(request, num_tokens, base=request.num_computed))
             budget -= num_tokens
         return budget
 
@@ -161,7 +161,8 @@ class Scheduler:
         limits = [(scheduled, self._draft_limit(scheduled.request)) for scheduled in committing]
         drafting = [scheduled for scheduled, limit in limits if limit > 0]
         candidates = [self._candidate(scheduled, limit) for scheduled, limit in limits if limit > 0]
-        allowances = self._policy.plan(len(committing), batch.num_tokens, candidates)
+        num_keys = sum(scheduled.base for scheduled in committing)
+        allowances = self._policy.plan(Load(len(committing), batch.num_tokens, num_keys), candidates)
         for scheduled, allowance in zip(drafting, allowances, strict=True):
             request = scheduled.request
             scheduled.allowance = allowance
@@ -177,7 +178,7 @@ class Scheduler:
         if self._ngrams:
             request.ngrams.extend(request.token_ids)
             scheduled.chain = request.ngrams.guess(request.token_ids, min(limit, request.num_remaining - 1))
-        return Candidate(request.acceptance, limit, scheduled.chain.gains)
+        return Candidate(request.acceptance, limit, scheduled.chain.gains, scheduled.base)
 
     def _draft_limit(self, request: Request) -> int:
         speculation = request.sampling.speculation

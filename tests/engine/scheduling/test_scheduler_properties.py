@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
-from engine.scheduling.speculation import Acceptance, Allowance, Candidate, StepCost
+from engine.scheduling.speculation import Acceptance, Allowance, Candidate, Load, StepCost
 from tests.engine.helpers import FakeRunner, continuation, make_scheduler, params, random_accept, run_step
 
 MODEL_LEN = 40
@@ -28,7 +28,7 @@ class RandomSpeculation:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
-    def plan(self, num_committing: int, num_tokens: int, candidates: Sequence[Candidate]) -> list[Allowance]:
+    def plan(self, load: Load, candidates: Sequence[Candidate]) -> list[Allowance]:
         sizes = [self._random.randint(0, candidate.limit) for candidate in candidates]
         return [Allowance(size, expected=size) for size in sizes]
 

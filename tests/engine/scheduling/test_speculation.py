@@ -13,6 +13,7 @@ from engine.scheduling.speculation import (
     AdaptiveSpeculation,
     Candidate,
     FixedSpeculation,
+    Load,
     StepCost,
 )
 from tests.engine.families import family_of_rates
@@ -99,7 +100,7 @@ class Simulation:
         self.drafts = []
         for step in range(num_steps + warm_up):
             candidates = [Candidate(acceptance, len(self.family.paths)) for acceptance in self.acceptances]
-            allowances = policy.plan(count, count, candidates)
+            allowances = policy.plan(Load(count, count), candidates)
             sizes = [allowance.most for allowance in allowances]
             assert all(0 <= size <= len(self.family.paths) for size in sizes)
             for acceptance, ratio, allowance in zip(self.acceptances, self.ratios, allowances, strict=True):
@@ -109,7 +110,7 @@ class Simulation:
             duration = self.machine.pass_seconds(count + sum(sizes))
             if num_drafting:
                 duration += self.machine.drafting_seconds(num_drafting)
-            policy.observe_step(StepCost(count, sum(sizes), num_drafting, max(sizes), duration))
+            policy.observe_step(StepCost(count, 0, sum(sizes), 0, num_drafting, max(sizes), duration))
             self.drafts.append(sum(sizes))
             if step >= warm_up:
                 tokens += sum(
@@ -137,7 +138,7 @@ def adaptive(machine: Machine) -> AdaptiveSpeculation:
 def sizes_of(
     policy: AdaptiveSpeculation | FixedSpeculation, committing: int, tokens: int, *candidates: Candidate
 ) -> list[int]:
-    return [allowance.most for allowance in policy.plan(committing, tokens, candidates)]
+    return [allowance.most for allowance in policy.plan(Load(committing, tokens), candidates)]
 
 
 def test_simulated_acceptance_is_what_calibration_says() -> None:
@@ -227,7 +228,7 @@ def test_a_sure_chain_is_worth_a_longer_tree_and_a_doubtful_one_is_not() -> None
     policy = adaptive(MACHINES["early knee"])
     chains = ((), (0.95, 0.9, 0.85, 0.8), (0.02, 0.01))
     candidates = [Candidate(Acceptance(), 63, chain) for chain in chains]
-    without, sure, doubtful = policy.plan(3, 3, candidates)
+    without, sure, doubtful = policy.plan(Load(3, 3), candidates)
     assert sure.most >= 4 and abs(doubtful.most - without.most) <= 1
     # Where the chain is right, branches beside it are wrong: together they promise no more than all there is.
     assert sure.expected < sum(chains[1]) + 0.05 * sum(FAMILY.gains) + 1e-9
@@ -235,17 +236,17 @@ def test_a_sure_chain_is_worth_a_longer_tree_and_a_doubtful_one_is_not() -> None
 
 def test_a_sure_chain_saves_asking_the_heads() -> None:
     policy = adaptive(MACHINES["dear drafting"])
-    [alone] = policy.plan(1, 1, [Candidate(Acceptance(), 63, (0.99, 0.98, 0.97, 0.96))])
+    [alone] = policy.plan(Load(1, 1), [Candidate(Acceptance(), 63, (0.99, 0.98, 0.97, 0.96))])
     assert alone.chain_only and alone.most == 4
-    [doubtful] = adaptive(MACHINES["memory bound"]).plan(1, 1, [Candidate(Acceptance(), 63, (0.1,))])
+    [doubtful] = adaptive(MACHINES["memory bound"]).plan(Load(1, 1), [Candidate(Acceptance(), 63, (0.1,))])
     assert not doubtful.chain_only and doubtful.most > 4
 
 
 def test_trees_that_are_cut_get_room_and_the_likelihood_that_pays() -> None:
     machine = MACHINES["early knee"]
     plain, trimmed = adaptive(machine), AdaptiveSpeculation(FAMILY, machine.cost_model(), trims=True)
-    [fixed] = plain.plan(1, 1, [Candidate(Acceptance(), 63)])
-    [cut] = trimmed.plan(1, 1, [Candidate(Acceptance(), 63)])
+    [fixed] = plain.plan(Load(1, 1), [Candidate(Acceptance(), 63)])
+    [cut] = trimmed.plan(Load(1, 1), [Candidate(Acceptance(), 63)])
     assert fixed.least == 0.0 and fixed.expected == cut.expected
     assert fixed.most < cut.most <= 63 and 0.0 < cut.least < 1.0
     # What is just not worth a draft token by calibration is as likely as the bound, more or less.
@@ -255,7 +256,7 @@ def test_trees_that_are_cut_get_room_and_the_likelihood_that_pays() -> None:
 def test_the_estimated_speed_up_is_that_of_the_plan() -> None:
     machine = MACHINES["early knee"]
     policy = adaptive(machine)
-    [allowance] = policy.plan(1, 1, [Candidate(Acceptance(), 63)])
+    [allowance] = policy.plan(Load(1, 1), [Candidate(Acceptance(), 63)])
     simulation = Simulation(machine, [1.0])
     expected = simulation.expected(allowance.most) / simulation.expected(0)
     assert policy.speed_up == pytest.approx(expected, rel=0.02) and policy.speed_up > 1.0
@@ -269,7 +270,7 @@ def test_chains_alone_are_drafted_where_there_are_no_heads() -> None:
 
 
 def test_nothing_to_plan() -> None:
-    assert adaptive(MACHINES["steep"]).plan(0, 100, []) == []
+    assert adaptive(MACHINES["steep"]).plan(Load(0, 100), []) == []
 
 
 def test_drafts_beside_a_full_prompt_chunk_cost_what_the_pass_grows_by() -> None:
@@ -291,7 +292,7 @@ def test_time_beyond_the_cost_model_makes_drafts_dearer_or_cheaper() -> None:
     policy = adaptive(machine)
     before = sizes_of(policy, 1, 1, Candidate(Acceptance(), 63))[0]
     for _ in range(200):
-        policy.observe_step(StepCost(1, 0, 0, 0, machine.pass_seconds(1) + 0.05))
+        policy.observe_step(StepCost(1, 0, 0, 0, 0, 0, machine.pass_seconds(1) + 0.05))
     assert sizes_of(policy, 1, 1, Candidate(Acceptance(), 63))[0] > before
 
 
