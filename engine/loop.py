@@ -29,8 +29,9 @@ from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, CommittedTokens
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.drafting import StepCost
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
-from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy, StepCost
+from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy
 from heads.checkpoint import HeadSet, load_heads
 from heads.errors import HeadsError
 from trees.family import TreeFamily
@@ -177,6 +178,7 @@ class Engine:
                 StepCost(
                     num_known=len(batch.scheduled),
                     num_keys=sum(base for base, _ in keys),
+                    num_committed=sum(s.num_committed for s in batch.scheduled),
                     num_drafts=sum(drafts for _, drafts in keys),
                     draft_keys=sum(base * drafts for base, drafts in keys),
                     num_guessing=len(guessed),
@@ -221,6 +223,7 @@ class Engine:
         return outputs
 
     def _stats(self, batch: Batch, duration: float) -> StepStats:
+        report = self._policy.report()
         levels = range(max((s.draft_depth for s in batch.scheduled), default=0))
         drafted_by_depth = [sum(s.draft_depth > level for s in batch.scheduled) for level in levels]
         accepted_by_depth = [sum(s.num_accepted > level for s in batch.scheduled) for level in levels]
@@ -237,6 +240,9 @@ class Engine:
             preemptions=batch.num_preemptions,
             prefix_queries=batch.prefix_queries,
             prefix_hits=batch.prefix_hits,
+            speculation=report.state,
+            estimated_speed_up=report.estimated,
+            measured_speed_up=report.measured,
         )
 
 

@@ -134,6 +134,12 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_id: int | None = None
 
 
+# heads, ngrams: who guessed in the last step. not_worthwhile: drafts would cost more than they bring.
+# probing: a step without drafts to tell what they cost. no_guess: no request could have had any.
+# fixed: as many drafts as somebody said. off: speculation is switched off.
+SpeculationState = Literal["heads", "ngrams", "not_worthwhile", "probing", "no_guess", "fixed", "off"]
+
+
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """One step in numbers, for /metrics."""
 
@@ -149,6 +155,9 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int
     prefix_queries: int  # prompt tokens looked up in the prefix cache
     prefix_hits: int  # of these, found
+    speculation: SpeculationState = "off"
+    estimated_speed_up: float = 1.0  # of the step's drafts over none, as planned
+    measured_speed_up: float = 1.0  # over the last hundred steps or so
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):

@@ -7,11 +7,11 @@ scrape them by these. Without torch; one registry per server, so that tests can 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
 
-from engine.messages import StepStats
+from engine.messages import SpeculationState, StepStats
 
 if TYPE_CHECKING:
     from server.services import Engine
@@ -71,6 +71,28 @@ class Metrics:
         self.vllm_waiting = self._gauge("vllm:num_requests_waiting", "As vLLM names it", "model_name")
         self.vllm_kv_usage = self._gauge("vllm:kv_cache_usage_perc", "As vLLM names it, 0 to 1", "model_name")
         self._set_gauges(0, 0, 0.0)
+        self._define_speculation_metrics()
+
+    def _define_speculation_metrics(self) -> None:
+        self.speculation = Enum(
+            "gorgon_speculation",
+            "Who drafted in the last step, or why nobody did",
+            states=get_args(SpeculationState),
+            registry=self.registry,
+        )
+        self.speculation.state("no_guess")
+        self.draft_size = self._gauge(
+            "gorgon_speculation_draft_nodes", "Draft tokens of the last step, per request that decoded"
+        )
+        self.estimated_speed_up = self._gauge(
+            "gorgon_speculation_estimated_speedup", "Of the last step's drafts over none, as planned"
+        )
+        self.measured_speed_up = self._gauge(
+            "gorgon_speculation_measured_speedup",
+            "Of the last hundred steps or so over what they would have taken without drafts",
+        )
+        self.estimated_speed_up.set(1.0)
+        self.measured_speed_up.set(1.0)
 
     def _define_request_metrics(self) -> None:
         self.requests = self._counter("gorgon_requests", "Requests that ended, by how", "finish_reason")
@@ -109,6 +131,10 @@ class Metrics:
         self.prefix_queries.inc(stats.prefix_queries)
         self.prefix_hits.inc(stats.prefix_hits)
         self._set_gauges(stats.num_running, stats.num_waiting, stats.kv_usage)
+        self.speculation.state(stats.speculation)
+        self.draft_size.set(stats.drafted_tokens / max(len(stats.committed_tokens), 1))
+        self.estimated_speed_up.set(stats.estimated_speed_up)
+        self.measured_speed_up.set(stats.measured_speed_up)
 
     def on_tokens(self, count: int, gap: float) -> None:
         """Count one output after the first: `count` tokens, `gap` seconds after the output before."""

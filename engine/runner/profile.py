@@ -13,9 +13,9 @@ from engine.messages import SamplingParams
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.cost import CostModel, Curve
+from engine.scheduling.drafting import Acceptance, Allowance
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import SchedulerLimits
-from engine.scheduling.speculation import Acceptance, Allowance
 
 _TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _REQUESTS = (1, 4, 16, 64)

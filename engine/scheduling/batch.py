@@ -20,9 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.messages import TokenLogprobs
+from engine.scheduling.drafting import NOTHING, Allowance
 from engine.scheduling.ngrams import NO_CHAIN, Chain
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import NOTHING, Allowance
 
 
 @dataclass(slots=True)

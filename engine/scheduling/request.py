@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from engine.messages import FinishReason, RequestUsage, SamplingParams
 from engine.scheduling.block_pool import hash_block
+from engine.scheduling.drafting import Acceptance
 from engine.scheduling.ngrams import NgramIndex
-from engine.scheduling.speculation import Acceptance
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from engine.messages import RequestOutput, SamplingParams
 from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.drafting import Acceptance, Candidate, Load
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import Acceptance, Candidate, Load, SpeculationPolicy
+from engine.scheduling.speculation import SpeculationPolicy
 
 
 @dataclass(frozen=True)

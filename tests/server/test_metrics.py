@@ -82,6 +82,31 @@ def test_routers_find_vllm_s_gauges() -> None:
     assert "gorgon_preemptions_total 1.0" in text
 
 
+def test_what_speculation_does_and_why_can_be_read() -> None:
+    metrics, engine = Metrics("m"), FakeEngine(running={"one"})
+    counts = dict.fromkeys(("num_running", "num_waiting", "preemptions", "prefix_queries", "prefix_hits"), 0)
+    stats = StepStats(
+        duration=0.1,
+        num_tokens=12,
+        committed_tokens=[3, 1],
+        drafted_tokens=10,
+        accepted_by_depth=[1, 1],
+        drafted_by_depth=[2, 2],
+        kv_usage=0.5,
+        speculation="ngrams",
+        estimated_speed_up=1.5,
+        measured_speed_up=1.25,
+        **counts,
+    )
+    metrics.on_step(stats)
+    text = metrics.render(engine).decode()
+    assert 'gorgon_speculation{gorgon_speculation="ngrams"} 1.0' in text
+    assert 'gorgon_speculation{gorgon_speculation="not_worthwhile"} 0.0' in text
+    assert "gorgon_speculation_draft_nodes 5.0" in text
+    assert "gorgon_speculation_estimated_speedup 1.5" in text
+    assert "gorgon_speculation_measured_speedup 1.25" in text
+
+
 async def test_rejections_and_restarts_are_counted() -> None:
     engine = FakeEngine()
     async with client_for(app_for(engine, api_key="k", open_metrics=True)) as client:

@@ -83,7 +83,8 @@ class ScriptedEngine:
                 )
             )
         committed = [len(output.token_ids) for output in outputs]
-        names = [name for name in StepStats.__struct_fields__ if name != "committed_tokens"]
+        defaults = {"committed_tokens", "speculation"}
+        names = [name for name in StepStats.__struct_fields__ if name not in defaults]
         return StepOutput(outputs, StepStats(committed_tokens=committed, **dict.fromkeys(names, 0)))
 
 

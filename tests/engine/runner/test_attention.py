@@ -12,8 +12,8 @@ from engine.runner.attention import PagedAttention, visibility
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import build_step
 from engine.scheduling.batch import Batch, ScheduledRequest
+from engine.scheduling.drafting import Acceptance
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import Acceptance
 from tests.engine.families import chain, families, full
 from tests.engine.helpers import params
 from tests.engine.tiny import CONFIG, CPU, VOCAB, plain_pass, tiny_decoder

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
-from engine.scheduling.speculation import Acceptance, Allowance, Candidate, Load, StepCost
+from engine.scheduling.drafting import Acceptance, Allowance, Candidate, Load, StepCost
 from tests.engine.helpers import FakeRunner, continuation, make_scheduler, params, random_accept, run_step
 
 MODEL_LEN = 40
