@@ -5,6 +5,7 @@ What is the fastest depends on the number of tokens in the pass: this is where t
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -17,17 +18,28 @@ from bench.report import print_json, print_table
 from engine.config import Quantization
 
 if TYPE_CHECKING:
-    from engine.model.decoder import Decoder
+    from torch import nn
 
-# Name, format, and whether weights may be held twice, for the operators of few and of many tokens.
+# Name, format, and whether our own kernels multiply or torch's operators.
 VARIANTS: tuple[tuple[str, Quantization, bool], ...] = (
     ("bfloat16", "none", True),
     ("int8", "int8", True),
     ("int4", "int4", True),
-    ("int4, one copy", "int4", False),
+    ("bfloat16, torch", "none", False),
+    ("int8, torch", "int8", False),
+    ("int4, torch", "int4", False),
 )
 TOKENS = (1, 2, 4, 8, 12, 16, 32, 64, 128)  # in a pass
 REPEATS = 10
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The matrices of a decoder, each with the size of its inputs: those of the layers in the order of a
+    pass, and the projection onto the vocabulary."""
+
+    layers: list[tuple[int, nn.Module]]
+    lm_head: tuple[int, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,8 @@ def run(model_name: str, tokens: Sequence[int] = TOKENS, repeats: int = REPEATS)
     from heads.registry import resolve_model
 
     model = resolve_model(model_name)
-    decoders = {name: load(model.model_dir, kind, twice) for name, kind, twice in VARIANTS}
+    loaded = {name: load(model.model_dir, kind, native) for name, kind, native in VARIANTS}
+    decoders = {name: linears for name, linears in loaded.items() if linears is not None}
     times = {number: measure(decoders, number, repeats) for number in tokens}
     print_table(
         ["tokens", *decoders],
@@ -66,19 +79,39 @@ def run(model_name: str, tokens: Sequence[int] = TOKENS, repeats: int = REPEATS)
     return 0
 
 
-def load(model_dir: Path, quantization: Quantization, twice: bool) -> Decoder:
+def load(model_dir: Path, quantization: Quantization, native: bool) -> Linears | None:
+    """None where this machine has no kernels for the model, or no operators for the format."""
     import torch
 
+    from engine.errors import ConfigError
     from engine.model.loader import load_decoder
     from engine.model.precision import quantization_choices, quantize_linears
+    from engine.native.decoder import can_take
+    from engine.native.precision import take_over
 
     device, dtype = torch.device("cpu"), torch.bfloat16
     decoder = load_decoder(model_dir, dtype, device)
-    quantize_linears(decoder, quantization_choices(quantization, dtype, device), 1 << 62 if twice else 0)
-    return decoder
+    lm_head: nn.Module
+    c = decoder.config
+    sizes = (c.hidden_size, c.num_heads * c.head_dim, c.hidden_size, c.intermediate_size)
+    try:
+        choices = quantization_choices(quantization, dtype, device)
+    except ConfigError:
+        return None
+    if not native:
+        quantize_linears(decoder, choices, 1 << 62)
+        names = ("qkv", "o", "gate_up", "down")
+        layers = [layer.get_submodule(name) for layer in decoder.layers for name in names]
+        lm_head = decoder.lm_head
+    elif can_take(decoder):
+        taken, _ = take_over(decoder, choices)
+        layers, lm_head = list(taken.layers), taken.lm_head
+    else:
+        return None
+    return Linears(list(zip(itertools.cycle(sizes), layers, strict=False)), (c.hidden_size, lm_head))
 
 
-def measure(decoders: dict[str, Decoder], num_tokens: int, repeats: int) -> dict[str, Times]:
+def measure(decoders: dict[str, Linears], num_tokens: int, repeats: int) -> dict[str, Times]:
     """The fastest of some passes of each, in turns: what else the machine does hits all alike."""
     import torch
 
@@ -92,21 +125,15 @@ def measure(decoders: dict[str, Decoder], num_tokens: int, repeats: int) -> dict
     return best
 
 
-def _time(decoder: Decoder, num_tokens: int) -> Times:
+def _time(linears: Linears, num_tokens: int) -> Times:
     import torch
 
-    c = decoder.config
-    sizes = {
-        "qkv": c.hidden_size,
-        "o": c.num_heads * c.head_dim,
-        "gate_up": c.hidden_size,
-        "down": c.intermediate_size,
-    }
-    inputs = {name: torch.randn(num_tokens, size).bfloat16() for name, size in sizes.items()}
+    sizes = {size for size, _ in (*linears.layers, linears.lm_head)}
+    inputs = {size: torch.randn(num_tokens, size).bfloat16() for size in sizes}
     start = time.perf_counter()
-    for layer in decoder.layers:
-        for name, x in inputs.items():
-            layer.get_submodule(name)(x)
+    for size, module in linears.layers:
+        module(inputs[size])
     between = time.perf_counter()
-    decoder.lm_head(inputs["qkv"])
+    size, module = linears.lm_head
+    module(inputs[size])
     return Times(1000 * (between - start), 1000 * (time.perf_counter() - between))

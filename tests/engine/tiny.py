@@ -64,11 +64,10 @@ def tiny_decoder() -> Decoder:
     return decoder.eval()
 
 
-def save_tiny_model(folder: Path) -> None:
+def save_tiny_model(folder: Path, c: DecoderConfig = CONFIG) -> None:
     """A checkpoint of the same shape, written by transformers."""
     import transformers
 
-    c = CONFIG
     config = transformers.LlamaConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -76,6 +75,7 @@ def save_tiny_model(folder: Path) -> None:
         num_hidden_layers=c.num_layers,
         num_attention_heads=c.num_heads,
         num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
         max_position_embeddings=c.max_positions,
         bos_token_id=c.bos_token_id,
         eos_token_id=EOS,
