@@ -10,8 +10,9 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PATH=/opt/gorgon/bin:$PATH
 
+# gcc compiles the CPU kernels for the processor they run on, into the volume.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && apt-get install --yes --no-install-recommends python3 python3-venv gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/gorgon \
     && useradd --create-home --uid 10001 gorgon \

@@ -19,7 +19,7 @@ from engine.model.footprint import weight_bytes
 from engine.model.loader import load_config, load_decoder
 from engine.model.precision import quantization_choices, quantize_linears
 from engine.native.decoder import NativeDecoder, can_take
-from engine.native.precision import draft_linear, take_over
+from engine.native.precision import take_over
 from engine.runner import device as hardware
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
@@ -73,8 +73,7 @@ class Engine:
             heads = load_heads(Path(config.heads_dir))
             family = TreeFamily.load(Path(config.heads_dir) / "tree.json")
             _check_tree(family, heads)
-            vocabulary = loaded.lm_head.weight
-            drafter = HeadsDrafter(heads.bind(loaded.embedding, vocabulary, draft_linear), vocabulary)
+            drafter = HeadsDrafter.of(heads, loaded.embedding, loaded.lm_head.weight)
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
         if drafter is None and ngrams:
             drafter = NgramDrafter()

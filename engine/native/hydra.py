@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.native.attention import NativeAttention
-from engine.native.library import CDecoder, CLayer, kernels
+from engine.native.library import CDecoder, CLayer, CMatrix, kernels
 from engine.native.matrix import Kind, NativeLinear, fits
 from engine.native.scratch import scratch
 from heads.hydra import HydraHeads
@@ -150,6 +150,7 @@ class NativeHydra:
             NativeLinear(weight.detach(), bias.detach(), Kind.INT8)
             for weight, bias in zip(heads.weights, heads.biases, strict=True)
         ]
+        self._c_mixes = (CMatrix * len(self._mixes))(*(mix.c for mix in self._mixes))
         self._projection = NativeLinear(heads.mapped(lm_head_weight.detach()), None, Kind.INT8)
         self._token_map = heads.token_map
 
@@ -187,6 +188,56 @@ class NativeHydra:
             scratch.pointer(needed),
         )
         return guesses, log_probs, features
+
+    def grow(
+        self,
+        hidden: Tensor,
+        roots: Tensor,
+        num_nodes: Tensor,
+        max_depth: int,
+        chain_tokens: Tensor,
+        chain_sure: Tensor,
+        least: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`trees.select.grow_trees` over these heads, in one call.
+
+        hidden: [num_requests, hidden], what heads start from; the rest as there, the chains' two tensors both
+        [num_requests, length].
+        """
+        requests, size = hidden.shape
+        start = hidden.float().contiguous()
+        max_nodes, length = int(num_nodes.max()), chain_tokens.shape[1]
+        tokens = torch.empty(requests, max_nodes, dtype=torch.int64)
+        parents = torch.empty_like(tokens)
+        grown = torch.empty(requests, dtype=torch.int64)
+        threads = torch.get_num_threads()
+        needed = self._library.gorgon_grow_bytes(
+            size, self._projection.out_features, requests, length, max_depth, threads
+        )
+        chain_tokens, chain_sure = chain_tokens.contiguous(), chain_sure.contiguous()
+        self._library.gorgon_grow(
+            self._c_mixes,
+            max_depth,
+            ctypes.byref(self._projection.c),
+            self._embedding.data_ptr(),
+            _EPS,
+            None if self._token_map is None else self._token_map.data_ptr(),
+            requests,
+            roots.contiguous().data_ptr(),
+            start.data_ptr(),
+            num_nodes.data_ptr(),
+            least.data_ptr(),
+            length,
+            chain_tokens.data_ptr(),
+            chain_sure.data_ptr(),
+            max_nodes,
+            tokens.data_ptr(),
+            parents.data_ptr(),
+            grown.data_ptr(),
+            threads,
+            scratch.pointer(needed),
+        )
+        return tokens, parents, grown
 
 
 def _rope_tables(head_dim: int, max_positions: int) -> tuple[Tensor, Tensor]:

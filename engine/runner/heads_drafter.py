@@ -16,13 +16,15 @@ from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.native.attention import NativeAttention
 from engine.native.hydra import NativeHydra, NativePrefix, can_take_heads, can_take_prefix
+from engine.native.precision import draft_linear
 from engine.runner.attention import paged_attention
 from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
 from engine.runner.ngram_drafter import propose_chains
 from engine.runner.step_input import PassInput, StepInput, build_rows
 from engine.scheduling.batch import ScheduledRequest
-from heads.base import DraftHeads
+from heads.base import DraftHeads, plain_linear
+from heads.checkpoint import HeadSet
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
 from trees.select import grow_trees, make_chains, most_drafts
@@ -48,6 +50,19 @@ class HeadsDrafter(Drafter):
         # Elsewhere the host would have to wait for what was drafted.
         self.trims = heads.embedding.device.type == "cpu"
         self.num_cache_layers = 0 if heads.prefix_layer is None else 1
+
+    @classmethod
+    def of(cls, heads: HeadSet, embedding: Tensor, lm_head_weight: Tensor) -> HeadsDrafter:
+        """Drafts with a head set on the base whose weights, both [vocab, hidden], these are.
+
+        Raises HeadsError where they are another model's.
+        """
+        module = heads.module
+        # What our kernels take whole needs no fast products one by one.
+        whole = isinstance(module, HydraHeads) and can_take_heads(module, lm_head_weight)
+        whole = whole and module.prefix_layer is not None and can_take_prefix(module.prefix_layer, embedding)
+        bound = heads.bind(embedding, lm_head_weight, plain_linear if whole else draft_linear)
+        return cls(bound, lm_head_weight)
 
     def attach(self, config: DecoderConfig, cache: KVCache) -> None:
         """Raises ConfigError where the cache cannot hold the prefix layer's keys."""
@@ -77,6 +92,16 @@ class HeadsDrafter(Drafter):
         max_depth = min(self._heads.num_heads, draft.max_nodes - 1)
         if self._prefix is not None:
             hidden = self._prefix.start(draft)
+        chains = make_chains(
+            [(c.token_ids, c.gains) for c in draft.chains], draft.max_nodes - 1, hidden.device
+        )
+        least = torch.tensor(draft.least, device=hidden.device).log_()
+        num_nodes = torch.tensor(draft.budgets, device=hidden.device)
+        if isinstance(self._guesser, NativeHydra):
+            tokens, parents, num_nodes = self._guesser.grow(
+                hidden, draft.roots, num_nodes, max_depth, chains.token_ids, chains.sure, least
+            )
+            return Proposal(tokens, parents, max(max_depth, chains.length), num_nodes.tolist())
         state = self._guesser.begin(hidden, draft.roots, max_depth)
 
         def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
@@ -84,14 +109,14 @@ class HeadsDrafter(Drafter):
             guesses, log_probs, state = self._guesser.guess(level, state, tokens, origins, num_guesses)
             return guesses, log_probs
 
-        chains = make_chains(
-            [(c.token_ids, c.gains) for c in draft.chains], draft.max_nodes - 1, hidden.device
-        )
-        device = hidden.device
-        num_nodes = torch.tensor(draft.budgets, device=device)
-        least = torch.tensor(draft.least, device=device).log_() if self.trims else None
         tokens, parents, num_nodes = grow_trees(
-            guess, draft.roots, num_nodes, draft.max_nodes, max_depth, chains, least
+            guess,
+            draft.roots,
+            num_nodes,
+            draft.max_nodes,
+            max_depth,
+            chains,
+            least if self.trims else None,
         )
         grown = num_nodes.tolist() if self.trims else None
         return Proposal(tokens, parents, max(max_depth, chains.length), grown)

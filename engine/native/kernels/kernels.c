@@ -214,3 +214,4 @@ void gorgon_attend(const paging *p, int64_t index, const uint16_t *q, float *out
 }
 
 #include "hydra.h"
+#include "grow.h"

@@ -29,6 +29,7 @@ from engine.runner.step_input import PassInput
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
 from tests.engine.tiny import CONFIG, CPU
+from trees.select import grow_trees, make_chains
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no AVX-512 VNNI and BF16, or no C compiler")
 
@@ -343,3 +344,46 @@ def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     made = library.stat().st_mtime_ns
     assert build.load.__wrapped__() is not None
     assert [path.stat().st_mtime_ns for path in (tmp_path / "native").iterdir()] == [made]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    budgets=st.lists(st.integers(2, 64), min_size=1, max_size=5),
+    leasts=st.lists(st.sampled_from([0.0, 0.001, 0.02, 0.3, 1.0]), min_size=5, max_size=5),
+    lengths=st.lists(st.integers(0, 12), min_size=5, max_size=5),
+    seed=st.integers(0, 1000),
+)
+def test_trees_grown_in_one_call_are_those_grown_step_by_step(
+    budgets: list[int], leasts: list[float], lengths: list[int], seed: int
+) -> None:
+    heads, decoder = hydra(None), random_decoder(WIDE)
+    heads.bind(decoder.lm_head.weight, decoder.embedding)
+    native = NativeHydra(heads, decoder.lm_head.weight, decoder.embedding)
+    generator = torch.Generator().manual_seed(seed)
+    count, most = len(budgets), max(budgets)
+    hidden = 3 * torch.randn(count, 64, generator=generator).bfloat16()
+    roots = torch.randint(128, (count,), generator=generator)
+    least = torch.tensor(leasts[:count]).log()
+    # Chains whose first tokens are what the heads guess too, now and then.
+    likely, _, _ = native.guess(
+        0, native.begin(hidden, roots, 3), roots.unsqueeze(1), roots.unsqueeze(1) * 0, 2
+    )
+    texts = [
+        [int(likely[i, 0, seed % 2]), *range(length - 1)][:length] for i, length in enumerate(lengths[:count])
+    ]
+    chains = make_chains([(text, [0.7**i for i in range(1, len(text) + 1)]) for text in texts], most - 1, CPU)
+    sizes, depth = torch.tensor(budgets), min(3, most - 1)
+    state = native.begin(hidden, roots, 3)
+
+    def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
+        nonlocal state
+        guesses, sure, state = native.guess(level, state, tokens, origins, num_guesses)
+        return guesses, sure
+
+    tokens, parents, grown = grow_trees(guess, roots, sizes, most, depth, chains, least)
+    found = native.grow(hidden, roots, sizes, depth, chains.token_ids, chains.sure, least)
+    assert found[2].tolist() == grown.tolist()
+    for row, num_nodes in enumerate(grown.tolist()):
+        assert found[0][row, :num_nodes].tolist() == tokens[row, :num_nodes].tolist()
+        assert found[1][row, :num_nodes].tolist() == parents[row, :num_nodes].tolist()
+        assert (found[0][row, num_nodes:] == roots[row]).all() and (found[1][row, num_nodes:] == 0).all()
