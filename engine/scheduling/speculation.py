@@ -28,10 +28,11 @@ from engine.scheduling.spending import Spending
 from trees.family import TreeFamily
 
 _LONG_MEMORY = 0.99  # weight of all requests' past against the next step
-_WORTHWHILE = 1.07  # estimated speed-up from which drafts are made in most steps
+_WORTHWHILE = 1.05  # estimated speed-up from which drafts are made in most steps
 _PAUSE = 4  # steps without drafts between two with them where the estimate is below
-# Steps after which one goes without drafts, where they are thought to double the speed; sooner where less.
-_PROBE_EVERY = 150
+# Steps after which one goes without drafts: at first, and where the last such step's time surprised by so large a
+# share; and at most.
+_SOON, _LATE, _SURPRISE = 4, 64, 0.1
 
 
 class SpeculationPolicy(Protocol):
@@ -83,6 +84,7 @@ class AdaptiveSpeculation:
         self._gains = np.array(family.gains)  # [num_drafts], falling
         self.cost = cost
         self._since_change = 0  # steps since one was unlike the others
+        self._probe_after = _SOON
         self._trims = trims
         self._overall = Acceptance()  # over all requests: the prior of each
         self._correction = CostCorrection()
@@ -130,8 +132,7 @@ class AdaptiveSpeculation:
         wrong: there one with drafts now and then tells more."""
         self._since_change += 1
         doubtful = speed_up < _WORTHWHILE
-        pause = _PAUSE if doubtful else _PROBE_EVERY * (speed_up - 1.0)
-        change = self._since_change > pause
+        change = self._since_change > (_PAUSE if doubtful else self._probe_after)
         if change:
             self._since_change = 0
         return change == doubtful
@@ -154,6 +155,9 @@ class AdaptiveSpeculation:
     def observe_step(self, step: StepCost) -> None:
         base = self.cost.base_seconds(step.num_known, step.num_known, step.num_keys)
         added = self._added_seconds(step.num_known, step.drafts)
+        if self._state == "probing":
+            surprise = abs(step.seconds / self._correction.base_seconds(base) - 1.0)
+            self._probe_after = _SOON if surprise > _SURPRISE else min(2 * self._probe_after, _LATE)
         self._correction.observe(base, float(added[0]), step.seconds)
         without = self._correction.base_seconds(base) * step.num_committed / step.num_known
         self._seconds_without = _LONG_MEMORY * self._seconds_without + without

@@ -311,3 +311,15 @@ def test_drafts_dearer_than_start_up_measured_are_found_out(dearer: float, count
     print(f"{reached / simulation.best():.3f} of best, {reached / simulation.expected(0):.3f} of none")
     assert reached > 0.9 * simulation.best()
     assert reached > 0.97 * simulation.expected(0)
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_a_start_up_measurement_on_a_busy_machine_is_found_out(count: int) -> None:
+    """Where every pass is thought to take much longer than it does, drafts look cheap beside it."""
+    real = Machine(0.003, 1, 0.0007, 0.0005, 0.0001)
+    busy = replace(real, base=2.0 * real.base)
+    simulation = Simulation(real, [1.0] * count, seed=count)
+    reached = simulation.run(adaptive(busy), 300, warm_up=100)
+    print(f"{reached / simulation.best():.3f} of best, {reached / simulation.expected(0):.3f} of none")
+    assert reached > 0.97 * simulation.best()
+    assert reached > 0.98 * simulation.expected(0)
