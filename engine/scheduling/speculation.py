@@ -27,10 +27,13 @@ from engine.scheduling.drafting import (
 from engine.scheduling.spending import Spending
 from trees.family import TreeFamily
 
+# Draft tokens that a step considers, all requests together, and of each at least: planning must take no time.
+_MOST_OFFERS, _LEAST_OFFERS = 640, 8
+_NO_OFFERS = np.zeros((2, 0))
 _LONG_MEMORY = 0.99  # weight of all requests' past against the next step
 _WORTHWHILE = 1.05  # estimated speed-up from which drafts are made in most steps
 _PAUSE = 4  # steps without drafts between two with them where the estimate is below
-# Steps after which one goes without drafts: at first, and where the last such step's time surprised by so large a
+# After how many steps one goes without drafts: at first, and where the last such step's time was off by this
 # share; and at most.
 _SOON, _LATE, _SURPRISE = 4, 64, 0.1
 
@@ -109,11 +112,12 @@ class AdaptiveSpeculation:
     def _choose(self, load: Load, candidates: Sequence[Candidate], ratios: list[float]) -> list[Allowance]:
         n = load.num_committing
         base = self._correction.base_seconds(self.cost.base_seconds(n, n, load.num_keys))
+        most = max(_LEAST_OFFERS, _MOST_OFFERS // len(candidates))
         contexts = np.array([candidate.context for candidate in candidates])
-        chains = [np.tile(candidate.chain[: candidate.limit], (2, 1)) for candidate in candidates]
+        chains = [np.array((c.chain[: c.limit],) * 2) if c.chain else _NO_OFFERS for c in candidates]
         plans = [Spending(self.draft_seconds, load, base, chains, contexts, chain_only=True)]
         if len(self._gains):
-            offers = [self._offers(c, ratio) for c, ratio in zip(candidates, ratios, strict=True)]
+            offers = self._offers(candidates, ratios, most)
             plans.append(Spending(self.draft_seconds, load, base, offers, contexts, chain_only=False))
         # What a second is worth: the best rate of a pass that only decodes. Prompt chunks in the pass change
         # what a draft token costs, not what a committed one is worth.
@@ -137,16 +141,26 @@ class AdaptiveSpeculation:
             self._since_change = 0
         return change == doubtful
 
-    def _offers(self, candidate: Candidate, ratio: float) -> NDArray[np.float64]:
-        """Each further draft token's gain, falling: [2, num_offers], as expected of this request, and as
-        calibrated. Where the chain is right, branches beside it are wrong: they count for as much as the
-        chain's first token is in doubt."""
-        gains = np.stack((np.minimum(self._gains * ratio, 1.0), self._gains))
-        if candidate.chain:
-            chain = np.array(candidate.chain)
-            gains = np.concatenate((np.stack((chain, chain)), gains * (1.0 - chain[0])), axis=1)
-            gains = gains[:, np.argsort(-gains[0], kind="stable")]
-        return gains[:, : candidate.limit]
+    def _offers(
+        self, candidates: Sequence[Candidate], ratios: list[float], most: int
+    ) -> list[NDArray[np.float64]]:
+        """Each further draft token's gain, falling: [2, num_offers] for each candidate, as expected of this
+        request, and as calibrated. Where a chain is right, branches beside it are wrong: they count for as
+        much as the chain's first token is in doubt."""
+        calibrated = self._gains[:most]
+        expected = np.minimum(np.outer(ratios, calibrated), 1.0)
+        offers = np.stack((expected, np.broadcast_to(calibrated, expected.shape)), axis=1)
+        return [
+            self._beside_chain(candidate.chain, gains)[:, : min(candidate.limit, most)]
+            for candidate, gains in zip(candidates, offers, strict=True)
+        ]
+
+    @staticmethod
+    def _beside_chain(chain: Sequence[float], gains: NDArray[np.float64]) -> NDArray[np.float64]:
+        if not chain:
+            return gains
+        gains = np.concatenate(((chain, chain), gains * (1.0 - chain[0])), axis=1)
+        return gains[:, np.argsort(-gains[0], kind="stable")]
 
     def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
         acceptance.observe(expected, num_accepted)

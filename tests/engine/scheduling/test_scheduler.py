@@ -315,6 +315,7 @@ def test_host_work_of_64_requests_stays_under_two_milliseconds() -> None:
     for name in range(64):
         scheduler.add(str(name), prompt(100 + name), params(600))
     times = []
+    drafting = 0
     for _ in range(60):
         start = time.process_time()
         batch = scheduler.schedule()
@@ -324,6 +325,7 @@ def test_host_work_of_64_requests_stays_under_two_milliseconds() -> None:
         scheduler.update(batch, results)
         times.append(scheduled + time.process_time() - start)
         assert len(batch.scheduled) == 64
-        assert len(times) == 1 or any(s.num_drafts for s in batch.scheduled)
+        drafting += any(s.num_drafts for s in batch.scheduled)
+    assert drafting > 30
     # The best of many: a busy machine makes single steps slow, never fast.
     assert min(times[1:]) < 0.002
