@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,12 @@ _VLLM_ENVIRONMENT = (
         ("-P", str(_HERE / "vllm_install.py"), *PIP_INSTALL[3:]),
     ),
 )
-_VLLM_ENVIRON = {**_OFFLINE, "VLLM_CPU_KVCACHE_SPACE": str(_VLLM_CACHE_GIB), "VLLM_NO_USAGE_STATS": "1"}
+_VLLM_ENVIRON = {
+    **_OFFLINE,
+    "VLLM_CPU_KVCACHE_SPACE": str(_VLLM_CACHE_GIB),
+    "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",  # its own choice leaves one core idle
+    "VLLM_NO_USAGE_STATS": "1",
+}
 _TRANSFORMERS_ENVIRONMENT = (
     "transformers",
     ((*PIP_INSTALL, _TORCH), (*PIP_INSTALL, f"transformers[serving]=={version('transformers')}")),
