@@ -31,7 +31,9 @@ from trees.family import TreeFamily
 _MOST_OFFERS, _LEAST_OFFERS = 640, 8
 _NO_OFFERS = np.zeros((2, 0))
 _LONG_MEMORY = 0.99  # weight of all requests' past against the next step
-_WORTHWHILE = 1.05  # estimated speed-up from which drafts are made in most steps
+# Estimated speed-up from which drafts are made in most steps: for one request, and more for each further one,
+# up to so many. Tokens cost time outside the engine, too.
+_WORTHWHILE, _WORTHWHILE_EACH, _CROWD = 1.05, 0.008, 16
 _PAUSE = 4  # steps without drafts between two with them where the estimate is below
 # After how many steps one goes without drafts: at first, and where the last such step's time was off by this
 # share; and at most.
@@ -124,18 +126,18 @@ class AdaptiveSpeculation:
         best_rate = max(plan.best_rate for plan in plans)
         speed_up = best_rate * base / n
         best = max(plans, key=lambda plan: plan.choose(best_rate))
-        if not self._is_drafting_step(speed_up):
-            self._state = "probing" if speed_up >= _WORTHWHILE else "not_worthwhile"
+        worthwhile = _WORTHWHILE + _WORTHWHILE_EACH * min(n - 1, _CROWD)
+        if not self._is_drafting_step(speed_up < worthwhile):
+            self._state = "probing" if speed_up >= worthwhile else "not_worthwhile"
             return [NOTHING] * len(candidates)
         self._estimated, self._state = speed_up, "ngrams" if best.chain_only else "heads"
         return best.allowances(best_rate, [candidate.limit for candidate in candidates], self._trims)
 
-    def _is_drafting_step(self, speed_up: float) -> bool:
+    def _is_drafting_step(self, doubtful: bool) -> bool:
         """Whether to draft, which not all steps do. One without drafts now and then tells what they cost,
         apart from what all steps cost. Where hardly anything is to be gained, the estimate is likelier to be
         wrong: there one with drafts now and then tells more."""
         self._since_change += 1
-        doubtful = speed_up < _WORTHWHILE
         change = self._since_change > (_PAUSE if doubtful else self._probe_after)
         if change:
             self._since_change = 0
