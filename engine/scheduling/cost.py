@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 # The correction's beliefs as standard deviations: before anything was seen, and of one step's time.
 _PRIOR = np.array([0.02, 0.5, 0.5])  # seconds, factor, factor
+# What drafts are thought to cost at first, of what the start-up measurement says: that they are cheaper is found
+# out where they are made, and that they are dearer does no harm meanwhile.
+_CAUTION = 1.15
 _NOISE = 0.15  # share of the predicted time
 _DRIFT = 0.02  # share of the prior variance that comes back every step: loads change
 _LARGEST_SURPRISE = 1.0  # a step that took longer by this share of the prediction counts as this much longer
@@ -85,11 +88,11 @@ class CostCorrection:
     A step is taken to last `constant + base_factor * base + draft_factor * drafts`, base and drafts being
     what the cost model says of its known tokens and of what draft tokens add. Longer contexts, more requests
     for the same tokens or a busy machine make one or the other dearer. The three numbers are tracked by a
-    Kalman filter around (0, 1, 1), so that what a load does not tell apart stays where it was measured.
+    Kalman filter around (0, 1, 1.15), so that what a load does not tell apart stays where it was measured.
     """
 
     def __init__(self) -> None:
-        self._state = np.array([0.0, 1.0, 1.0])
+        self._state = np.array([0.0, 1.0, _CAUTION])
         self._variance = np.diag(_PRIOR**2)
 
     def base_seconds(self, base: float) -> float:
