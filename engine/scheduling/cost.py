@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 # The correction's beliefs as standard deviations: before anything was seen, and of one step's time.
 _PRIOR = np.array([0.02, 0.5, 0.5])  # seconds, factor, factor
-# What drafts are thought to cost at first, of what was measured at start-up: that they are cheaper is found out
-# where they are made, and that they are dearer does no harm meanwhile.
+# What drafts are thought to cost at first, of what was measured at start-up: that they are cheaper is found
+# out where they are made, and that they are dearer does no harm meanwhile.
 _CAUTION = 1.15
 _NOISE = 0.15  # share of the predicted time
 _DRIFT = 0.02  # share of the prior variance that comes back every step: loads change
