@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -14,26 +13,19 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.model.config import DecoderConfig
-from engine.model.decoder import Decoder
 from engine.model.quantization import quantize_int4
-from engine.native import build, matrix
+from engine.native import matrix
 from engine.native.attention import NativeAttention
 from engine.native.decoder import NativeDecoder, can_take
-from engine.native.hydra import NativeHydra
 from engine.native.library import kernels
 from engine.native.matrix import Kind, NativeLinear, quantize_int8_groups
 from engine.runner.attention import PagedAttention
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import PassInput
-from heads.hydra import HydraHeads
-from heads.prefix import PrefixLayer
+from tests.engine.native.decoders import WIDE, random_decoder
 from tests.engine.tiny import CONFIG, CPU
-from trees.select import grow_trees, make_chains
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no AVX-512 VNNI and BF16, or no C compiler")
-
-WIDE = replace(CONFIG, hidden_size=64, intermediate_size=128, num_heads=6, num_kv_heads=2, head_dim=32)
 
 
 def weights(out_features: int, in_features: int, seed: int = 0) -> Tensor:
@@ -109,14 +101,6 @@ def test_argmax_is_the_first_largest(rows: int, blocks: int, seed: int) -> None:
     assert found is not None
     assert found.tolist() == [row.index(max(row)) for row in x.tolist()]
     assert matrix.argmax(x.bfloat16()) is None and matrix.argmax(x[:, :3]) is None
-
-
-def random_decoder(config: DecoderConfig) -> Decoder:
-    torch.manual_seed(0)
-    decoder = Decoder(config)
-    for name, parameter in sorted(decoder.named_parameters()):
-        parameter.data = torch.randn_like(parameter).mul(0.15).add("norm" in name).bfloat16()
-    return decoder.eval()
 
 
 def make_pass(
@@ -272,118 +256,3 @@ def test_a_decoder_that_does_not_fit_is_left_to_torch() -> None:
     assert not can_take(random_decoder(WIDE).float())
     for change in ({"head_dim": 16}, {"hidden_size": 48}, {"vocab_size": 100}, {"intermediate_size": 80}):
         assert not can_take(random_decoder(replace(WIDE, **change)))
-
-
-def hydra(token_map: Tensor | None) -> HydraHeads:
-    torch.manual_seed(1)
-    heads = HydraHeads(3, 128, PrefixLayer(64, 4, 2, 32, 64), token_map)
-    for parameter in heads.parameters():
-        parameter.data.normal_(std=0.1)
-    return heads.requires_grad_(False)
-
-
-@pytest.mark.parametrize("mapped", [False, True])
-def test_hydra_heads_guess_what_the_module_guesses(mapped: bool) -> None:
-    token_map = torch.randperm(128)[:48] if mapped else None
-    heads, decoder = hydra(token_map), random_decoder(WIDE)
-    vocabulary, embedding = decoder.lm_head.weight, decoder.embedding
-    heads.bind(vocabulary, embedding)
-    native = NativeHydra(heads, vocabulary, embedding)
-    hidden, roots = torch.randn(3, 64).bfloat16(), torch.tensor([5, 6, 7])
-    states = [native.begin(hidden, roots, 3), heads.begin(hidden, roots, 3)]
-    tokens, origins = roots.unsqueeze(1), torch.zeros(3, 1, dtype=torch.int64)
-    for level in range(3):
-        (found, sure, states[0]), (expected, wanted, states[1]) = (
-            module.guess(level, state, tokens, origins, 8)
-            for module, state in zip((native, heads), states, strict=True)
-        )
-        torch.testing.assert_close(sure, wanted, rtol=0.1, atol=0.1)
-        torch.testing.assert_close(states[0], states[1].float(), rtol=0.1, atol=0.1)
-        assert (found == expected)[..., 0].float().mean() > 0.6  # near-ties may go either way
-        assert all(len(set(row)) == 8 for row in found.flatten(0, 1).tolist())
-        if token_map is not None:
-            assert set(found.flatten().tolist()) <= set(token_map.tolist())
-        tokens, origins = expected[:, 0, :4], torch.zeros(3, 4, dtype=torch.int64)
-
-
-def test_guesses_that_are_no_numbers_are_no_guesses() -> None:
-    heads, decoder = hydra(None), random_decoder(WIDE)
-    heads.bind(decoder.lm_head.weight, decoder.embedding)
-    heads.biases.data[:] = torch.nan
-    native = NativeHydra(heads, decoder.lm_head.weight, decoder.embedding)
-    state = native.begin(torch.randn(1, 64).bfloat16(), torch.tensor([5]), 3)
-    guesses, sure, _ = native.guess(0, state, torch.tensor([[5]]), torch.zeros(1, 1, dtype=torch.int64), 8)
-    assert torch.isneginf(sure).all()
-    assert guesses.min() >= 0 and guesses.max() < 128 and len(set(guesses.flatten().tolist())) == 8
-
-
-def test_without_a_compiler_there_are_no_kernels_and_a_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(build, "_compiler", lambda: None)
-    assert build.load.__wrapped__() is None
-    assert "C compiler" in caplog.text
-    monkeypatch.setattr(build, "_compiler", lambda: ["false"])
-    assert build.load.__wrapped__() is None
-    monkeypatch.setenv("GORGON_HOME", str(tmp_path))
-    broken = tmp_path / "cc"
-    broken.write_text(
-        "#!/bin/sh\ncase $1 in --version) echo cc 1;; *) echo no such option >&2; exit 1;; esac\n"
-    )
-    broken.chmod(0o755)
-    monkeypatch.setattr(build, "_compiler", lambda: [str(broken)])
-    assert build.load.__wrapped__() is None
-    assert "no such option" in caplog.text
-    assert not list(tmp_path.rglob("*.so"))
-
-
-def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("GORGON_HOME", str(tmp_path))
-    assert build.load.__wrapped__() is not None
-    [library] = (tmp_path / "native").iterdir()
-    made = library.stat().st_mtime_ns
-    assert build.load.__wrapped__() is not None
-    assert [path.stat().st_mtime_ns for path in (tmp_path / "native").iterdir()] == [made]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    budgets=st.lists(st.integers(2, 64), min_size=1, max_size=5),
-    leasts=st.lists(st.sampled_from([0.0, 0.001, 0.02, 0.3, 1.0]), min_size=5, max_size=5),
-    lengths=st.lists(st.integers(0, 12), min_size=5, max_size=5),
-    seed=st.integers(0, 1000),
-)
-def test_trees_grown_in_one_call_are_those_grown_step_by_step(
-    budgets: list[int], leasts: list[float], lengths: list[int], seed: int
-) -> None:
-    heads, decoder = hydra(None), random_decoder(WIDE)
-    heads.bind(decoder.lm_head.weight, decoder.embedding)
-    native = NativeHydra(heads, decoder.lm_head.weight, decoder.embedding)
-    generator = torch.Generator().manual_seed(seed)
-    count, most = len(budgets), max(budgets)
-    hidden = 3 * torch.randn(count, 64, generator=generator).bfloat16()
-    roots = torch.randint(128, (count,), generator=generator)
-    least = torch.tensor(leasts[:count]).log()
-    # Chains whose first tokens are what the heads guess too, now and then.
-    likely, _, _ = native.guess(
-        0, native.begin(hidden, roots, 3), roots.unsqueeze(1), roots.unsqueeze(1) * 0, 2
-    )
-    texts = [
-        [int(likely[i, 0, seed % 2]), *range(length - 1)][:length] for i, length in enumerate(lengths[:count])
-    ]
-    chains = make_chains([(text, [0.7**i for i in range(1, len(text) + 1)]) for text in texts], most - 1, CPU)
-    sizes, depth = torch.tensor(budgets), min(3, most - 1)
-    state = native.begin(hidden, roots, 3)
-
-    def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
-        nonlocal state
-        guesses, sure, state = native.guess(level, state, tokens, origins, num_guesses)
-        return guesses, sure
-
-    tokens, parents, grown = grow_trees(guess, roots, sizes, most, depth, chains, least)
-    found = native.grow(hidden, roots, sizes, depth, chains.token_ids, chains.sure, least)
-    assert found[2].tolist() == grown.tolist()
-    for row, num_nodes in enumerate(grown.tolist()):
-        assert found[0][row, :num_nodes].tolist() == tokens[row, :num_nodes].tolist()
-        assert found[1][row, :num_nodes].tolist() == parents[row, :num_nodes].tolist()
-        assert (found[0][row, num_nodes:] == roots[row]).all() and (found[1][row, num_nodes:] == 0).all()

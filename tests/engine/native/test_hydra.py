@@ -1,0 +1,105 @@
+"""Hydra heads by the CPU kernels guess what the module guesses, and grow the same trees."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from engine.native.hydra import NativeHydra
+from engine.native.library import kernels
+from heads.hydra import HydraHeads
+from heads.prefix import PrefixLayer
+from tests.engine.native.decoders import WIDE, random_decoder
+from tests.engine.tiny import CPU
+from trees.select import grow_trees, make_chains
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="no AVX-512 VNNI and BF16, or no C compiler")
+
+
+def hydra(token_map: Tensor | None) -> HydraHeads:
+    torch.manual_seed(1)
+    heads = HydraHeads(3, 128, PrefixLayer(64, 4, 2, 32, 64), token_map)
+    for parameter in heads.parameters():
+        parameter.data.normal_(std=0.1)
+    return heads.requires_grad_(False)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_hydra_heads_guess_what_the_module_guesses(mapped: bool) -> None:
+    token_map = torch.randperm(128)[:48] if mapped else None
+    heads, decoder = hydra(token_map), random_decoder(WIDE)
+    vocabulary, embedding = decoder.lm_head.weight, decoder.embedding
+    heads.bind(vocabulary, embedding)
+    native = NativeHydra(heads, vocabulary, embedding)
+    hidden, roots = torch.randn(3, 64).bfloat16(), torch.tensor([5, 6, 7])
+    states = [native.begin(hidden, roots, 3), heads.begin(hidden, roots, 3)]
+    tokens, origins = roots.unsqueeze(1), torch.zeros(3, 1, dtype=torch.int64)
+    for level in range(3):
+        (found, sure, states[0]), (expected, wanted, states[1]) = (
+            module.guess(level, state, tokens, origins, 8)
+            for module, state in zip((native, heads), states, strict=True)
+        )
+        torch.testing.assert_close(sure, wanted, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(states[0], states[1].float(), rtol=0.1, atol=0.1)
+        assert (found == expected)[..., 0].float().mean() > 0.6  # near-ties may go either way
+        assert all(len(set(row)) == 8 for row in found.flatten(0, 1).tolist())
+        if token_map is not None:
+            assert set(found.flatten().tolist()) <= set(token_map.tolist())
+        tokens, origins = expected[:, 0, :4], torch.zeros(3, 4, dtype=torch.int64)
+
+
+def test_guesses_that_are_no_numbers_are_no_guesses() -> None:
+    heads, decoder = hydra(None), random_decoder(WIDE)
+    heads.bind(decoder.lm_head.weight, decoder.embedding)
+    heads.biases.data[:] = torch.nan
+    native = NativeHydra(heads, decoder.lm_head.weight, decoder.embedding)
+    state = native.begin(torch.randn(1, 64).bfloat16(), torch.tensor([5]), 3)
+    guesses, sure, _ = native.guess(0, state, torch.tensor([[5]]), torch.zeros(1, 1, dtype=torch.int64), 8)
+    assert torch.isneginf(sure).all()
+    assert guesses.min() >= 0 and guesses.max() < 128 and len(set(guesses.flatten().tolist())) == 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    budgets=st.lists(st.integers(2, 64), min_size=1, max_size=5),
+    leasts=st.lists(st.sampled_from([0.0, 0.001, 0.02, 0.3, 1.0]), min_size=5, max_size=5),
+    lengths=st.lists(st.integers(0, 12), min_size=5, max_size=5),
+    seed=st.integers(0, 1000),
+)
+def test_trees_grown_in_one_call_are_those_grown_step_by_step(
+    budgets: list[int], leasts: list[float], lengths: list[int], seed: int
+) -> None:
+    heads, decoder = hydra(None), random_decoder(WIDE)
+    heads.bind(decoder.lm_head.weight, decoder.embedding)
+    native = NativeHydra(heads, decoder.lm_head.weight, decoder.embedding)
+    generator = torch.Generator().manual_seed(seed)
+    count, most = len(budgets), max(budgets)
+    hidden = 3 * torch.randn(count, 64, generator=generator).bfloat16()
+    roots = torch.randint(128, (count,), generator=generator)
+    least = torch.tensor(leasts[:count]).log()
+    # Chains whose first tokens are what the heads guess too, now and then.
+    likely, _, _ = native.guess(
+        0, native.begin(hidden, roots, 3), roots.unsqueeze(1), roots.unsqueeze(1) * 0, 2
+    )
+    texts = [
+        [int(likely[i, 0, seed % 2]), *range(length - 1)][:length] for i, length in enumerate(lengths[:count])
+    ]
+    chains = make_chains([(text, [0.7**i for i in range(1, len(text) + 1)]) for text in texts], most - 1, CPU)
+    sizes, depth = torch.tensor(budgets), min(3, most - 1)
+    state = native.begin(hidden, roots, 3)
+
+    def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
+        nonlocal state
+        guesses, sure, state = native.guess(level, state, tokens, origins, num_guesses)
+        return guesses, sure
+
+    tokens, parents, grown = grow_trees(guess, roots, sizes, most, depth, chains, least)
+    found = native.grow(hidden, roots, sizes, depth, chains.token_ids, chains.sure, least)
+    assert found[2].tolist() == grown.tolist()
+    for row, num_nodes in enumerate(grown.tolist()):
+        assert found[0][row, :num_nodes].tolist() == tokens[row, :num_nodes].tolist()
+        assert found[1][row, :num_nodes].tolist() == parents[row, :num_nodes].tolist()
+        assert (found[0][row, num_nodes:] == roots[row]).all() and (found[1][row, num_nodes:] == 0).all()
