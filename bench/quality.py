@@ -23,6 +23,8 @@ from engine.config import EngineConfig, Quantization
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from engine.runner.step_input import PassInput
+
 FORMATS: tuple[Quantization, ...] = ("none", "int8", "int4")
 CONCURRENCY = 8
 MAX_TEXT = 512  # tokens of each prompt whose perplexity is taken
@@ -98,33 +100,60 @@ def run(options: QualityOptions) -> int:
 
 
 def read_texts(config: EngineConfig, texts: Sequence[Sequence[int]]) -> Text:
-    """Perplexity of all tokens but each text's first, and the likeliest token in the place of each."""
+    """Perplexity of all tokens but each text's first, and the likeliest token in the place of each, by the
+    decoder and the attention that an engine of this configuration runs."""
     import torch
     import torch.nn.functional as F
 
+    from engine.model.decoder import Decoder
     from engine.model.loader import load_decoder
     from engine.model.precision import quantization_choices, quantize_linears
+    from engine.native.decoder import NativeDecoder, can_take
+    from engine.native.precision import take_over
     from engine.runner import device as hardware
+    from engine.runner.attention import paged_attention
+    from engine.runner.kv_cache import KVCache
 
     device = hardware.resolve_device(config.device)
     dtype = hardware.resolve_dtype(config.dtype, device)
-    decoder = load_decoder(Path(config.model_dir), dtype, device)
+    loaded = load_decoder(Path(config.model_dir), dtype, device)
     choices = quantization_choices(config.quantization, dtype, device)
-    quantize_linears(decoder, choices, hardware.spare_memory())
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out[0].transpose(0, 1).flatten(1)
-
+    decoder: Decoder | NativeDecoder = loaded
+    if can_take(loaded):
+        decoder, _ = take_over(loaded, choices)
+    else:
+        quantize_linears(loaded, choices, hardware.spare_memory())
+    model = decoder.config
     losses, likeliest = [], []
     with torch.inference_mode():
         for text in texts:
-            ids = torch.tensor(text)
-            logits = decoder.logits(decoder(ids, torch.arange(len(ids)), attend)[:-1]).float()
-            losses.append(F.cross_entropy(logits, ids[1:], reduction="none"))
+            rows = _whole_text(text, config.block_size)
+            cache = KVCache(model, len(rows.block_tables[0]), config.block_size, dtype, device)
+            attention = paged_attention(rows, cache, model.num_heads, model.num_kv_heads)
+            logits = decoder.logits(decoder(rows.token_ids, rows.positions, attention)[:-1]).float()
+            losses.append(F.cross_entropy(logits, rows.token_ids[1:], reduction="none"))
             likeliest.append(logits.argmax(dim=-1))
     return Text(float(torch.cat(losses).mean().exp()), torch.cat(likeliest))
+
+
+def _whole_text(text: Sequence[int], block_size: int) -> PassInput:
+    """One pass over a text, on the CPU, in a cache of its own."""
+    import numpy as np
+    import torch
+
+    from engine.runner.step_input import PassInput
+
+    positions = torch.arange(len(text))
+    return PassInput(
+        token_ids=torch.tensor(text),
+        positions=positions,
+        slots=positions,
+        prefix_len=np.arange(1, len(text) + 1),
+        ancestors=torch.zeros_like(positions),
+        starts=np.array([0, len(text)]),
+        block_tables=[list(range(-(-len(text) // block_size)))],
+        context_lens=np.array([len(text)]),
+    )
 
 
 def compare_texts(found: Text, expected: Text) -> dict[str, float]:
