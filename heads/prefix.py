@@ -27,11 +27,16 @@ def rms(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
+def rope_frequencies(head_dim: int, device: torch.device) -> Tensor:
+    """Radians by which each position turns each pair of dimensions, [head_dim / 2] float32."""
+    half = head_dim // 2
+    return ROPE_THETA ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
+
+
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Rotary embedding. x: [..., num_tokens, heads, head_dim]; positions: [num_tokens] int64."""
     half = x.shape[-1] // 2
-    exponents = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    angles = positions.float().unsqueeze(-1) * ROPE_THETA**-exponents  # [num_tokens, half]
+    angles = positions.float().unsqueeze(-1) * rope_frequencies(x.shape[-1], x.device)  # [num_tokens, half]
     cos, sin = angles.cos().unsqueeze(-2).to(x.dtype), angles.sin().unsqueeze(-2).to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

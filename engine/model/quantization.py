@@ -120,6 +120,10 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def int4_error(weight: Tensor) -> float:
     """Root mean square of what int4 changes in weight [out, in], relative to that of the weights."""
     codes, scales, offsets = quantize_int4(weight)
-    meant = codes.mul_(scales.unsqueeze(-1)).add_(offsets.unsqueeze(-1)).flatten(1)
+    return change(codes.mul_(scales.unsqueeze(-1)).add_(offsets.unsqueeze(-1)).flatten(1), weight)
+
+
+def change(meant: Tensor, weight: Tensor) -> float:
+    """Root mean square of the difference of two [out, in], relative to that of the weights."""
     values = weight.detach().float()
     return float((meant - values).norm() / values.norm().clamp_min(_TINY))

@@ -21,9 +21,18 @@ def rope_table(config: DecoderConfig) -> tuple[Tensor, Tensor]:
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # [head_dim / 2]
     frequencies, attention_factor = _scale(frequencies, config)
-    positions = torch.arange(config.max_positions, dtype=torch.float32, device="cpu")
-    angles = torch.outer(positions, frequencies)  # [max_positions, head_dim / 2]
-    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
+    cos, sin = rotation_table(frequencies, config.max_positions)
+    return cos * attention_factor, sin * attention_factor
+
+
+def rotation_table(frequencies: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [num_positions, head_dim] each, the first half of the sines negated.
+
+    frequencies: [head_dim / 2] float32 on the CPU, in radians for each position.
+    """
+    positions = torch.arange(num_positions, dtype=torch.float32, device="cpu")
+    angles = torch.outer(positions, frequencies)
+    cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 

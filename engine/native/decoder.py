@@ -19,8 +19,6 @@ from engine.native.library import CDecoder, CLayer, kernels
 from engine.native.matrix import LANES, Kind, NativeLinear, fits
 from engine.native.scratch import scratch
 
-_MAX_HEADS_PER_KV = 48
-
 
 class NativeDecoder(nn.Module):
     """Takes over a decoder in bfloat16 whose weights fit (`can_take`); its linear layers' weights are freed,
@@ -111,7 +109,6 @@ def can_take(decoder: Decoder) -> bool:
         and all(map(fits, weights))
         and c.head_dim % 32 == 0
         and c.head_dim <= MAX_HEAD_DIM
-        and c.num_heads <= c.num_kv_heads * _MAX_HEADS_PER_KV
         and c.intermediate_size % (2 * LANES) == 0
         and c.hidden_size % (2 * LANES) == 0
     )

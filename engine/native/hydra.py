@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.model.rope import rotation_table
 from engine.native.attention import NativeAttention
 from engine.native.library import CDecoder, CLayer, CMatrix, kernels
 from engine.native.matrix import Kind, NativeLinear, fits
 from engine.native.scratch import scratch
 from heads.hydra import HydraHeads
-from heads.prefix import ROPE_THETA, PrefixLayer
+from heads.prefix import PrefixLayer, rope_frequencies
 
 _EPS = torch.finfo(torch.float32).eps  # as torch's rms_norm has it by default, for bfloat16 too
 
@@ -56,7 +57,8 @@ class NativePrefix:
             )
         }
         self._ones = torch.ones(hidden)
-        self._cos, self._sin = _rope_tables(layer.head_dim, max_positions)
+        frequencies = rope_frequencies(layer.head_dim, embedding.device)
+        self._cos, self._sin = rotation_table(frequencies, max_positions)
         ones = self._ones.data_ptr()
         self._c_layer = CLayer(
             input_norm=ones, post_norm=ones, **{name: m.c for name, m in self._matrices.items()}
@@ -137,7 +139,7 @@ class NativePrefix:
 
 
 class NativeHydra:
-    """Bound Hydra heads: `begin` and `guess` as `heads.base.DraftHeads` has them.
+    """Bound Hydra heads, which grow whole trees.
 
     lm_head_weight, embedding: [vocab, hidden] bfloat16, the base's.
     """
@@ -153,41 +155,6 @@ class NativeHydra:
         self._c_mixes = (CMatrix * len(self._mixes))(*(mix.c for mix in self._mixes))
         self._projection = NativeLinear(heads.mapped(lm_head_weight.detach()), None, Kind.INT8)
         self._token_map = heads.token_map
-
-    def begin(self, hidden: Tensor, roots: Tensor, num_heads: int) -> Tensor:
-        return hidden.float().unsqueeze(1)
-
-    def guess(
-        self, head: int, state: Tensor, tokens: Tensor, origins: Tensor, num_guesses: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        requests, paths = tokens.shape
-        hidden, num_tokens = self._embedding.shape[1], self._projection.out_features
-        num_guesses = min(num_guesses, num_tokens)
-        tokens, state = tokens.contiguous(), state.contiguous()
-        rows = origins + (torch.arange(requests) * state.shape[1]).unsqueeze(1)
-        features = torch.empty(requests, paths, hidden)
-        guesses = torch.empty(requests, paths, num_guesses, dtype=torch.int64)
-        log_probs = torch.empty(requests, paths, num_guesses)
-        threads = torch.get_num_threads()
-        needed = self._library.gorgon_hydra_bytes(hidden, num_tokens, tokens.numel(), threads)
-        self._library.gorgon_hydra(
-            ctypes.byref(self._mixes[head].c),
-            ctypes.byref(self._projection.c),
-            self._embedding.data_ptr(),
-            _EPS,
-            tokens.data_ptr(),
-            state.data_ptr(),
-            rows.data_ptr(),
-            tokens.numel(),
-            features.data_ptr(),
-            num_guesses,
-            None if self._token_map is None else self._token_map.data_ptr(),
-            guesses.data_ptr(),
-            log_probs.data_ptr(),
-            threads,
-            scratch.pointer(needed),
-        )
-        return guesses, log_probs, features
 
     def grow(
         self,
@@ -238,11 +205,3 @@ class NativeHydra:
             scratch.pointer(needed),
         )
         return tokens, parents, grown
-
-
-def _rope_tables(head_dim: int, max_positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, [max_positions, head_dim], as `heads.prefix.rotate` has them; sin's first half negated."""
-    half = head_dim // 2
-    angles = torch.arange(max_positions).unsqueeze(1) * ROPE_THETA ** -(torch.arange(half) / half)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.model.quantization import GROUP_SIZE, quantize_int4
+from engine.model.quantization import GROUP_SIZE, change, quantize_int4, quantize_int8
 from engine.native.library import CMatrix, kernels
 from engine.native.scratch import scratch
 
 LANES = 16  # outputs of a block
-_INT8_LEVELS = 127
-_TINY = 1e-12  # a scale for weights that are all zero
 
 
 class Kind(IntEnum):
@@ -94,21 +92,18 @@ def argmax(x: Tensor) -> Tensor | None:
 
 
 def quantize_int8_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes -127 to 127, [out, groups, 32], and the scale of each group, [out, groups]; both float32.
+    """Codes -127 to 127, [out, groups, 32] int8, and the scale of each group, [out, groups] float32.
 
-    weight: [out, in] float32. Weights dequantized from GGUF's Q8_0 find their codes again.
+    weight: [out, in]. Weights dequantized from GGUF's Q8_0 find their codes again.
     """
-    groups = weight.view(len(weight), -1, GROUP_SIZE)
-    scales = (groups.abs().amax(dim=-1) / _INT8_LEVELS).clamp_min_(_TINY)
-    return (groups / scales.unsqueeze(-1)).round_(), scales
+    codes, scales = quantize_int8(weight.reshape(-1, GROUP_SIZE))
+    return codes.view(len(weight), -1, GROUP_SIZE), scales.view(len(weight), -1)
 
 
 def int8_error(weight: Tensor) -> float:
     """Root mean square of what 8 bits change in weight [out, in], relative to that of the weights."""
-    values = weight.detach().float()
-    codes, scales = quantize_int8_groups(values)
-    meant = codes.mul_(scales.unsqueeze(-1)).flatten(1)
-    return float((meant - values).norm() / values.norm().clamp_min(_TINY))
+    codes, scales = quantize_int8_groups(weight)
+    return change((codes * scales.unsqueeze(-1)).flatten(1), weight)
 
 
 def _bf16_blocks(weight: Tensor) -> Tensor:
@@ -129,7 +124,7 @@ def _int4_blocks(weight: Tensor) -> Tensor:
 def _int8_blocks(weight: Tensor) -> Tensor:
     codes, scales = quantize_int8_groups(weight)
     blocks, groups = len(weight) // LANES, codes.shape[1]
-    unsigned = (codes + 128).to(torch.uint8).view(blocks, LANES, groups, 8, 4)  # vector, byte
+    unsigned = (codes.to(torch.int16) + 128).to(torch.uint8).view(blocks, LANES, groups, 8, 4)  # vector, byte
     packed = unsigned.permute(0, 2, 3, 1, 4).reshape(blocks, groups, -1)
     return torch.cat((packed, _by_block(scales)), dim=-1).flatten()
 

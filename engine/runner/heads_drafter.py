@@ -42,9 +42,9 @@ class HeadsDrafter(Drafter):
             raise ConfigError("heads", "the heads are not bound to a model")
         self._heads = heads
         self._embedding = heads.embedding
-        self._guesser: DraftHeads | NativeHydra = heads
+        self._native: NativeHydra | None = None
         if isinstance(heads, HydraHeads) and can_take_heads(heads, lm_head_weight):
-            self._guesser = NativeHydra(heads, lm_head_weight, heads.embedding)
+            self._native = NativeHydra(heads, lm_head_weight, heads.embedding)
         self._prefix: _CachedPrefix | _NativeCachedPrefix | None = None
         self.num_levels = heads.num_heads
         # Elsewhere the host would have to wait for what was drafted.
@@ -97,16 +97,16 @@ class HeadsDrafter(Drafter):
         )
         least = torch.tensor(draft.least, device=hidden.device).log_()
         num_nodes = torch.tensor(draft.budgets, device=hidden.device)
-        if isinstance(self._guesser, NativeHydra):
-            tokens, parents, num_nodes = self._guesser.grow(
+        if self._native is not None:
+            tokens, parents, num_nodes = self._native.grow(
                 hidden, draft.roots, num_nodes, max_depth, chains.token_ids, chains.sure, least
             )
             return Proposal(tokens, parents, max(max_depth, chains.length), num_nodes.tolist())
-        state = self._guesser.begin(hidden, draft.roots, max_depth)
+        state = self._heads.begin(hidden, draft.roots, max_depth)
 
         def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
             nonlocal state
-            guesses, log_probs, state = self._guesser.guess(level, state, tokens, origins, num_guesses)
+            guesses, log_probs, state = self._heads.guess(level, state, tokens, origins, num_guesses)
             return guesses, log_probs
 
         tokens, parents, num_nodes = grow_trees(

@@ -87,7 +87,7 @@ class AdaptiveSpeculation:
 
     def __init__(self, family: TreeFamily, cost: CostModel, trims: bool = False) -> None:
         self._gains = np.array(family.gains)  # [num_drafts], falling
-        self.cost = cost
+        self._cost = cost
         self._since_change = 0  # steps since one was unlike the others
         self._probe_after = _SOON
         self._trims = trims
@@ -113,14 +113,14 @@ class AdaptiveSpeculation:
 
     def _choose(self, load: Load, candidates: Sequence[Candidate], ratios: list[float]) -> list[Allowance]:
         n = load.num_committing
-        base = self._correction.base_seconds(self.cost.base_seconds(n, n, load.num_keys))
+        base = self._correction.base_seconds(self._cost.base_seconds(n, n, load.num_keys))
         most = max(_LEAST_OFFERS, _MOST_OFFERS // len(candidates))
         contexts = np.array([candidate.context for candidate in candidates])
         chains = [np.array((c.chain[: c.limit],) * 2) if c.chain else _NO_OFFERS for c in candidates]
-        plans = [Spending(self.draft_seconds, load, base, chains, contexts, chain_only=True)]
+        plans = [Spending(self._draft_seconds, load, base, chains, contexts, chain_only=True)]
         if len(self._gains):
             offers = self._offers(candidates, ratios, most)
-            plans.append(Spending(self.draft_seconds, load, base, offers, contexts, chain_only=False))
+            plans.append(Spending(self._draft_seconds, load, base, offers, contexts, chain_only=False))
         # What a second is worth: the best rate of a pass that only decodes. Prompt chunks in the pass change
         # what a draft token costs, not what a committed one is worth.
         best_rate = max(plan.best_rate for plan in plans)
@@ -169,7 +169,7 @@ class AdaptiveSpeculation:
         self._overall.observe(expected, num_accepted, _LONG_MEMORY)
 
     def observe_step(self, step: StepCost) -> None:
-        base = self.cost.base_seconds(step.num_known, step.num_known, step.num_keys)
+        base = self._cost.base_seconds(step.num_known, step.num_known, step.num_keys)
         added = self._added_seconds(step.num_known, step.drafts)
         if self._state == "probing":
             surprise = abs(step.seconds / self._correction.base_seconds(base) - 1.0)
@@ -185,12 +185,12 @@ class AdaptiveSpeculation:
 
     def _added_seconds(self, num_known: int, drafts: Drafts) -> NDArray[np.float64]:
         """Modelled seconds that draft tokens add to a pass over `num_known` others, and guessing them."""
-        with_drafts = self.cost.pass_seconds(num_known + drafts.num_drafts)
-        without = self.cost.pass_seconds(np.array([num_known]))
-        keys = np.maximum(drafts.keys - self.cost.context * drafts.num_drafts, 0)
-        guessing = self.cost.guessing_seconds(drafts.num_guessing, drafts.depth)
-        return np.asarray(with_drafts - without + self.cost.next_key * keys + guessing)
+        with_drafts = self._cost.pass_seconds(num_known + drafts.num_drafts)
+        without = self._cost.pass_seconds(np.array([num_known]))
+        keys = np.maximum(drafts.keys - self._cost.context * drafts.num_drafts, 0)
+        guessing = self._cost.guessing_seconds(drafts.num_guessing, drafts.depth)
+        return np.asarray(with_drafts - without + self._cost.next_key * keys + guessing)
 
-    def draft_seconds(self, num_known: int, drafts: Drafts) -> NDArray[np.float64]:
+    def _draft_seconds(self, num_known: int, drafts: Drafts) -> NDArray[np.float64]:
         """The same as steps have taught it."""
         return self._correction.draft_seconds(self._added_seconds(num_known, drafts))

@@ -227,11 +227,11 @@ static void attend_queries(const paging *p, int64_t layer, int64_t request, int6
 
 /* This thread's part of the attention of one layer; K and V of the pass lie in the cache already. Work is
  * counted in queries, each of which costs its keys and what is done once. */
-static void attend(const paging *p, int64_t layer, int64_t thread, const uint16_t *q, float *out) {
+static void attend(const paging *p, int64_t layer, team t, const uint16_t *q, float *out) {
     const int64_t group = p->num_heads / p->num_kv_heads;
     int64_t total = 0, done = 0;
     for (int64_t r = 0; r < p->num_tokens; r++) total += p->prefix_len[r] + 32;
-    const range mine = share(total * p->num_heads, thread, p->num_threads);
+    const range mine = share(total * p->num_heads, t);
     for (int64_t request = 0; request < p->num_requests; request++) {
         const int64_t start = p->starts[request], queries = (p->starts[request + 1] - start) * group;
         for (int64_t head = 0; head < p->num_kv_heads; head++) {

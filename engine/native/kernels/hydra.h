@@ -38,9 +38,9 @@ void gorgon_prefix(const decoder *d, const paging *p, int64_t index, const int64
     if (start) b.x = start;
 #pragma omp parallel num_threads((int)p->num_threads)
     {
-        const int64_t thread = omp_get_thread_num();
-        float *row = rows_of_threads + thread * (3 * d->hidden + LANES);
-        const range mine = share(n, thread, p->num_threads);
+        const team t = this_team();
+        float *row = rows_of_threads + t.thread * (3 * d->hidden + LANES);
+        const range mine = share(n, t);
         for (int64_t r = mine.first; r < mine.end; r++) {
             float *x = b.x + r * d->hidden;
             load_row(before[r], d->hidden, x);
@@ -48,11 +48,11 @@ void gorgon_prefix(const decoder *d, const paging *p, int64_t index, const int64
                           (enum kind)w->qkv.kind, r, row);
         }
 #pragma omp barrier
-        if (start) run_layer(d, w, p, index, positions, &b, row, thread);
+        if (start) run_layer(d, w, p, index, positions, &b, row, t);
         else {
-            product(&kv, &b.outer, n, b.qkv, 0, thread, p->num_threads);
+            product(&kv, &b.outer, n, b.qkv, 0, t);
 #pragma omp barrier
-            rotate_and_store(&keys_alone, w, p, index, positions, b.qkv, b.q, thread);
+            rotate_and_store(&keys_alone, w, p, index, positions, b.qkv, b.q, t);
         }
     }
 }
@@ -111,14 +111,14 @@ void gorgon_hydra(const matrix *mix, const matrix *projection, const uint16_t *e
     float *rows_of_threads = (float *)take(&memory, 4 * (size_t)(num_threads * (2 * hidden + LANES)));
 #pragma omp parallel num_threads((int)num_threads)
     {
-        const int64_t thread = omp_get_thread_num();
-        float *row = rows_of_threads + thread * (2 * hidden + LANES);
-        const range mine = share(rows, thread, num_threads);
+        const team t = this_team();
+        float *row = rows_of_threads + t.thread * (2 * hidden + LANES);
+        const range mine = share(rows, t);
         for (int64_t r = mine.first; r < mine.end; r++)
             prepare_entry(from + origins[r] * hidden, embedding + tokens[r] * hidden, hidden, eps, &entries,
                           (enum kind)mix->kind, r, row);
 #pragma omp barrier
-        product(mix, &entries, rows, features, 0, thread, num_threads);
+        product(mix, &entries, rows, features, 0, t);
 #pragma omp barrier
         for (int64_t r = mine.first; r < mine.end; r++) {
             float *x = features + r * hidden;
@@ -128,7 +128,7 @@ void gorgon_hydra(const matrix *mix, const matrix *projection, const uint16_t *e
             prepare_row(&ready, (enum kind)projection->kind, r, x);
         }
 #pragma omp barrier
-        product(projection, &ready, rows, logits, 0, thread, num_threads);
+        product(projection, &ready, rows, logits, 0, t);
 #pragma omp barrier
         for (int64_t r = mine.first; r < mine.end; r++)
             likeliest(logits + r * num_tokens, num_tokens, num_guesses, token_map,

@@ -3,11 +3,13 @@
 #include <omp.h>
 #include "attention.h"
 
+static inline team this_team(void) { return (team){omp_get_thread_num(), omp_get_num_threads()}; }
+
 /* Norm, rotation and cache writes of the rows a thread takes. qkv: [num_tokens, qkv_size] float. */
 static void rotate_and_store(const decoder *d, const layer *w, const paging *p, int64_t index,
-                             const int64_t *positions, const float *qkv, uint16_t *q, int64_t thread) {
+                             const int64_t *positions, const float *qkv, uint16_t *q, team t) {
     const int64_t dim = d->head_dim, heads = d->num_heads, kv = d->num_kv_heads, half = dim / 2;
-    const range rows = share(p->num_tokens, thread, p->num_threads);
+    const range rows = share(p->num_tokens, t);
     for (int64_t r = rows.first; r < rows.end; r++) {
         const float *cos = d->cos + positions[r] * dim, *sin = d->sin + positions[r] * dim;
         const int64_t at = (index * kv * p->num_slots + p->slots[r]) * dim, head_size = p->num_slots * dim;
@@ -35,8 +37,8 @@ static void rotate_and_store(const decoder *d, const layer *w, const paging *p, 
 
 /* out (+)= a m^T for the blocks a thread takes. */
 static void product(const matrix *m, const activations *a, int64_t num_rows, float *out, int accumulate,
-                    int64_t thread, int64_t num_threads) {
-    const range blocks = share(m->outputs / LANES, thread, num_threads);
+                    team t) {
+    const range blocks = share(m->outputs / LANES, t);
     for (int64_t b = blocks.first; b < blocks.end; b++)
         for (int64_t r = 0, rows; r < num_rows; r += rows) {
             rows = tile_rows(num_rows - r);
@@ -54,9 +56,9 @@ static void product(const matrix *m, const activations *a, int64_t num_rows, flo
 
 /* inner = silu(gate) * up, made ready for the matrix after it. */
 static void gated(const matrix *m, const activations *a, int64_t num_rows, const activations *inner,
-                  enum kind next, int64_t thread, int64_t num_threads) {
+                  enum kind next, team t) {
     const int64_t half = m->outputs / 2 / LANES; /* blocks of the gate, then as many of up */
-    const range groups = share(half / 2, thread, num_threads);
+    const range groups = share(half / 2, t);
     for (int64_t g = groups.first; g < groups.end; g++)
         for (int64_t r = 0, rows; r < num_rows; r += rows) {
             rows = tile_rows(num_rows - r);
@@ -73,8 +75,8 @@ static void gated(const matrix *m, const activations *a, int64_t num_rows, const
 }
 
 static void normalized(const float *x, const float *weight, const decoder *d, const activations *a,
-                       enum kind kind, float *row, const paging *p, int64_t thread) {
-    const range rows = share(p->num_tokens, thread, p->num_threads);
+                       enum kind kind, float *row, const paging *p, team t) {
+    const range rows = share(p->num_tokens, t);
     for (int64_t r = rows.first; r < rows.end; r++) {
         normalize(x + r * d->hidden, weight, d->hidden, d->norm_eps, row);
         prepare_row(a, kind, r, row);
@@ -109,27 +111,27 @@ static buffers take_buffers(char **memory, const decoder *d, int64_t width, int6
 
 /* A layer from QKV on, over inputs made ready in b->outer; its output is added to b->x. */
 static void run_layer(const decoder *d, const layer *w, const paging *p, int64_t index,
-                      const int64_t *positions, const buffers *b, float *row, int64_t thread) {
-    const int64_t n = p->num_tokens, heads = d->num_heads * d->head_dim, threads = p->num_threads;
+                      const int64_t *positions, const buffers *b, float *row, team t) {
+    const int64_t n = p->num_tokens, heads = d->num_heads * d->head_dim;
     activations middle = b->outer;
     middle.groups = d->hidden / GROUP;
-    const range mine = share(n, thread, threads);
-    product(&w->qkv, &b->outer, n, b->qkv, 0, thread, threads);
+    const range mine = share(n, t);
+    product(&w->qkv, &b->outer, n, b->qkv, 0, t);
 #pragma omp barrier
-    rotate_and_store(d, w, p, index, positions, b->qkv, b->q, thread);
+    rotate_and_store(d, w, p, index, positions, b->qkv, b->q, t);
 #pragma omp barrier
-    attend(p, index, thread, b->q, b->attended);
+    attend(p, index, t, b->q, b->attended);
 #pragma omp barrier
     for (int64_t r = mine.first; r < mine.end; r++)
         prepare_row(&b->read, w->o.kind, r, b->attended + r * heads);
 #pragma omp barrier
-    product(&w->o, &b->read, n, b->x, 1, thread, threads);
+    product(&w->o, &b->read, n, b->x, 1, t);
 #pragma omp barrier
-    normalized(b->x, w->post_norm, d, &middle, w->gate_up.kind, row, p, thread);
+    normalized(b->x, w->post_norm, d, &middle, w->gate_up.kind, row, p, t);
 #pragma omp barrier
-    gated(&w->gate_up, &middle, n, &b->inner, w->down.kind, thread, threads);
+    gated(&w->gate_up, &middle, n, &b->inner, w->down.kind, t);
 #pragma omp barrier
-    product(&w->down, &b->inner, n, b->x, 1, thread, threads);
+    product(&w->down, &b->inner, n, b->x, 1, t);
 #pragma omp barrier
 }
 
@@ -145,16 +147,16 @@ void gorgon_pass(const decoder *d, const paging *p, const int64_t *token_ids, co
     float *rows_of_threads = (float *)take(&memory, 4 * (size_t)(p->num_threads * (d->hidden + LANES)));
 #pragma omp parallel num_threads((int)p->num_threads)
     {
-        const int64_t thread = omp_get_thread_num();
-        float *row = rows_of_threads + thread * (d->hidden + LANES);
-        const range mine = share(p->num_tokens, thread, p->num_threads);
+        const team t = this_team();
+        float *row = rows_of_threads + t.thread * (d->hidden + LANES);
+        const range mine = share(p->num_tokens, t);
         for (int64_t r = mine.first; r < mine.end; r++)
             load_row(d->embedding + token_ids[r] * d->hidden, d->hidden, b.x + r * d->hidden);
         for (int64_t index = 0; index < d->num_layers; index++) {
             const layer *w = d->layers + index;
-            normalized(b.x, w->input_norm, d, &b.outer, w->qkv.kind, row, p, thread);
+            normalized(b.x, w->input_norm, d, &b.outer, w->qkv.kind, row, p, t);
 #pragma omp barrier
-            run_layer(d, w, p, index, positions, &b, row, thread);
+            run_layer(d, w, p, index, positions, &b, row, t);
         }
         for (int64_t r = mine.first; r < mine.end; r++) {
             normalize(b.x + r * d->hidden, d->final_norm, d->hidden, d->norm_eps, row);
@@ -175,15 +177,15 @@ void gorgon_linear(const matrix *m, const uint16_t *x, int64_t num_rows, float *
     float *rows_of_threads = (float *)take(&memory, 4 * (size_t)(num_threads * (m->inputs + LANES)));
 #pragma omp parallel num_threads((int)num_threads)
     {
-        const int64_t thread = omp_get_thread_num();
-        float *row = rows_of_threads + thread * (m->inputs + LANES);
-        const range mine = share(num_rows, thread, num_threads);
+        const team t = this_team();
+        float *row = rows_of_threads + t.thread * (m->inputs + LANES);
+        const range mine = share(num_rows, t);
         for (int64_t r = mine.first; r < mine.end; r++) {
             load_row(x + r * m->inputs, m->inputs, row);
             prepare_row(&a, (enum kind)m->kind, r, row);
         }
 #pragma omp barrier
-        product(m, &a, num_rows, out, 0, thread, num_threads);
+        product(m, &a, num_rows, out, 0, t);
     }
 }
 
@@ -210,7 +212,7 @@ void gorgon_argmax(const float *x, int64_t num_rows, int64_t width, int64_t *pla
  * [num_tokens, num_heads * head_dim] float. */
 void gorgon_attend(const paging *p, int64_t index, const uint16_t *q, float *out) {
 #pragma omp parallel num_threads((int)p->num_threads)
-    attend(p, index, omp_get_thread_num(), q, out);
+    attend(p, index, this_team(), q, out);
 }
 
 #include "hydra.h"

@@ -138,6 +138,9 @@ static void multiply(const matrix *m, int64_t block, const activations *a, int64
 
 typedef struct { int64_t first, end; } range;
 
-static inline range share(int64_t count, int64_t thread, int64_t num_threads) {
-    return (range){count * thread / num_threads, count * (thread + 1) / num_threads};
+/* A thread among those that really run, which may be fewer than were asked for (OMP_THREAD_LIMIT). */
+typedef struct { int64_t thread, num_threads; } team;
+
+static inline range share(int64_t count, team t) {
+    return (range){count * t.thread / t.num_threads, count * (t.thread + 1) / t.num_threads};
 }

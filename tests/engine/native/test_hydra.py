@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -12,6 +14,7 @@ from engine.native.hydra import NativeHydra
 from engine.native.library import kernels
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
+from tests.engine.native import levels
 from tests.engine.native.decoders import WIDE, random_decoder
 from tests.engine.tiny import CPU
 from trees.select import grow_trees, make_chains
@@ -35,12 +38,12 @@ def test_hydra_heads_guess_what_the_module_guesses(mapped: bool) -> None:
     heads.bind(vocabulary, embedding)
     native = NativeHydra(heads, vocabulary, embedding)
     hidden, roots = torch.randn(3, 64).bfloat16(), torch.tensor([5, 6, 7])
-    states = [native.begin(hidden, roots, 3), heads.begin(hidden, roots, 3)]
+    states = [levels.begin(hidden), heads.begin(hidden, roots, 3)]
     tokens, origins = roots.unsqueeze(1), torch.zeros(3, 1, dtype=torch.int64)
     for level in range(3):
         (found, sure, states[0]), (expected, wanted, states[1]) = (
-            module.guess(level, state, tokens, origins, 8)
-            for module, state in zip((native, heads), states, strict=True)
+            ask(level, state, tokens, origins, 8)
+            for ask, state in zip((partial(levels.guess, native), heads.guess), states, strict=True)
         )
         torch.testing.assert_close(sure, wanted, rtol=0.1, atol=0.1)
         torch.testing.assert_close(states[0], states[1].float(), rtol=0.1, atol=0.1)
@@ -56,8 +59,10 @@ def test_guesses_that_are_no_numbers_are_no_guesses() -> None:
     heads.bind(decoder.lm_head.weight, decoder.embedding)
     heads.biases.data[:] = torch.nan
     native = NativeHydra(heads, decoder.lm_head.weight, decoder.embedding)
-    state = native.begin(torch.randn(1, 64).bfloat16(), torch.tensor([5]), 3)
-    guesses, sure, _ = native.guess(0, state, torch.tensor([[5]]), torch.zeros(1, 1, dtype=torch.int64), 8)
+    state = levels.begin(torch.randn(1, 64).bfloat16())
+    guesses, sure, _ = levels.guess(
+        native, 0, state, torch.tensor([[5]]), torch.zeros(1, 1, dtype=torch.int64), 8
+    )
     assert torch.isneginf(sure).all()
     assert guesses.min() >= 0 and guesses.max() < 128 and len(set(guesses.flatten().tolist())) == 8
 
@@ -81,19 +86,18 @@ def test_trees_grown_in_one_call_are_those_grown_step_by_step(
     roots = torch.randint(128, (count,), generator=generator)
     least = torch.tensor(leasts[:count]).log()
     # Chains whose first tokens are what the heads guess too, now and then.
-    likely, _, _ = native.guess(
-        0, native.begin(hidden, roots, 3), roots.unsqueeze(1), roots.unsqueeze(1) * 0, 2
-    )
+    first = roots.unsqueeze(1)
+    likely, _, _ = levels.guess(native, 0, levels.begin(hidden), first, torch.zeros_like(first), 2)
     texts = [
         [int(likely[i, 0, seed % 2]), *range(length - 1)][:length] for i, length in enumerate(lengths[:count])
     ]
     chains = make_chains([(text, [0.7**i for i in range(1, len(text) + 1)]) for text in texts], most - 1, CPU)
     sizes, depth = torch.tensor(budgets), min(3, most - 1)
-    state = native.begin(hidden, roots, 3)
+    state = levels.begin(hidden)
 
     def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
         nonlocal state
-        guesses, sure, state = native.guess(level, state, tokens, origins, num_guesses)
+        guesses, sure, state = levels.guess(native, level, state, tokens, origins, num_guesses)
         return guesses, sure
 
     tokens, parents, grown = grow_trees(guess, roots, sizes, most, depth, chains, least)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -87,6 +90,30 @@ def test_a_row_is_the_same_to_the_last_bit_in_any_company(kind: Kind) -> None:
         assert torch.equal(torch.cat([linear(part) for part in x.split(size)]), together)
 
 
+FEWER_THREADS = """
+import torch
+from engine.native.matrix import Kind, NativeLinear
+torch.set_num_threads(4)
+torch.manual_seed(0)
+y = NativeLinear(torch.randn(64, 96), None, Kind.INT4)(torch.randn(9, 96).bfloat16())
+print(y.double().sum().item(), y.abs().min().item() < 1e30)
+"""
+
+
+def test_fewer_threads_than_were_asked_for_do_all_the_work() -> None:
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", FEWER_THREADS],
+            env={**os.environ, "OMP_THREAD_LIMIT": limit},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for limit in ("1", "3", "8")
+    }
+    assert len(said) == 1
+
+
 def test_weights_of_other_shapes_are_refused() -> None:
     for shape in ((24, 64), (32, 48)):
         with pytest.raises(ConfigError, match=f"{shape[0]}, {shape[1]}"):
@@ -157,7 +184,7 @@ requests = st.lists(
 @given(
     lengths=requests,
     block_size=st.sampled_from([1, 3, 16, 40]),
-    heads=st.sampled_from([(4, 2, 32), (3, 3, 64), (6, 1, 96), (2, 2, 128)]),
+    heads=st.sampled_from([(4, 2, 32), (3, 3, 64), (6, 1, 96), (2, 2, 128), (50, 1, 32)]),
     seed=st.integers(0, 1000),
 )
 def test_attention_follows_the_visibility_rule(
