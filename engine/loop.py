@@ -100,6 +100,7 @@ class Engine:
         with _allocating("max_num_seqs", f"the state of {config.max_num_seqs} requests"):
             self._runner = Runner(decoder, cache, drafter, config.max_num_seqs)
         self._num_lost_steps = 0
+        self._ended: float | None = None  # when the last step did, where nobody has waited since
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max_tokens,
@@ -163,13 +164,14 @@ class Engine:
         """
         start = time.perf_counter()
         batch = self.scheduler.schedule()
-        executing = time.perf_counter()
         committed = self._try(batch)
         if committed is None:
             return StepOutput(self._step_singly(batch), self._stats(batch, time.perf_counter() - start))
         self._num_lost_steps = 0
-        executed = time.perf_counter()
         outputs = self.scheduler.update(batch, committed)
+        # What a step costs is all the time since the one before: planning and sending, too.
+        began, ended = self._ended or start, time.perf_counter()
+        self._ended = ended if self.scheduler.has_work() else None
         if not any(s.num_tokens > 1 for s in batch.scheduled):
             guessed = [s.allowance.most for s in batch.scheduled if s.guesses]
             keys = [(s.base, s.num_drafts) for s in batch.scheduled]
@@ -182,7 +184,7 @@ class Engine:
                     draft_keys=sum(base * drafts for base, drafts in keys),
                     num_guessing=len(guessed),
                     depth=max(guessed, default=0),
-                    seconds=executed - executing,
+                    seconds=ended - began,
                 )
             )
         return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))

@@ -1,10 +1,10 @@
 """Heads learn on the cached hidden rows of a frozen backbone, whatever their architecture (Medusa-1).
 
 The loss is the sum over heads k of 0.8^k times the mean cross-entropy of head k (arXiv 2401.10774, section
-2.2), over the positions that it learns at (`training.heads_loss`). The text of step s is a function of (seed, s)
-alone, so that a run that was killed and taken up again ends with the same weights as an unbroken one. A step
-is cut into pieces of whole conversations, shared by the devices and summed: how many is a matter of memory
-alone.
+2.2), over the positions that it learns at (`training.heads_loss`). The text of step s is a function of (seed,
+s) alone, so that a run that was killed and taken up again ends with the same weights as an unbroken one. A
+step is cut into pieces of whole conversations, shared by the devices and summed: how many is a matter of
+memory alone.
 """
 
 from __future__ import annotations
