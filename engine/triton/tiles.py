@@ -58,11 +58,10 @@ def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
     """The tile for requests of up to `max_queries` queries each.
 
     Few rows are bound by memory: a turn reads 16 KB of K and as much of V, and three programs of that size
-    fit a processor. Many rows are bound by the tensor cores and by registers, which no size here overflows on
-    Hopper with 16-bit numbers. Float32 has no tensor cores that keep its precision, and takes what it gets.
+    fit a Hopper processor. Many rows are bound by the tensor cores, by registers, and by shared memory where a
+    row is long: 99 KB is all that some GPUs have.
     """
-    wide = heads.head_dim > 128 or heads.itemsize > 2
-    largest = 64 if wide else 128
+    largest = 32 if padded(heads.head_dim) * heads.itemsize > 256 else 128
     wanted = max(heads.group, min(max_queries * heads.group, largest))
     rows = next((size for size in _ROWS if size >= wanted), padded(wanted))
     keys = min(128, _TURN_BYTES // (padded(heads.head_dim) * heads.itemsize))
@@ -70,7 +69,7 @@ def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
         queries=max(1, min(rows // heads.group, max_queries)),
         rows=rows,
         keys=min(keys, 64) if rows >= 128 else keys,
-        num_warps=8 if rows >= largest else 4,
+        num_warps=8 if rows >= 128 else 4,
         num_stages=_STAGES,
     )
 

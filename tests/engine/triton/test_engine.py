@@ -14,7 +14,9 @@ LENGTH = 10
 PROMPTS = [tuple((11 * i + 3 * p) % 128 for p in range(length)) for i, length in enumerate((1, 19, 45))]
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="the tiny engine runs on the CPU, so only interpreted kernels do")
+@pytest.mark.skipif(
+    DEVICE.type != "cpu", reason="the tiny engine runs on the CPU, so only interpreted kernels do"
+)
 def test_greedy_answers_with_trees_and_compaction(monkeypatch: pytest.MonkeyPatch) -> None:
     def script(request_id: str) -> tuple[int, ...]:
         prompt = PROMPTS[int(request_id)]
