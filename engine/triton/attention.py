@@ -1,0 +1,84 @@
+"""Attention over the paged cache by our Triton kernels, on CUDA devices."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.triton.cache import rows_of_heads, store
+from engine.triton.kernels.attention import attend, merge
+from engine.triton.plan import AttentionPlan
+from engine.triton.tiles import PagedHeads, padded
+
+if TYPE_CHECKING:
+    from engine.runner.kv_cache import KVCache
+    from engine.runner.step_input import PassInput
+
+
+class TritonAttention:
+    """The attention callable of a pass (see `engine.model.decoder.Attention`).
+
+    slots, ancestors: [num_tokens] int64, as in `PassInput`; a row of padding has a negative slot, stores
+    nothing, reads zeros and is left out of the plan. With a plan that was reserved, and `slots` and
+    `ancestors` that stay where they are, a call can be captured: it serves every pass the plan is given.
+    """
+
+    def __init__(self, plan: AttentionPlan, cache: KVCache, slots: Tensor, ancestors: Tensor) -> None:
+        self._plan = plan
+        self._cache = cache
+        self._slots = slots
+        self._ancestors = ancestors
+
+    @classmethod
+    def for_step(cls, step: PassInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> TritonAttention:
+        """The attention of one pass."""
+        heads = PagedHeads.of(cache, num_heads, num_kv_heads)
+        plan = AttentionPlan.for_step(step, heads, cache.k.device)
+        return cls(plan, cache, step.slots, step.ancestors)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = rows_of_heads(q)
+        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
+        store(k_cache, v_cache, self._slots, k, v, out)
+        self._attend(k_cache, v_cache, q, out)
+        return out
+
+    def _attend(self, k_cache: Tensor, v_cache: Tensor, q: Tensor, out: Tensor) -> None:
+        plan, heads, tile = self._plan, self._plan.heads, self._plan.tile
+        shape = {
+            "KV_HEADS": heads.num_kv_heads,
+            "GROUP": heads.group,
+            "HEAD_DIM": heads.head_dim,
+            "DIM": padded(heads.head_dim),
+            "ROWS": tile.rows,
+        }
+        attend[(len(plan.items) * heads.num_kv_heads,)](
+            q,
+            k_cache,
+            v_cache,
+            out,
+            plan.partials,
+            plan.shares,
+            plan.items,
+            plan.tables,
+            plan.prefix_len,
+            self._ancestors,
+            q.stride(0),
+            k_cache.stride(0),
+            SCALE=math.log2(math.e) * heads.head_dim**-0.5,
+            BLOCK_SIZE=heads.block_size,
+            KEYS=tile.keys,
+            **shape,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,
+        )
+        if len(plan.merges):
+            grid = (len(plan.merges), tile.queries * heads.group, heads.num_kv_heads)
+            merge[grid](
+                out, plan.partials, plan.shares, plan.merges, **shape, num_warps=4, enable_fp_fusion=True
+            )
