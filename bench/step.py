@@ -76,7 +76,7 @@ def run(options: StepBenchOptions) -> int:
     for measured in measure(plain, config, options):
         bandwidth.measure()
         rows.append(measured)
-    dtype = getattr(torch, plain.info.dtype)
+    dtype = getattr(torch, plain.info.kv_cache_dtype or plain.info.dtype)
     kv_bytes = bytes_per_token(load_config(Path(config.model_dir)), dtype) * options.context
     figures = [_figures(row, kv_bytes, bandwidth.best) for row in rows]
     _print(figures, bandwidth, plain)

@@ -11,7 +11,6 @@ from engine.errors import ConfigError
 
 _CPU_CACHE_LIMIT = 2 << 30  # bytes; enough for tens of long requests, and no more than a laptop can spare
 _CPU_CACHE_SHARE = 0.25  # of the memory that is free
-_CUDA_CACHE_SHARE = 0.9
 _COPIES_SHARE = 0.25  # of the memory that is free, for faster layouts of the same weights
 
 
@@ -37,11 +36,9 @@ def default_batched_tokens(device: torch.device) -> int:
     return 512 if device.type == "cpu" else 4096
 
 
-def free_memory_for_cache(device: torch.device) -> int:
-    """Bytes the KV cache may take when nobody says how many. Call it with the weights loaded."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _CUDA_CACHE_SHARE)
+def free_memory_for_cache() -> int:
+    """Bytes of this machine that the KV cache may take when nobody says how many. Call it with the weights
+    loaded; for a GPU see `engine.runner.memory`."""
     return min(int(_available_memory() * _CPU_CACHE_SHARE), _CPU_CACHE_LIMIT)
 
 
