@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.config import Quantization
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder, Linear
-from engine.model.packing import PackedLinear, can_pack, pack_linears
+from engine.model.packing import PackedLinear, can_pack, pack_linears, replace_linears
 from engine.model.quantization import Int4Linear, Int8Linear, fits_int4, int4_error
 
 logger = logging.getLogger(__name__)
@@ -73,15 +73,9 @@ def quantize_linears(decoder: Decoder, choices: Sequence[Quantization], spare_me
     if chosen == "none":
         pack_linears(decoder)
         return chosen
-    linears = [
-        (parent, name, child)
-        for parent in decoder.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Linear)
-    ]
-    copies = sum(linear.weight.nbytes for _, _, linear in linears) <= spare_memory
-    for parent, name, linear in linears:
-        setattr(parent, name, _quantized(linear, name, chosen, lossless=len(choices) > 1, copies=copies))
+    weights = sum(child.weight.nbytes for child in decoder.modules() if isinstance(child, Linear))
+    lossless, copies = len(choices) > 1, weights <= spare_memory
+    replace_linears(decoder, lambda name, linear: _quantized(linear, name, chosen, lossless, copies))
     return chosen
 
 
