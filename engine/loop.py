@@ -43,6 +43,8 @@ class Engine:
     """Loads a model and runs its requests, synchronously, step by step.
 
     `fixed_drafts` gives every request a tree of that many draft tokens instead of choosing the size.
+    `loaded` takes the place of the folder's weights, on the device and in the number format of the
+    configuration; it loses its linear layers where they are packed or quantized.
     `drafter` and `family` come together and replace the head set of the configuration; the family says what
     each further node of a tree is expected to gain. `ngrams`: whether what followed a request's last words
     before joins the guesses.
@@ -52,6 +54,7 @@ class Engine:
         self,
         config: EngineConfig,
         *,
+        loaded: Decoder | None = None,
         fixed_drafts: int | None = None,
         drafter: Drafter | None = None,
         family: TreeFamily = _NO_TREE,
@@ -61,9 +64,9 @@ class Engine:
         dtype = hardware.resolve_dtype(config.dtype, device)
         choices = quantization_choices(config.quantization, dtype, device)
         model_dir = Path(config.model_dir)
-        model = load_config(model_dir)
+        model = load_config(model_dir) if loaded is None else loaded.config
         max_model_len = _resolve_model_len(config, model)
-        loaded = load_decoder(model_dir, dtype, device)
+        loaded = loaded or load_decoder(model_dir, dtype, device)
         heads_name, num_heads = None, 0
         speculates = config.speculation != "off" and config.max_tree_nodes > 1
         if drafter is None and config.heads_dir is not None and speculates:
