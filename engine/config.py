@@ -15,7 +15,7 @@ from trees.family import MAX_DRAFT_NODES
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Speculation = Literal["auto", "off"]
-Quantization = Literal["auto", "none", "int8", "int4"]
+Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 KVCacheDtype = Literal["auto", "fp8"]
 
 MAX_TREE_NODES = MAX_DRAFT_NODES + 1  # the root is a node too
@@ -39,7 +39,9 @@ class EngineConfig:
     dtype: Dtype = flag("auto", "number format of the model")
     device: Device = flag("auto", "where the model runs; auto takes CUDA when there is one")
     quantization: Quantization = flag(
-        "auto", "weights of bfloat16 on CPU; auto takes what is fastest and keeps what the model's file says"
+        "auto",
+        "weights of a bfloat16 model: int8 or int4 on CPU, int8 or fp8 on a GPU; auto takes, on CPU, what is "
+        "fastest and keeps what the model's file says",
     )
     speculation: Speculation = flag("auto", "auto: as many draft tokens as pay for themselves; off: none")
     max_tree_nodes: int = flag(MAX_TREE_NODES, "largest draft tree of one request, root included (1 to 64)")

@@ -91,7 +91,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     heads: str | None  # name and kind of the head set, for people
     num_heads: int
     max_tree_nodes: int  # root included; 1 where nothing speculates
-    quantization: str = "none"  # of the weights: none, int8 or int4
+    quantization: str = "none"  # of the weights: none, int8, int4 or fp8
     kv_cache_dtype: str | None = None  # where it is not the model's
 
 
