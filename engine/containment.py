@@ -16,6 +16,7 @@ import torch
 
 from engine.errors import EngineBrokenError
 from engine.messages import Failure, RequestOutput
+from engine.runner.device import is_out_of_memory
 from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from engine.scheduling.drafting import NOTHING
 from engine.scheduling.ngrams import NO_CHAIN
@@ -26,9 +27,6 @@ logger = logging.getLogger(__name__)
 Execute = Callable[[Batch], list[CommittedTokens]]
 
 _MAX_LOST_STEPS = 3  # steps in a row that fail for every request of theirs: then the engine is at fault
-# What torch says besides its own OutOfMemoryError: the allocator of CPUs, CUDA outside torch's allocator, and
-# cuBLAS for its workspace.
-_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class _Failed(Enum):
@@ -122,13 +120,6 @@ class Containment:
             finish_reason="abort",
             failure=failure,
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether less to do would have gone well: memory of the device or of the host was short."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _attempt(run: Execute, batch: Batch) -> list[CommittedTokens] | _Failed:

@@ -12,6 +12,16 @@ from engine.errors import ConfigError
 _CPU_CACHE_LIMIT = 2 << 30  # bytes; enough for tens of long requests, and no more than a laptop can spare
 _CPU_CACHE_SHARE = 0.25  # of the memory that is free
 _COPIES_SHARE = 0.25  # of the memory that is free, for faster layouts of the same weights
+# What is said where the error has no type of its own: by torch's allocator for CPUs, by CUDA and Triton
+# outside torch's allocator, by cuBLAS and cuDNN, and by numpy and torch of sizes beyond any address.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "array is too big",
+    "Maximum allowed dimension exceeded",
+    "Storage size calculation overflowed",
+)
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -40,6 +50,14 @@ def free_memory_for_cache() -> int:
     """Bytes of this machine that the KV cache may take when nobody says how many. Call it with the weights
     loaded; for a GPU see `engine.runner.memory`."""
     return min(int(_available_memory() * _CPU_CACHE_SHARE), _CPU_CACHE_LIMIT)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less to do would have gone well: memory of the device or of the host was short."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = str(error)
+    return isinstance(error, RuntimeError | ValueError) and any(phrase in words for phrase in _OUT_OF_MEMORY)
 
 
 def spare_memory() -> int:

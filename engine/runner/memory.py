@@ -156,5 +156,7 @@ def allocating(parameter: str, what: str) -> Generator[None, None, None]:
     """Raises ConfigError, naming the setting that sized it, where there is no memory for `what`."""
     try:
         yield
-    except (MemoryError, ValueError, RuntimeError) as error:  # numpy raises the first two, torch the last
+    except Exception as error:
+        if not hardware.is_out_of_memory(error):
+            raise
         raise ConfigError(parameter, f"this machine has no memory for {what}; lower it") from error

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.containment import is_out_of_memory
 from engine.loop import Engine
 from engine.messages import AddRequest, RequestOutput, StepStats
+from engine.runner.device import is_out_of_memory
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
@@ -203,10 +204,19 @@ def test_a_request_that_never_fits_fails_alone(tiny_model_dir: Path, monkeypatch
 
 
 def test_what_means_out_of_memory() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(1 << 60)
+    real = []
+    for allocate in (
+        lambda: torch.empty(1 << 60),
+        lambda: torch.empty(1 << 62),
+        lambda: np.zeros(1 << 60),
+        lambda: np.zeros(1 << 64),
+        lambda: np.zeros((1 << 40, 1 << 40)),
+    ):
+        with pytest.raises((RuntimeError, MemoryError, ValueError)) as caught:
+            allocate()
+        real.append(caught.value)
     for error in (
-        caught.value,
+        *real,
         torch.OutOfMemoryError("CUDA out of memory."),
         MemoryError(),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported"),

@@ -135,6 +135,16 @@ def test_too_little_is_said_with_what_to_change(monkeypatch: pytest.MonkeyPatch)
         fit_cache(engine.runner, engine.scheduler.limits, 25, 0.9)
 
 
+def test_a_pass_that_fails_otherwise_is_no_matter_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TinyEngine(num_blocks=POSITIONS // 4, block_size=4)
+    fake_gpu(monkeypatch, free=8_000, peaks=[500, 1500])
+    drafter = engine.runner.drafter = drafter_of(bound(hydra()))
+    monkeypatch.setattr(engine.runner, "execute", lambda batch: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        fit_cache(engine.runner, engine.scheduler.limits, 25, 0.9)
+    assert engine.runner.drafter is drafter
+
+
 def test_sizes_that_are_given_are_taken_on_any_device() -> None:
     cuda = torch.device("cuda")
     given, free = (
