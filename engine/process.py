@@ -65,8 +65,8 @@ def _load(config: EngineConfig, connection: socket.socket) -> Engine | None:
         message = str(error)
     except (MemoryError, torch.OutOfMemoryError):
         message = (
-            "There is not enough memory for the engine; lower --kv-cache-memory, --max-num-seqs or "
-            "--max-num-batched-tokens, or take a smaller model."
+            "There is not enough memory for the engine; lower --kv-cache-memory, --gpu-memory-utilization, "
+            "--max-num-seqs or --max-num-batched-tokens, or take a smaller model."
         )
     connection.sendall(channel.frame(EngineFailed(message)))
     return None

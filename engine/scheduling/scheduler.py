@@ -55,6 +55,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()  # preempted ones in front
         self._running: list[Request] = []  # oldest first
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._is_short = False  # of memory for passes: nobody is admitted until a request has ended
 
     @property
     def num_running(self) -> int:
@@ -99,10 +100,17 @@ class Scheduler:
             request.finish_reason = "abort"
             self._remove(request)
 
+    def put_back(self, request: Request) -> None:
+        """Let a running request wait, because the device has no memory for a pass with it. It starts again,
+        as any other, once one of those that run has ended."""
+        self._preempt(request)
+        self._is_short = True
+
     # --- schedule
 
     def schedule(self) -> Batch:
         batch = Batch()
+        self._is_short = self._is_short and bool(self._running)
         budget = self._schedule_running(batch)
         budget = self._admit_waiting(batch, budget)
         self._add_drafts(batch, budget)
@@ -128,7 +136,8 @@ class Scheduler:
         return budget
 
     def _admit_waiting(self, batch: Batch, budget: int) -> int:
-        while self._waiting and self._slots and budget > 0 and not batch.num_preemptions:
+        blocked = batch.num_preemptions > 0 or self._is_short
+        while self._waiting and self._slots and budget > 0 and not blocked:
             request = self._waiting[0]
             request.extend_hashes(self.pool.block_size)
             # The root is always computed anew: its pass is what the first tokens are drawn from.
@@ -232,6 +241,7 @@ class Scheduler:
 
     def _remove(self, request: Request) -> None:
         del self._requests[request.request_id]
+        self._is_short = False
         if request.slot is not None:
             self._release(request)
         else:

@@ -58,8 +58,8 @@ def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
     """The tile for requests of up to `max_queries` queries each.
 
     Few rows are bound by memory: a turn reads 16 KB of K and as much of V, and three programs of that size
-    fit a Hopper processor. Many rows are bound by the tensor cores, by registers, and by shared memory where a
-    row is long: 99 KB is all that some GPUs have.
+    fit a Hopper processor. Many rows are bound by the tensor cores, by registers, and by shared memory where
+    a row is long: 99 KB is all that some GPUs have.
     """
     largest = 32 if padded(heads.head_dim) * heads.itemsize > 256 else 128
     wanted = max(heads.group, min(max_queries * heads.group, largest))
