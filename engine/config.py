@@ -61,6 +61,9 @@ class EngineConfig:
     gpu_memory_utilization: float = flag(
         0.9, "share of a GPU's memory that may be in use, the KV cache taking what passes leave of it"
     )
+    enforce_eager: bool = flag(
+        False, "run decoding passes without CUDA graphs: a faster start and less memory, slower steps"
+    )
     block_size: int = flag(16, "tokens in one KV cache block")
     seed: int = flag(0, "seed of requests that bring none")
 

@@ -18,6 +18,7 @@ from engine.model.precision import quantization_choices, quantize_linears
 from engine.native.decoder import NativeDecoder, can_take
 from engine.native.precision import take_over
 from engine.runner import device as hardware
+from engine.runner.capture import capture_graphs
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kv_cache import FP8, KVCache, bytes_per_token
@@ -114,6 +115,8 @@ class Engine:
         )
         if is_fitted(config, device):
             fit_cache(self._runner, limits, token_bytes, config.gpu_memory_utilization)
+        if not config.enforce_eager:
+            capture_graphs(self._runner, limits)
         self._policy = self._make_policy(family, fixed_drafts, limits)
         pool = BlockPool(cache.num_blocks, config.block_size)
         self.scheduler = Scheduler(

@@ -43,9 +43,14 @@ def make_chains(
     tokens = [[*t[:length], *[0] * (length - len(t))] for t, _ in chains]
     gains = [[*g[:length], *[0.0] * (length - len(g))] for _, g in chains]
     return Chains(
-        torch.tensor(tokens, dtype=torch.int64, device=device),
-        torch.tensor(gains, dtype=torch.float32, device=device).log_(),
+        _on_device(torch.tensor(tokens, dtype=torch.int64), device),
+        _on_device(torch.tensor(gains, dtype=torch.float32).log_(), device),
     )
+
+
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """The host does not wait: from pinned memory the device copies by itself."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def grow_trees(

@@ -7,6 +7,7 @@ real one.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,10 @@ class DraftTrees:
             ancestors=bits.sum(dim=2) + 1,
             paths=chains.gather(2, up.clamp_(min=0)),
         )
+
+    def first(self, num_requests: int) -> DraftTrees:
+        """The trees of the first requests."""
+        return DraftTrees(*(getattr(self, field.name)[:num_requests] for field in dataclasses.fields(self)))
 
     @property
     def tree_depths(self) -> Tensor:

@@ -23,6 +23,7 @@ from engine.runner.drafter import Drafter, DraftInput, Proposal, chain_parents
 from engine.runner.kv_cache import KVCache, bytes_per_token
 from engine.runner.per_request import PerRequest
 from engine.runner.step_input import StepInput, build_rows
+from engine.runner.transfer import integers
 from engine.scheduling.batch import ScheduledRequest
 from engine.scheduling.request import Request
 from trees.verify import DraftTrees
@@ -38,6 +39,7 @@ class _Progress:
 class DraftModelDrafter(Drafter):
     """Pack the decoder's linear layers beforehand where that makes it faster."""
 
+    observes_tensors = False
     _cache: KVCache  # there once attached
 
     def __init__(self, decoder: Decoder) -> None:
@@ -70,12 +72,12 @@ class DraftModelDrafter(Drafter):
         firsts = [min(self._known(request), base) for request, base in zip(requests, bases, strict=True)]
         hidden = self._run(requests, firsts, [base + 1 for base in bases])
         lengths = [base + 1 - first for base, first in zip(bases, firsts, strict=True)]
-        ends = torch.tensor(list(itertools.accumulate(lengths)), device=device)
+        ends = integers(list(itertools.accumulate(lengths)), device)
         tokens[:, 1] = sampling.argmax(self._decoder.logits(hidden[ends - 1]))
         for node in range(1, draft.max_nodes - 1):
             going_on = [i for i, budget in enumerate(draft.budgets) if budget > node + 1]
             places = [bases[i] + node for i in going_on]
-            rows = torch.tensor(going_on, device=device)
+            rows = integers(going_on, device)
             hidden = self._run(
                 [requests[i] for i in going_on], places, [p + 1 for p in places], tokens[rows, node]
             )

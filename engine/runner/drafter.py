@@ -65,6 +65,9 @@ class Drafter(Protocol):
     trims: bool = False  # whether it leaves out what is less likely than `DraftInput.least`
     num_cache_layers: int = 0
     cache_bytes_per_token: int = 0
+    # Whether `observe` reads nothing of a pass without prompts but its tensors, and waits for none of them,
+    # so that a CUDA graph may hold it.
+    observes_tensors: bool = True
 
     def attach(self, config: DecoderConfig, cache: KVCache) -> None:
         """Called once before the first pass: the base model, and the cache whose last `num_cache_layers`

@@ -22,6 +22,7 @@ from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
 from engine.runner.ngram_drafter import propose_chains
 from engine.runner.step_input import PassInput, StepInput, build_rows
+from engine.runner.transfer import integers, to_device
 from engine.scheduling.batch import ScheduledRequest
 from heads.base import DraftHeads, plain_linear
 from heads.checkpoint import HeadSet
@@ -95,8 +96,8 @@ class HeadsDrafter(Drafter):
         chains = make_chains(
             [(c.token_ids, c.gains) for c in draft.chains], draft.max_nodes - 1, hidden.device
         )
-        least = torch.tensor(draft.least, device=hidden.device).log_()
-        num_nodes = torch.tensor(draft.budgets, device=hidden.device)
+        least = to_device(np.array(draft.least, dtype=np.float32), hidden.device).log_()
+        num_nodes = integers(draft.budgets, hidden.device)
         if self._native is not None:
             tokens, parents, num_nodes = self._native.grow(
                 hidden, draft.roots, num_nodes, max_depth, chains.token_ids, chains.sure, least
@@ -164,12 +165,18 @@ class _CachedPrefix:
         """Entries of all tokens of a pass, drafts included. hidden: [num_tokens, hidden], the base's rows;
         before: [num_requests, hidden], those before each request's first."""
         rows_before = hidden.roll(1, dims=0)
-        rows_before[torch.from_numpy(step.starts[:-1]).to(hidden.device)] = before
-        if step.commits.drafting:
-            drafts, above = _parents_of_drafts(step, trees)
-            rows_before[drafts] = hidden[above]
+        rows_before[step.first_rows] = before
+        commits = step.commits
+        if commits.max_nodes > 1:
+            roots = commits.rows[commits.first_row].unsqueeze(1)
+            above = (roots + trees.parents).reshape(-1)[commits.places]
+            # What is padding has a node above it that may lie anywhere.
+            above = hidden[above.clamp_(max=len(hidden) - 1)]
+            is_draft = (commits.places % commits.max_nodes > 0).unsqueeze(1)
+            rows_before[commits.rows] = torch.where(is_draft, above, rows_before[commits.rows])
         entries = self._layer.entries(rows_before, F.embedding(step.token_ids, self._embedding))
-        self._cache.write(self._number, step.slots, *self._layer.keys_values(entries, step.positions))
+        write = self._cache.write_padded if step.is_padded else self._cache.write
+        write(self._number, step.slots, *self._layer.keys_values(entries, step.positions))
 
 
 class _NativeCachedPrefix:
@@ -188,7 +195,7 @@ class _NativeCachedPrefix:
     def write(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
         firsts = (step.starts[:-1], before, np.arange(len(before)))
         drafts = []
-        if step.commits.drafting:
+        if len(step.commits.drafting):
             rows, above = _parents_of_drafts(step, trees)
             drafts.append((rows.numpy(), hidden, above.numpy()))
         attention = self._attention(step)

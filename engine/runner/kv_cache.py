@@ -67,6 +67,14 @@ class KVCache:
         for places, values in zip(self._places, (k, v), strict=True):
             places[layer].index_copy_(1, slots, self._encode(values.transpose(0, 1)))
 
+    def write_padded(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """The same where rows other than the first may be padding: those have negative slots, and are stored
+        nowhere. Shapes depend on no value, as a CUDA graph needs it."""
+        padding = slots < 0
+        # They repeat the first row: one place is written several times, always the same.
+        k, v = (torch.where(padding.view(-1, 1, 1), x[:1], x) for x in (k, v))
+        self.write(layer, torch.where(padding, slots[:1], slots), k, v)
+
     def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of block tables, each [num_tables, num_kv_heads, blocks_per_table * block_size, head_dim].
 

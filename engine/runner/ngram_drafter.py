@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from engine.runner.drafter import Drafter, DraftInput, Proposal, chain_parents
+from engine.runner.transfer import to_device
 from engine.scheduling.batch import ScheduledRequest
 
 
@@ -27,5 +28,5 @@ def propose_chains(draft: DraftInput) -> Proposal:
     for request, chain in zip(draft.requests, draft.chains, strict=True):
         guesses = chain.token_ids[:width]
         rows.append([request.token_ids[-1], *guesses, *[0] * (width - len(guesses))])
-    tokens = torch.tensor(rows, device=draft.roots.device)
+    tokens = to_device(np.array(rows, dtype=np.int64), draft.roots.device)
     return Proposal(tokens, chain_parents(tokens), width)

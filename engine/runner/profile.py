@@ -51,12 +51,12 @@ def measure_costs(runner: Runner, limits: SchedulerLimits) -> CostModel:
 def _key_seconds(runner: Runner, limits: SchedulerLimits) -> tuple[float, float]:
     """What one more computed position costs a request's root, and each further token of it in the pass."""
     num_requests, drafts = min(_KEY_REQUESTS, limits.max_num_seqs), min(_DRAFTS, limits.max_drafts)
-    longest = min(_LONG_CONTEXT, _room(runner, num_requests) - drafts - 1)
+    longest = min(_LONG_CONTEXT, room(runner, num_requests) - drafts - 1)
     more = longest - _CONTEXT
     if more <= 0 or not drafts:
         return 0.0, 0.0
     seconds = [
-        _seconds(partial(runner.execute, _decoding(runner, [num_nodes] * num_requests, context)))
+        _seconds(partial(runner.execute, decoding_batch(runner, [num_nodes] * num_requests, context)))
         for num_nodes in (1, drafts + 1)
         for context in (_CONTEXT, longest)
     ]
@@ -80,28 +80,28 @@ def _batch(runner: Runner, limits: SchedulerLimits, num_tokens: int) -> Batch | 
     """Decoding requests with even trees that make up `num_tokens`; None where the cache is too small."""
     widest = limits.max_drafts + 1
     num_requests = min(max(1, -(-num_tokens // min(8, widest))), limits.max_num_seqs)
-    if num_tokens > num_requests * widest or -(-num_tokens // num_requests) > _room(runner, num_requests):
+    if num_tokens > num_requests * widest or -(-num_tokens // num_requests) > room(runner, num_requests):
         return None
     shares = [num_tokens // num_requests + (i < num_tokens % num_requests) for i in range(num_requests)]
-    return _decoding(runner, shares)
+    return decoding_batch(runner, shares)
 
 
 def _guessing(runner: Runner, limits: SchedulerLimits, num_requests: int, num_drafts: int) -> Batch:
     """Requests that ask the heads for as many draft tokens, as far as they have room for them."""
     num_nodes = min(num_drafts, limits.max_drafts) + 1
-    return _decoding(runner, [min(num_nodes, _room(runner, num_requests))] * num_requests)
+    return decoding_batch(runner, [min(num_nodes, room(runner, num_requests))] * num_requests)
 
 
-def _room(runner: Runner, num_requests: int) -> int:
+def room(runner: Runner, num_requests: int) -> int:
     """Positions that each of these requests can have."""
     blocks_each = runner.cache.num_blocks // num_requests
     return min(blocks_each * runner.cache.block_size, runner.decoder.config.max_positions)
 
 
-def _decoding(runner: Runner, trees: list[int], context: int = _CONTEXT) -> Batch:
+def decoding_batch(runner: Runner, trees: list[int], context: int = _CONTEXT) -> Batch:
     """Requests that decode with trees of these sizes, root included, each with blocks of its own."""
     widest = max(trees)
-    context = min(context, _room(runner, len(trees)) - widest)
+    context = min(context, room(runner, len(trees)) - widest)
     blocks_each = -(-(context + widest) // runner.cache.block_size)
     batch = Batch()
     for index, num_nodes in enumerate(trees):

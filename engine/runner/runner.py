@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.model.decoder import Decoder
+from engine.model.decoder import Attention, Decoder
 from engine.native.decoder import NativeDecoder
 from engine.runner.attention import paged_attention
+from engine.runner.commit import compact, pack, unpack
 from engine.runner.drafter import Drafter, DraftInput, Proposal
+from engine.runner.graphs import StepGraph, StepGraphs
 from engine.runner.kv_cache import KVCache
 from engine.runner.per_request import PerRequest
-from engine.runner.sampler import Sampler, token_logprobs
+from engine.runner.sampler import Sampler, is_plain, token_logprobs
 from engine.runner.step_input import CommitRows, StepInput, build_step
+from engine.runner.transfer import together
 from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from trees.verify import DraftTrees, deepest_accepted
 
@@ -25,6 +29,13 @@ class _Behind:
     """`length`: how many positions a request had computed when its hidden row was kept."""
 
     length: int = 0
+
+
+@dataclass(frozen=True)
+class _Judged:
+    packed: Tensor  # what the host has to know, see `engine.runner.commit.pack`
+    logits: Tensor  # [num_nodes_total, vocab]
+    rows: Tensor  # [num_commits, hidden], each request's last committed node's
 
 
 class Runner:
@@ -40,7 +51,10 @@ class Runner:
         config = decoder.config
         self._device = decoder.embedding.device
         self._sampler = Sampler(config.vocab_size, config.eos_token_ids)
-        self._hidden = decoder.embedding.new_zeros(max_num_seqs, config.hidden_size)
+        # Two more rows: what padding writes, and zeros.
+        self._hidden = decoder.embedding.new_zeros(max_num_seqs + 2, config.hidden_size)
+        self.spare_slot, self._zero_slot = max_num_seqs, max_num_seqs + 1
+        self._graphs = StepGraphs()
         self._behind: PerRequest[_Behind] = PerRequest(lambda _: _Behind())
         if drafter is not None:
             drafter.attach(config, cache)
@@ -50,8 +64,13 @@ class Runner:
         """Whether trees may turn out smaller than they were planned."""
         return self.drafter is not None and self.drafter.trims
 
+    def use_graphs(self, graphs: StepGraphs) -> None:
+        """Run what passes they hold by them. Their work is this runner's."""
+        self._graphs = graphs
+
     def resize_cache(self, num_blocks: int) -> None:
-        """Give the cache another size; what it held is gone."""
+        """Give the cache another size; what it held is gone, and so are graphs."""
+        self._graphs = StepGraphs()
         self.cache.resize(num_blocks)
         if self.drafter is not None:
             self.drafter.attach(self.decoder.config, self.cache)
@@ -62,69 +81,99 @@ class Runner:
 
         Lowers `num_drafts` of requests that the drafter has fewer guesses for.
         """
-        step, trees = self._draft(batch)
-        config, commits = self.decoder.config, step.commits
+        proposal = self._draft(batch)
+        graph = self._graphs.find(batch)
+        if graph is not None:
+            return self._replay(graph, batch, proposal)
+        step, trees = self._fill(batch, proposal)
+        config = self.decoder.config
         attention = paged_attention(step, self.cache, config.num_heads, config.num_kv_heads)
         hidden = self.decoder(step.token_ids, step.positions, attention)
-        if self.drafter is not None:
-            self.drafter.observe(step, trees, hidden, partial(self._rows_before, step))
+        self._observe(step, trees, hidden)
         results = [CommittedTokens([]) for _ in batch.scheduled]
-        if commits.scheduled:
+        if step.commits.scheduled:
             results = self._commit(batch, step, trees, hidden)
         if self.drafter is not None:
             self._keep_chunk_rows(step, hidden)
         return results
 
-    def _commit(
-        self, batch: Batch, step: StepInput, trees: DraftTrees, hidden: Tensor
-    ) -> list[CommittedTokens]:
-        """Judge the trees of those that commit. hidden: [num_tokens, hidden]."""
-        commits = step.commits
+    def _replay(self, graph: StepGraph, batch: Batch, proposal: Proposal | None) -> list[CommittedTokens]:
+        """The same by a graph."""
+        step = graph.load(batch, proposal, self._before_slots(batch))
+        trees, hidden = graph.forward(step)
+        if self.drafter is not None and not self.drafter.observes_tensors:
+            self._observe(step, trees, hidden)
+        if not all(is_plain(scheduled.request.sampling) for scheduled in batch.scheduled):
+            return self._commit(batch, step, trees, hidden)
+        return self._collect(batch, step.commits, graph.settle(step), None)
+
+    def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
+        """See `engine.runner.graphs.Work`."""
+        step.fill(trees)
+        hidden: Tensor = self.decoder(step.token_ids, step.positions, attention)
+        if self.drafter is not None and self.drafter.observes_tensors:
+            self._observe(step, trees, hidden)
+        return hidden
+
+    def settle(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> Tensor:
+        """See `engine.runner.graphs.Work`."""
+        judged = self._judge(step.commits, trees, hidden)
+        self._hidden[step.commits.state_slots] = judged.rows
+        return judged.packed
+
+    def _judge(self, commits: CommitRows, trees: DraftTrees, hidden: Tensor) -> _Judged:
+        """Draw targets, accept and compact. hidden: [num_tokens, hidden]."""
         hidden = hidden.index_select(0, commits.rows)
         logits = self.decoder.logits(hidden)
         verdict = self._sampler.judge(logits, commits, trees)
         last = deepest_accepted(verdict.edges, trees)
-        self._compact(commits, last, trees)
-        results = self._collect(batch, commits, last, trees, verdict.targets, logits)
+        compact(self.cache, commits, last, trees)
+        return _Judged(pack(trees, last, verdict.targets), logits, hidden[commits.first_row + last])
+
+    def _commit(
+        self, batch: Batch, step: StepInput, trees: DraftTrees, hidden: Tensor
+    ) -> list[CommittedTokens]:
+        judged = self._judge(step.commits, trees, hidden)
+        results = self._collect(batch, step.commits, judged.packed, judged.logits)
         # Last of all, as are the rows of chunks: a pass that fails before is repeated from the same rows.
-        self._hidden[commits.state_slots] = hidden[commits.first_row + last]
-        for scheduled, result in zip(batch.scheduled, results, strict=True):
-            if scheduled.commits:
-                request = scheduled.request
-                self._behind[request].length = len(request.token_ids) + len(result.token_ids) - 1
+        self._hidden[step.commits.state_slots] = judged.rows
         return results
+
+    def _observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> None:
+        if self.drafter is not None:
+            self.drafter.observe(
+                step, trees, hidden, partial(self._hidden.index_select, 0, step.before_slots)
+            )
 
     @torch.inference_mode()
     def draft(self, batch: Batch) -> None:
         """Only the guesses of a pass, to measure what they cost."""
-        self._draft(batch)
+        self._fill(batch, self._draft(batch))
 
-    def _draft(self, batch: Batch) -> tuple[StepInput, DraftTrees]:
-        """The pass of a batch with its trees filled in."""
+    def _draft(self, batch: Batch) -> Proposal | None:
+        """What the drafter guesses, and from then on how large trees are."""
         if self.drafter is not None:
             for scheduled in batch.scheduled:
                 if scheduled.num_drafts:
                     scheduled.num_drafts = self.drafter.limit(scheduled)
-        proposal = self._propose([s for s in batch.scheduled if s.num_drafts])
-        step = build_step(batch, self.cache.block_size, self._device)
+        return self._propose([s for s in batch.scheduled if s.num_drafts])
+
+    def _fill(self, batch: Batch, proposal: Proposal | None) -> tuple[StepInput, DraftTrees]:
+        """The pass of a batch with its trees filled in."""
+        step = build_step(batch, self.cache.block_size, self._device, self._before_slots(batch))
         trees = self._trees(step.commits, proposal)
         step.fill(trees)
         return step, trees
 
-    def _rows_before(self, step: StepInput) -> Tensor:
-        """The hidden row of the token before each request's first in this pass, [num_requests, hidden], zeros
-        where it is not known."""
-        requests = [scheduled.request for scheduled in step.scheduled]
-        slots = torch.tensor([request.slot for request in requests], dtype=torch.int64, device=self._device)
-        before = self._hidden[slots]
-        unknown = [
-            index
-            for index, request in enumerate(requests)
-            if not request.num_computed or self._behind[request].length != request.num_computed
-        ]
-        if unknown:
-            before[unknown] = 0.0
-        return before
+    def _before_slots(self, batch: Batch) -> list[int]:
+        """Where the hidden row of the token before each request's first in this pass is kept; zeros lie where
+        it is not known."""
+        slots = []
+        for scheduled in batch.scheduled:
+            request = scheduled.request
+            known = request.num_computed and self._behind[request].length == request.num_computed
+            slots.append(request.slot if known and request.slot is not None else self._zero_slot)
+        return slots
 
     def _keep_chunk_rows(self, step: StepInput, hidden: Tensor) -> None:
         """Keep the last row of every prompt chunk that another one follows."""
@@ -139,15 +188,19 @@ class Runner:
         if not drafting or self.drafter is None:
             return None
         requests = [scheduled.request for scheduled in drafting]
-        slots = torch.tensor([request.slot for request in requests], device=self._device)
+        known = {
+            "slots": np.array([request.slot for request in requests], dtype=np.int64),
+            "roots": np.array([request.token_ids[-1] for request in requests], dtype=np.int64),
+        }
+        known_there = together(known, self._device)
         draft = DraftInput(
             requests=requests,
             chains=[scheduled.chain for scheduled in drafting],
             budgets=[scheduled.num_drafts + 1 for scheduled in drafting],
             least=[scheduled.allowance.least for scheduled in drafting],
             chain_only=not any(scheduled.guesses for scheduled in drafting),
-            hidden=self._hidden[slots],
-            roots=torch.tensor([request.token_ids[-1] for request in requests], device=self._device),
+            hidden=self._hidden[known_there["slots"]],
+            roots=known_there["roots"],
         )
         proposal = self.drafter.propose(draft)
         if proposal.num_nodes is not None:
@@ -162,11 +215,11 @@ class Runner:
         """Trees of all that commit, [num_commits, max_nodes]: of most, or of many, the root alone."""
         tokens = torch.nn.functional.pad(commits.roots.unsqueeze(1), (0, commits.max_nodes - 1))
         parents, max_depth = torch.zeros_like(tokens), 0
-        if commits.drafting and proposal is None:  # only when costs are measured: all nodes guess token 0
+        if len(commits.drafting) and proposal is None:  # only when costs are measured: all guess token 0
             max_depth = 1
-        elif commits.drafting and proposal is not None:
+        elif proposal is not None:
             all_draft = len(commits.drafting) == len(commits.scheduled)
-            members = slice(None) if all_draft else torch.tensor(commits.drafting, device=self._device)
+            members = slice(None) if all_draft else commits.drafting
             # The roots are known, whatever a drafter makes of them.
             inner = slice(1, commits.max_nodes)
             tokens[members, 1:] = proposal.tokens[:, inner]
@@ -174,43 +227,21 @@ class Runner:
             max_depth = proposal.max_depth
         return DraftTrees.build(tokens, parents, commits.num_nodes, max_depth)
 
-    def _compact(self, commits: CommitRows, last: Tensor, trees: DraftTrees) -> None:
-        """Move the K and V of accepted nodes to the logical positions base + 1, base + 2, ..."""
-        if commits.max_nodes == 1:
-            return
-        paths = trees.paths_to(last)  # [num_commits, depth + 1]
-        order = torch.arange(paths.shape[1], device=paths.device)
-        depths = trees.depths.gather(1, last.unsqueeze(1))
-        # A node that already lies where it belongs, and the repeated tail of a path, stay: the tail would
-        # otherwise write over positions the path has not earned.
-        moves = (order <= depths) & (paths != order)
-        destinations = commits.node_slots[:, : paths.shape[1]]
-        sources = torch.where(moves, commits.node_slots.gather(1, paths), destinations)
-        self.cache.move(sources, destinations)
-
     def _collect(
-        self,
-        batch: Batch,
-        commits: CommitRows,
-        last: Tensor,
-        trees: DraftTrees,
-        targets: Tensor,
-        logits: Tensor,
+        self, batch: Batch, commits: CommitRows, packed: Tensor, logits: Tensor | None
     ) -> list[CommittedTokens]:
-        """Bring the committed tokens to the host, in one transfer."""
-        end, paths = last.unsqueeze(1), trees.paths_to(last)
-        facts = (trees.tree_depths.unsqueeze(1), trees.depths.gather(1, end), targets.gather(1, end))
-        packed = torch.cat((*facts, paths, trees.tokens.gather(1, paths)), dim=1).tolist()
-        results = []
-        for first, scheduled, row in zip(commits.offsets, commits.scheduled, packed, strict=True):
-            draft_depth, num_accepted, bonus_token = row[:3]
-            nodes, path = row[3 : 3 + paths.shape[1]], row[3 + paths.shape[1] :]
-            token_ids = [*path[1 : num_accepted + 1], bonus_token]
-            logprobs = None
-            num_top = scheduled.request.sampling.logprobs
-            if num_top is not None:
-                rows = [first + node for node in nodes[: num_accepted + 1]]
-                logprobs = token_logprobs(logits[rows], token_ids, num_top)
-            results.append(CommittedTokens(token_ids, logprobs, draft_depth))
-        committed = iter(results)
-        return [next(committed) if s.commits else CommittedTokens([]) for s in batch.scheduled]
+        """Bring the committed tokens to the host, in one transfer.
+
+        packed: as `pack` returns it; logits: [num_nodes_total, vocab], where requests ask for logprobs.
+        """
+        committed = []
+        for first, scheduled, made in zip(commits.offsets, commits.scheduled, unpack(packed), strict=True):
+            request, logprobs = scheduled.request, None
+            num_top = request.sampling.logprobs
+            if num_top is not None and logits is not None:
+                rows = logits[[first + node for node in made.nodes]]
+                logprobs = token_logprobs(rows, made.token_ids, num_top)
+            self._behind[request].length = len(request.token_ids) + len(made.token_ids) - 1
+            committed.append(CommittedTokens(made.token_ids, logprobs, made.draft_depth))
+        results = iter(committed)
+        return [next(results) if s.commits else CommittedTokens([]) for s in batch.scheduled]

@@ -35,6 +35,11 @@ def _is_adjusted(params: SamplingParams) -> bool:
     )
 
 
+def is_plain(params: SamplingParams) -> bool:
+    """Whether a request asks for its likeliest tokens and nothing else."""
+    return params.temperature == 0.0 and not _is_adjusted(params) and params.logprobs is None
+
+
 class Sampler:
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._vocab_size = vocab_size

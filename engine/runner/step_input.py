@@ -10,15 +10,15 @@ How many nodes a tree has is known here, which shape it has is not: the drafter 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.runner.transfer import together
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.request import Request
 from trees.verify import DraftTrees
@@ -53,10 +53,10 @@ class CommitRows:
     roots: Tensor  # [num_commits] int64: root token ids
     offsets: list[int]  # [num_commits]: index of each root in `rows`
     first_row: Tensor  # [num_commits] int64: the same on the device
-    drafting: list[int]  # which of them have drafts
+    drafting: Tensor  # [num_drafting] int64: which of them have drafts
     node_slots: Tensor  # [num_commits, max_nodes] int64: slots of the logical positions base + node
     state_slots: Tensor  # [num_commits] int64: rows of the runner's per-request state
-    max_nodes: int  # of the largest tree, root included
+    max_nodes: int  # of the largest tree, root included, or more
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class StepInput(PassInput):
 
     scheduled: list[ScheduledRequest]  # the whole batch, in the order of the flat row
     commits: CommitRows
+    first_rows: Tensor  # [num_requests] int64: `starts` on the device, without the end
+    before_slots: Tensor  # [num_requests] int64: where the runner keeps the hidden row before each first row
+    is_padded: bool = False  # whether there are rows of padding, never the first, whose slots are negative
 
     def fill(self, trees: DraftTrees) -> None:
         """Put tokens, positions and visibility of the trees into the flat row."""
@@ -74,8 +77,59 @@ class StepInput(PassInput):
         self.ancestors[rows] = trees.ancestors.reshape(-1)[places]
 
 
-def build_step(batch: Batch, block_size: int, device: torch.device) -> StepInput:
-    """The pass that a batch asks for. Tree rows hold the root's position, and no token and ancestors yet."""
+@dataclass(frozen=True)
+class StepLayout:
+    """A pass while it is still on the host. `arrays` are what goes to the device, by their names in StepInput
+    and CommitRows; tree rows hold the root's position, and no token yet."""
+
+    scheduled: list[ScheduledRequest]
+    arrays: dict[str, IntArray]
+    prefix_len: IntArray
+    starts: IntArray
+    block_tables: list[list[int]]
+    context_lens: IntArray
+    max_nodes: int
+
+    def step(self, tensors: Mapping[str, Tensor], ancestors: Tensor, *, is_padded: bool = False) -> StepInput:
+        """The pass with its arrays on the device. ancestors: [num_tokens] int64, zeros where no tree is."""
+        t, offsets = tensors, self.arrays["first_row"].tolist()
+        commits = CommitRows(
+            scheduled=[s for s in self.scheduled if s.commits],
+            num_nodes=t["num_nodes"],
+            rows=t["rows"],
+            places=t["places"],
+            roots=t["roots"],
+            offsets=offsets,
+            first_row=t["first_row"],
+            drafting=t["drafting"],
+            node_slots=t["node_slots"],
+            state_slots=t["state_slots"],
+            max_nodes=self.max_nodes,
+        )
+        return StepInput(
+            token_ids=t["token_ids"],
+            positions=t["positions"],
+            slots=t["slots"],
+            prefix_len=self.prefix_len,
+            ancestors=ancestors,
+            starts=self.starts,
+            block_tables=self.block_tables,
+            context_lens=self.context_lens,
+            scheduled=self.scheduled,
+            commits=commits,
+            first_rows=t["first_rows"],
+            before_slots=t["before_slots"],
+            is_padded=is_padded,
+        )
+
+
+def lay_out_step(
+    batch: Batch, block_size: int, before_slots: Sequence[int], max_nodes: int | None = None
+) -> StepLayout:
+    """The pass that a batch asks for.
+
+    before_slots: see StepInput; max_nodes: columns of the trees, of the largest where None.
+    """
     scheduled = batch.scheduled
     known = [s.request.num_computed + s.num_tokens for s in scheduled]
     rows = _lay_out(
@@ -91,8 +145,32 @@ def build_step(batch: Batch, block_size: int, device: torch.device) -> StepInput
             first = int(stop) - s.num_drafts - 1
             rows.positions[first:stop] = rows.prefix_len[first:stop] = end - 1
             first_nodes.append(first)
-    commits = _commit_rows([s for s in scheduled if s.commits], first_nodes, rows.slots, device)
-    return StepInput(**_on_device(rows, device), scheduled=scheduled, commits=commits)
+    committing = [s for s in scheduled if s.commits]
+    num_nodes = np.array([s.num_drafts + 1 for s in committing], dtype=np.int64)
+    max_nodes = max_nodes or int(num_nodes.max(initial=1))
+    return StepLayout(
+        scheduled=scheduled,
+        arrays={
+            **rows.arrays(),
+            **_commit_arrays(committing, num_nodes, max_nodes, first_nodes, rows.slots),
+            "first_rows": rows.starts[:-1],
+            "before_slots": np.array(before_slots, dtype=np.int64),
+        },
+        prefix_len=rows.prefix_len,
+        starts=rows.starts,
+        block_tables=rows.block_tables,
+        context_lens=rows.context_lens,
+        max_nodes=max_nodes,
+    )
+
+
+def build_step(
+    batch: Batch, block_size: int, device: torch.device, before_slots: Sequence[int] = ()
+) -> StepInput:
+    """The same on the device. before_slots: only for drafters that ask for the rows before."""
+    layout = lay_out_step(batch, block_size, before_slots)
+    tensors = together(layout.arrays, device)
+    return layout.step(tensors, torch.zeros_like(tensors["slots"]))
 
 
 def build_rows(
@@ -104,7 +182,16 @@ def build_rows(
 ) -> PassInput:
     """A plain causal pass over the positions firsts[i] to ends[i] - 1 of each request, for drafters with KV
     of their own. Where a position is past the known tokens, its token id is 0 for the caller to fill."""
-    return PassInput(**_on_device(_lay_out(requests, firsts, ends, block_size), device))
+    rows = _lay_out(requests, firsts, ends, block_size)
+    tensors = together(rows.arrays(), device)
+    return PassInput(
+        **tensors,
+        prefix_len=rows.prefix_len,
+        ancestors=torch.zeros_like(tensors["slots"]),
+        starts=rows.starts,
+        block_tables=rows.block_tables,
+        context_lens=rows.context_lens,
+    )
 
 
 @dataclass(frozen=True)
@@ -116,6 +203,10 @@ class _Rows:
     starts: IntArray
     block_tables: list[list[int]]
     context_lens: IntArray
+
+    def arrays(self) -> dict[str, IntArray]:
+        """What goes to the device."""
+        return {"token_ids": self.token_ids, "positions": self.positions, "slots": self.slots}
 
 
 def _lay_out(
@@ -141,30 +232,30 @@ def _lay_out(
     )
 
 
-def _commit_rows(
-    committing: list[ScheduledRequest], first_nodes: list[int], slots: IntArray, device: torch.device
-) -> CommitRows:
-    num_nodes = np.array([s.num_drafts + 1 for s in committing], dtype=np.int64)
-    max_nodes = int(num_nodes.max(initial=1))
+def _commit_arrays(
+    committing: list[ScheduledRequest],
+    num_nodes: IntArray,
+    max_nodes: int,
+    first_nodes: list[int],
+    slots: IntArray,
+) -> dict[str, IntArray]:
     first = np.concatenate([[0], np.cumsum(num_nodes)]).astype(np.int64)
     request = np.repeat(np.arange(len(committing)), num_nodes)
     node = np.arange(int(first[-1])) - first[:-1][request]
     rows = np.array(first_nodes, dtype=np.int64)[request] + node
-    node_slots = np.zeros((len(committing), max_nodes), dtype=np.int64)
+    # Past a tree's nodes lies its root's slot, which nothing is ever moved into.
+    node_slots = np.repeat(slots[rows[first[:-1]]], max_nodes).reshape(len(committing), max_nodes)
     node_slots[request, node] = slots[rows]
-    return CommitRows(
-        scheduled=committing,
-        num_nodes=_tensor(num_nodes, device),
-        rows=_tensor(rows, device),
-        places=_tensor(request * max_nodes + node, device),
-        roots=_tensor(np.array([s.request.token_ids[-1] for s in committing], dtype=np.int64), device),
-        offsets=first[:-1].tolist(),
-        first_row=_tensor(first[:-1], device),
-        drafting=np.flatnonzero(num_nodes > 1).tolist(),
-        node_slots=_tensor(node_slots, device),
-        state_slots=_tensor(np.array([s.request.slot for s in committing], dtype=np.int64), device),
-        max_nodes=max_nodes,
-    )
+    return {
+        "num_nodes": num_nodes,
+        "rows": rows,
+        "places": request * max_nodes + node,
+        "roots": np.array([s.request.token_ids[-1] for s in committing], dtype=np.int64),
+        "first_row": first[:-1],
+        "drafting": np.flatnonzero(num_nodes > 1),
+        "node_slots": node_slots,
+        "state_slots": np.array([s.request.slot for s in committing], dtype=np.int64),
+    }
 
 
 def _slots_of(block_table: list[int], logical: IntArray, block_size: int) -> IntArray:
@@ -173,20 +264,3 @@ def _slots_of(block_table: list[int], logical: IntArray, block_size: int) -> Int
     blocks = np.array(block_table[first : last + 1], dtype=np.int64)
     slots: IntArray = blocks[logical // block_size - first] * block_size + logical % block_size
     return slots
-
-
-def _on_device(rows: _Rows, device: torch.device) -> dict[str, Any]:
-    return {
-        "token_ids": _tensor(rows.token_ids, device),
-        "positions": _tensor(rows.positions, device),
-        "slots": _tensor(rows.slots, device),
-        "prefix_len": rows.prefix_len,
-        "ancestors": torch.zeros(len(rows.slots), dtype=torch.int64, device=device),
-        "starts": rows.starts,
-        "block_tables": rows.block_tables,
-        "context_lens": rows.context_lens,
-    }
-
-
-def _tensor(values: IntArray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)

@@ -1,0 +1,158 @@
+"""Captures the CUDA graphs of decoding passes at start-up: which sizes there are, and how they are made."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.runner.graphs import (
+    Bucket,
+    Capture,
+    FixedAttention,
+    MakeAttention,
+    Run,
+    StepBuffers,
+    StepGraph,
+    StepGraphs,
+)
+from engine.runner.profile import decoding_batch, room
+from engine.runner.runner import Runner
+from engine.scheduling.batch import Batch
+from engine.scheduling.scheduler import SchedulerLimits
+
+logger = logging.getLogger(__name__)
+
+_MOST_TOKENS = 512  # of a captured pass: in a larger one the host is not what takes the time
+_MOST_SECONDS = 30.0  # for all of them, as far as they are done by then
+
+
+def capture_graphs(runner: Runner, limits: SchedulerLimits) -> None:
+    """Let the runner decode by CUDA graphs where our GPU kernels run. Do it when the cache has its size, and
+    before the first request: it writes into the cache and the per-request state."""
+    if runner.cache.k.device.type == "cuda" and runner.cache.has_triton:
+        buckets = default_buckets(limits, runner.decoder.config.max_positions)
+        make_attention = _triton_attention(runner, limits)
+        runner.use_graphs(make_graphs(runner, buckets, make_attention, _CudaCapture()))
+
+
+def default_buckets(limits: SchedulerLimits, max_positions: int) -> list[Bucket]:
+    """Requests and tokens in powers of two, up to as many as there can be."""
+    max_nodes = min(limits.max_drafts + 1, max_positions)
+    most = min(_MOST_TOKENS, limits.max_num_batched_tokens)
+    return [
+        Bucket.of(num_requests, num_requests * nodes, max_nodes)
+        for num_requests in _doubling(limits.max_num_seqs)
+        for nodes in _doubling(max_nodes)
+        if num_requests * nodes <= most
+    ]
+
+
+def make_graphs(
+    runner: Runner,
+    buckets: Sequence[Bucket],
+    make_attention: MakeAttention,
+    capture: Capture,
+    most_seconds: float = _MOST_SECONDS,
+) -> StepGraphs:
+    """Graphs of all buckets that the cache has room for, or of the largest where time or memory runs out: a
+    smaller pass can still be padded to those."""
+    graphs: list[StepGraph] = []
+    start = time.perf_counter()
+    # Largest first: what it has taken of the memory they share is enough for the others.
+    for index, bucket in enumerate(sorted(buckets, reverse=True)):
+        seconds = time.perf_counter() - start
+        if seconds > most_seconds:
+            left = len(buckets) - index
+            logger.warning("CUDA graphs: %d of %d sizes left out, it took too long.", left, len(buckets))
+            break
+        example = _example(runner, bucket)
+        if example is None:
+            continue
+        try:
+            graphs.append(_make_graph(runner, bucket, make_attention, capture, example))
+        except RuntimeError as error:  # out of memory, or a kernel that cannot be captured
+            logger.warning("CUDA graphs: none for %s or less: %s", bucket, error)
+            break
+        logger.info(
+            "CUDA graph %d of %d: %d requests, %d tokens (%.1f s)",
+            index + 1,
+            len(buckets),
+            bucket.num_requests,
+            bucket.num_tokens,
+            time.perf_counter() - start,
+        )
+    return StepGraphs(graphs)
+
+
+@torch.inference_mode()
+def _make_graph(
+    runner: Runner, bucket: Bucket, make_attention: MakeAttention, capture: Capture, example: Batch
+) -> StepGraph:
+    cache = runner.cache
+    buffers = StepBuffers(bucket, runner.spare_slot, cache.k.device)
+    attention = make_attention(bucket, buffers.slots, buffers.ancestors)
+    graph = StepGraph(buffers, attention, runner, cache.block_size)
+    graph.record(capture, example)
+    return graph
+
+
+def _example(runner: Runner, bucket: Bucket) -> Batch | None:
+    """A pass of exactly this size, None where the cache has no room for it."""
+    requests = bucket.num_requests
+    shares = [bucket.num_tokens // requests] * requests
+    for index in range(bucket.num_tokens % requests):
+        shares[index] += 1
+    if room(runner, requests) <= max(shares):
+        return None
+    return decoding_batch(runner, shares)
+
+
+def _triton_attention(runner: Runner, limits: SchedulerLimits) -> MakeAttention:
+    from engine.triton.attention import TritonAttention  # imports triton, which not every machine has
+    from engine.triton.plan import AttentionPlan, Capacity
+    from engine.triton.tiles import PagedHeads
+
+    cache, config = runner.cache, runner.decoder.config
+    heads = PagedHeads.of(cache, config.num_heads, config.num_kv_heads)
+
+    def make(bucket: Bucket, slots: Tensor, ancestors: Tensor) -> FixedAttention:
+        longest = limits.max_model_len + bucket.max_nodes
+        blocks = min(cache.num_blocks, -(-longest // cache.block_size))
+        capacity = Capacity(bucket.num_requests, bucket.num_tokens, bucket.max_nodes, blocks)
+        plan = AttentionPlan.reserve(capacity, heads, cache.k.device)
+        return FixedAttention(TritonAttention(plan, cache, slots, ancestors), plan.update)
+
+    return make
+
+
+class _CudaCapture:
+    """Graphs that share one pool of memory. No two of them run at once, and what one leaves is used before
+    the next runs."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def rehearse(self, run: Run) -> None:
+        """On the stream of the capture, which libraries may keep workspaces for."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            run()
+        current.wait_stream(self._stream)
+
+    def record(self, run: Run) -> Run:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            run()
+        return graph.replay
+
+
+def _doubling(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself."""
+    sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    return [*sizes, most]

@@ -1,0 +1,84 @@
+"""Graphs without a GPU: the same work over the same places, replayed by running it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.runner.attention import visibility
+from engine.runner.capture import make_graphs
+from engine.runner.graphs import Bucket, FixedAttention, MakeAttention, Run
+from engine.runner.kv_cache import KVCache
+from engine.runner.runner import Runner
+from engine.runner.step_input import PassInput
+
+
+class Repeating:
+    """What is captured is run again by replaying it. `num_replays` counts both parts of a step."""
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+
+    def rehearse(self, run: Run) -> None:
+        run()
+
+    def record(self, run: Run) -> Run:
+        def replay() -> None:
+            self.num_replays += 1
+            run()
+
+        return replay
+
+
+class GatheredAttention:
+    """Attention of a bucket in plain torch, for every row by itself, over fixed places and shapes."""
+
+    def __init__(self, bucket: Bucket, cache: KVCache, slots: Tensor, ancestors: Tensor) -> None:
+        self._cache = cache
+        self._slots, self._ancestors = slots, ancestors
+        self._num_keys = cache.num_blocks * cache.block_size
+        self._prefix_len = torch.zeros(bucket.num_tokens, dtype=torch.int64)
+        self._keys = torch.zeros(bucket.num_tokens, self._num_keys, dtype=torch.int64)  # slots
+
+    def load(self, step: PassInput) -> None:
+        size = self._cache.block_size
+        self._prefix_len.zero_()
+        self._prefix_len[: len(step.prefix_len)] = torch.from_numpy(step.prefix_len)
+        self._keys.zero_()
+        for table, start, stop in zip(step.block_tables, step.starts, step.starts[1:], strict=False):
+            slots = (np.array(table)[:, None] * size + np.arange(size)).reshape(-1)
+            self._keys[start:stop, : len(slots)] = torch.from_numpy(slots)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._cache.write_padded(layer, self._slots, k, v)
+        flat = self._keys.view(-1)
+        k, v = (
+            x[layer].index_select(1, flat).unflatten(1, self._keys.shape).transpose(0, 1)
+            for x in (self._cache.k, self._cache.v)
+        )  # [num_tokens, kv_heads, num_keys, head_dim]
+        visible = visibility(self._prefix_len, self._ancestors, self._num_keys)
+        out = F.scaled_dot_product_attention(
+            q.unsqueeze(2), k, v, attn_mask=visible[:, None, None], enable_gqa=True
+        )
+        return torch.where(self._slots.unsqueeze(1) < 0, 0.0, out.flatten(1))
+
+
+def gathered_attention(cache: KVCache) -> MakeAttention:
+    def make(bucket: Bucket, slots: Tensor, ancestors: Tensor) -> FixedAttention:
+        attention = GatheredAttention(bucket, cache, slots, ancestors)
+        return FixedAttention(attention, attention.load)
+
+    return make
+
+
+def add_graphs(runner: Runner, buckets: Sequence[Bucket]) -> Repeating:
+    """Let a runner decode by repeated work. All buckets must fit its cache."""
+    capture = Repeating()
+    graphs = make_graphs(runner, buckets, gathered_attention(runner.cache), capture)
+    assert len(graphs) == len(set(buckets))
+    runner.use_graphs(graphs)
+    return capture
