@@ -49,6 +49,7 @@ class Bucket:
     @classmethod
     def of(cls, num_requests: int, num_tokens: int, max_nodes: int) -> Bucket:
         """max_nodes: of any tree. Where each request has its root, one tree has what tokens are left."""
+        num_tokens = min(num_tokens, num_requests * max_nodes)
         return cls(num_tokens, num_requests, min(max_nodes, num_tokens - num_requests + 1))
 
     def holds(self, batch: Batch) -> bool:
@@ -235,6 +236,7 @@ class StepGraphs:
 
     def find(self, batch: Batch) -> StepGraph | None:
         """The smallest that serves a batch; None where it brings prompts or is too large for all."""
-        if not all(s.num_tokens == 1 and s.commits for s in batch.scheduled):
+        decodes = bool(batch.scheduled) and all(s.num_tokens == 1 and s.commits for s in batch.scheduled)
+        if not decodes:
             return None
         return next((graph for graph in self._graphs if graph.bucket.holds(batch)), None)

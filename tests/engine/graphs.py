@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from engine.runner.graphs import Bucket, FixedAttention, MakeAttention, Run
 from engine.runner.kv_cache import KVCache
 from engine.runner.runner import Runner
 from engine.runner.step_input import PassInput
+
+MAX_CONTEXT = 144  # positions that a request may have in these tests
 
 
 class Repeating:
@@ -40,7 +42,7 @@ class GatheredAttention:
     def __init__(self, bucket: Bucket, cache: KVCache, slots: Tensor, ancestors: Tensor) -> None:
         self._cache = cache
         self._slots, self._ancestors = slots, ancestors
-        self._num_keys = cache.num_blocks * cache.block_size
+        self._num_keys = min(cache.num_blocks * cache.block_size, MAX_CONTEXT)
         self._prefix_len = torch.zeros(bucket.num_tokens, dtype=torch.int64)
         self._keys = torch.zeros(bucket.num_tokens, self._num_keys, dtype=torch.int64)  # slots
 
@@ -51,7 +53,8 @@ class GatheredAttention:
         self._keys.zero_()
         for table, start, stop in zip(step.block_tables, step.starts, step.starts[1:], strict=False):
             slots = (np.array(table)[:, None] * size + np.arange(size)).reshape(-1)
-            self._keys[start:stop, : len(slots)] = torch.from_numpy(slots)
+            used = slots[: self._num_keys]
+            self._keys[start:stop, : len(used)] = torch.from_numpy(used)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._cache.write_padded(layer, self._slots, k, v)
@@ -75,9 +78,20 @@ def gathered_attention(cache: KVCache) -> MakeAttention:
     return make
 
 
-def add_graphs(runner: Runner, buckets: Sequence[Bucket]) -> Repeating:
+def move_all(cache: KVCache) -> Callable[[Tensor, Tensor], None]:
+    """Compaction in one shape, as a graph needs it: what stays is written where it is."""
+
+    def move(sources: Tensor, destinations: Tensor) -> None:
+        for x in (cache.k, cache.v):
+            x[:, :, destinations] = x[:, :, sources]
+
+    return move
+
+
+def add_graphs(runner: Runner, buckets: Sequence[Bucket], capture: Repeating | None = None) -> Repeating:
     """Let a runner decode by repeated work. All buckets must fit its cache."""
-    capture = Repeating()
+    capture = capture or Repeating()
+    runner.cache.move = move_all(runner.cache)  # type: ignore[method-assign]
     graphs = make_graphs(runner, buckets, gathered_attention(runner.cache), capture)
     assert len(graphs) == len(set(buckets))
     runner.use_graphs(graphs)

@@ -1,0 +1,42 @@
+"""Decoding in buckets with the GPU kernels: a plan that stays in place, padding, compaction."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.runner.capture import _triton_attention, make_graphs
+from engine.runner.graphs import Bucket
+from tests.engine.drafters import ScriptedDrafter
+from tests.engine.families import full
+from tests.engine.graphs import Repeating
+from tests.engine.helpers import params
+from tests.engine.tiny import Arrival, TinyEngine, greedy
+from tests.engine.triton.cases import DEVICE
+
+LENGTH = 8
+PROMPTS = [tuple((11 * i + 3 * p) % 128 for p in range(length)) for i, length in enumerate((1, 19, 45))]
+
+
+@pytest.mark.skipif(
+    DEVICE.type != "cpu", reason="the tiny engine runs on the CPU, so only interpreted kernels do"
+)
+def test_greedy_answers_by_buckets_with_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(request_id: str) -> tuple[int, ...]:
+        prompt = PROMPTS[int(request_id)]
+        return prompt + greedy(prompt, LENGTH)
+
+    engine = TinyEngine(full(5), ScriptedDrafter(script, 0.7, 3), block_size=16, budget=70)
+    runner, capture = engine.runner, Repeating()
+    monkeypatch.setattr(runner.cache, "has_triton", True)
+    buckets = [Bucket.of(1, 6, 6), Bucket.of(4, 20, 6)]
+    runner.use_graphs(
+        make_graphs(runner, buckets, _triton_attention(runner, engine.scheduler.limits), capture)
+    )
+    arrivals = [
+        Arrival(str(i), prompt, params(LENGTH, ignore_eos=True), step=i) for i, prompt in enumerate(PROMPTS)
+    ]
+    results = engine.run(arrivals)
+    for i, prompt in enumerate(PROMPTS):
+        assert tuple(results[str(i)].tokens) == greedy(prompt, LENGTH)
+    assert engine.num_accepted > 5
+    assert capture.num_replays > 6
