@@ -69,7 +69,7 @@ class DraftTrees:
     def tree_depths(self) -> Tensor:
         """How deep each request's tree reaches, [num_requests] int64."""
         inside = torch.arange(self.parents.shape[1], device=self.parents.device) < self.num_nodes.unsqueeze(1)
-        return torch.where(inside, self.depths, 0).amax(dim=1)
+        return self.depths.masked_fill(~inside, 0).amax(dim=1)
 
     def paths_to(self, nodes: Tensor) -> Tensor:
         """The path to one node of each request, [num_requests, depth + 1]; nodes: [num_requests] int64."""
@@ -97,4 +97,4 @@ def deepest_accepted(edges: Tensor, trees: DraftTrees) -> Tensor:
     accepted[:, 0] = True
     on_path = accepted.unsqueeze(1).expand(-1, width, -1).gather(2, trees.paths)
     # argmax returns the first of several maxima
-    return torch.where(on_path.all(dim=2), trees.depths, -1).argmax(dim=1)
+    return trees.depths.masked_fill(~on_path.all(dim=2), -1).argmax(dim=1)

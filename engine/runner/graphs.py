@@ -19,7 +19,8 @@ from torch import Tensor
 
 from engine.model.decoder import Attention
 from engine.runner.drafter import Proposal
-from engine.runner.step_input import IntArray, PassInput, StepInput, StepLayout, lay_out_step
+from engine.runner.step_input import IntArray, PassInput, StepInput
+from engine.runner.step_layout import StepLayout, lay_out_step
 from engine.scheduling.batch import Batch
 from trees.verify import DraftTrees
 

@@ -18,7 +18,8 @@ from engine.runner.graphs import StepGraph, StepGraphs
 from engine.runner.kv_cache import KVCache
 from engine.runner.per_request import PerRequest
 from engine.runner.sampler import Sampler, is_plain, token_logprobs
-from engine.runner.step_input import CommitRows, StepInput, build_step
+from engine.runner.step_input import CommitRows, StepInput
+from engine.runner.step_layout import build_step
 from engine.runner.transfer import together
 from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from trees.verify import DraftTrees, deepest_accepted

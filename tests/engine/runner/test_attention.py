@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.runner import attention
 from engine.runner.attention import PagedAttention, visibility
 from engine.runner.kv_cache import KVCache
-from engine.runner.step_input import build_step
+from engine.runner.step_layout import build_step
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.drafting import Acceptance
 from engine.scheduling.request import Request

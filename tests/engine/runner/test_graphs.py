@@ -11,11 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.runner.capture import default_buckets, make_graphs
+from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import Drafter
-from engine.runner.graphs import Bucket
+from engine.runner.graphs import Bucket, Run
 from engine.runner.ngram_drafter import NgramDrafter
+from engine.scheduling.scheduler import SchedulerLimits
 from tests.engine.families import chain, families, full
-from tests.engine.graphs import add_graphs
+from tests.engine.graphs import Repeating, add_graphs, gathered_attention
 from tests.engine.helpers import params
 from tests.engine.runner.test_greedy import (
     ALL_PROMPTS,
@@ -26,7 +29,7 @@ from tests.engine.runner.test_greedy import (
     make_drafter,
 )
 from tests.engine.runner.test_heads_drafter import bound, drafter_of, hydra, medusa
-from tests.engine.tiny import EOS, NO_TREE, Arrival, Result, TinyEngine
+from tests.engine.tiny import EOS, NO_TREE, Arrival, Result, TinyEngine, tiny_decoder
 from trees.family import TreeFamily
 
 FEW = [
@@ -112,6 +115,7 @@ HEADS = {
     "medusa": lambda: drafter_of(bound(medusa())),
     "hydra": lambda: drafter_of(bound(hydra())),
     "n-grams": NgramDrafter,
+    "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1)),
 }
 
 
@@ -214,3 +218,69 @@ def test_the_smallest_bucket_is_taken() -> None:
     graph = engine.runner._graphs.find(engine.scheduler.schedule())
     assert graph is not None
     assert graph.bucket == Bucket(7, 1, 7)
+
+
+@given(
+    requests=st.integers(1, 300),
+    drafts=st.integers(0, 63),
+    spare=st.integers(0, 4000),
+    max_positions=st.integers(1, 4096),
+)
+def test_default_buckets_hold_all_passes_that_they_promise(
+    requests: int, drafts: int, spare: int, max_positions: int
+) -> None:
+    limits = SchedulerLimits(requests, requests + spare, 4096, drafts)
+    buckets = default_buckets(limits, max_positions)
+    assert len(buckets) == len(set(buckets)) <= 60
+    nodes = min(drafts + 1, max_positions)
+    for count in {1, min(2, requests), requests // 2 or 1, requests}:
+        for tree in {1, 2, nodes}:
+            tokens = count * tree
+            # Padding at most doubles the requests, then the tokens.
+            if tree <= nodes and 4 * tokens <= min(512, limits.max_num_batched_tokens):
+                assert any(
+                    b.num_requests >= count and tokens <= b.num_tokens <= 4 * tokens and b.max_nodes >= tree
+                    for b in buckets
+                )
+
+
+class Failing(Repeating):
+    """Has memory for a number of graphs, two a bucket."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
+
+    def record(self, run: Run) -> Run:
+        self._room -= 1
+        if self._room < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().record(run)
+
+
+@pytest.mark.parametrize(("room", "count"), [(0, 0), (1, 0), (4, 2), (100, 5)])
+def test_memory_that_is_short_leaves_the_smaller_sizes_out(room: int, count: int) -> None:
+    engine = TinyEngine(full(12), make_drafter("mixed"), block_size=4, num_blocks=100)
+    graphs = make_graphs(engine.runner, FEW, gathered_attention(engine.runner.cache), Failing(room))
+    assert len(graphs) == count
+    engine.runner.use_graphs(graphs)
+    check_outputs(engine, arrivals_of([2, 3], [0, 3], [6, 9]))
+
+
+def test_time_that_is_short_leaves_the_smaller_sizes_out() -> None:
+    runner = TinyEngine(full(12), None, block_size=4, num_blocks=100).runner
+    assert len(make_graphs(runner, FEW, gathered_attention(runner.cache), Repeating(), most_seconds=0.0)) == 0
+
+
+def test_sizes_that_the_cache_has_no_room_for_are_left_out() -> None:
+    runner = TinyEngine(full(12), None, block_size=4, num_blocks=7).runner
+    graphs = make_graphs(runner, FEW, gathered_attention(runner.cache), Repeating())
+    assert len(graphs) == 3  # each of eight requests would have no block; four have one, for four tokens
+
+
+def test_another_cache_drops_the_graphs() -> None:
+    engine = TinyEngine(full(12), make_drafter("mixed"), block_size=4, num_blocks=100)
+    capture = add_graphs(engine.runner, FEW)
+    engine.runner.resize_cache(100)
+    check_outputs(engine, arrivals_of([2, 3], [0, 3], [6, 9]))
+    assert capture.num_replays == 0

@@ -22,17 +22,22 @@ from tests.engine.runner.test_greedy import arrivals_of
 from tests.engine.runner.test_heads_drafter import bound, drafter_of, hydra, medusa
 from tests.engine.tiny import TinyEngine
 
-# Their results' sizes, or what the host does next, depend on values on the device.
-READING = (
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "is_nonzero",
-    "equal",
-    "unique",
-    "repeat_interleave",
-)
-INDEXING = ("index", "index_put", "index_put_", "_unsafe_index")
+# Their results' sizes, or what the host does next, depend on values on the device. In inference mode
+# operators are seen before they are taken apart: `item` rather than what it is made of.
+READING = {
+    *(
+        "item",
+        "_local_scalar_dense",
+        "is_nonzero",
+        "equal",
+        "allclose",
+        "nonzero",
+        "nonzero_numpy",
+        "argwhere",
+    ),
+    *("masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount"),
+}
+INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
 
 
 class Watch(TorchDispatchMode):
@@ -47,9 +52,10 @@ class Watch(TorchDispatchMode):
         by_mask = name in INDEXING and any(
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
+        by_place = name == "where" and len(args) == 1
         # An integer number of repeats needs no look at a tensor.
         of_tensor = name == "repeat_interleave" and not any(isinstance(a, int) for a in args[1:])
-        if by_mask or (name in READING and (name != "repeat_interleave" or of_tensor)):
+        if name in READING or by_mask or by_place or of_tensor:
             self.waits.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -76,16 +82,18 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, engine: TinyEngine) -> None:
         engine.runner.drafter.trims = False
 
 
-def test_the_watch_sees_what_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.arange(4)
-    with watching(monkeypatch) as watch:
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_watch_sees_what_would_wait(monkeypatch: pytest.MonkeyPatch, inference: bool) -> None:
+    with torch.inference_mode(inference), watching(monkeypatch) as watch:
+        x = torch.arange(4)
         x[x > 2] = 0
         int(x.max())
         bool((x > 1).any())
         x.tolist()
+        torch.where(x)
         x[torch.tensor([1, 0])].repeat_interleave(2)
         x.repeat_interleave(x)
-    assert watch.waits == ["index_put_", *["_local_scalar_dense"] * 2, "tolist", "repeat_interleave"]
+    assert len(watch.waits) == 6
 
 
 DRAFTERS = {

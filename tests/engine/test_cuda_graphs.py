@@ -1,0 +1,84 @@
+"""Decoding by CUDA graphs on a real GPU: the same answers as without, and one wait a step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from bench.shapes import random_decoder
+from engine.config import EngineConfig
+from engine.loop import Engine
+from engine.messages import AddRequest
+from engine.runner.heads_drafter import HeadsDrafter
+from heads.medusa import MedusaHeads
+from tests.engine.families import full
+from tests.engine.helpers import params
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+PROMPTS = [[(11 * i + 3 * p + p * p) % 4096 for p in range(n)] for i, n in enumerate((300, 20, 70, 50))]
+
+
+def make_engine(*, heads: bool, **settings: Any) -> Engine:
+    config = EngineConfig(
+        model_dir="",
+        dtype="float32",
+        device="cuda",
+        kv_cache_memory=256 << 20,
+        max_num_seqs=4,
+        max_model_len=1024,
+        **settings,
+    )
+    decoder = random_decoder("tiny", torch.float32, CUDA)
+    if not heads:
+        return Engine(config, loaded=decoder)
+    module = MedusaHeads(3, 1, decoder.config.hidden_size, decoder.config.vocab_size)
+    module.requires_grad_(False).bind(decoder.lm_head.weight, decoder.embedding)
+    drafter = HeadsDrafter(module, decoder.lm_head.weight)
+    return Engine(config, loaded=decoder, drafter=drafter, family=full(20, 3, 3), fixed_drafts=20)
+
+
+def add_requests(engine: Engine, **sampling: Any) -> None:
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(AddRequest(str(index), prompt, params(40, ignore_eos=True, **sampling)))
+
+
+def answers(engine: Engine, **sampling: Any) -> list[list[int]]:
+    add_requests(engine, **sampling)
+    tokens: dict[str, list[int]] = {str(index): [] for index in range(len(PROMPTS))}
+    while engine.has_work():
+        for output in engine.step().outputs:
+            assert output.failure is None
+            tokens[output.request_id] += output.token_ids
+    return list(tokens.values())
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("heads", [False, True], ids=["n-grams", "heads"])
+def test_answers_are_those_without_graphs(heads: bool, sampling: dict[str, Any]) -> None:
+    plain, graphed = make_engine(heads=heads, enforce_eager=True), make_engine(heads=heads)
+    assert len(plain._runner._graphs) == 0
+    assert len(graphed._runner._graphs) > 10
+    expected = answers(plain, **sampling)
+    assert answers(graphed, **sampling) == expected
+    assert answers(graphed, **sampling) == expected  # a replay leaves nothing behind
+
+
+def test_the_host_waits_once_a_step() -> None:
+    engine = make_engine(heads=True)
+    answers(engine)  # whatever happens once has happened
+    add_requests(engine)
+    engine.step()  # the prompts
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        while engine.has_work():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                engine.step()
+            waits = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+            assert len(waits) == 1, [str(w.message) for w in waits]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
