@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.shapes import random_decoder
+from bench.shapes import random_decoder, random_heads
 from engine.config import EngineConfig
 from engine.loop import Engine
 from engine.messages import AddRequest
 from engine.runner.heads_drafter import HeadsDrafter
-from heads.medusa import MedusaHeads
 from tests.engine.families import full
 from tests.engine.helpers import params
 
@@ -35,9 +34,7 @@ def make_engine(*, heads: bool, **settings: Any) -> Engine:
     decoder = random_decoder("tiny", torch.float32, CUDA)
     if not heads:
         return Engine(config, loaded=decoder)
-    module = MedusaHeads(3, 1, decoder.config.hidden_size, decoder.config.vocab_size)
-    module.requires_grad_(False).bind(decoder.lm_head.weight, decoder.embedding)
-    drafter = HeadsDrafter(module, decoder.lm_head.weight)
+    drafter = HeadsDrafter(random_heads(decoder), decoder.lm_head.weight)
     return Engine(config, loaded=decoder, drafter=drafter, family=full(20, 3, 3), fixed_drafts=20)
 
 
