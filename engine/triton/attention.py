@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.triton.cache import rows_of_heads, store
+from engine.model.decoder import RotatingAttention
+from engine.triton.cache import store
 from engine.triton.kernels.attention import attend, merge
 from engine.triton.plan import AttentionPlan
 from engine.triton.tiles import PagedHeads, padded
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from engine.runner.step_input import PassInput
 
 
-class TritonAttention:
-    """The attention callable of a pass (see `engine.model.decoder.Attention`).
+class TritonAttention(RotatingAttention):
+    """The attention callable of a pass.
 
     slots, ancestors: [num_tokens] int64, as in `PassInput`; a row of padding has a negative slot, stores
     nothing, reads zeros and is left out of the plan. With a plan that was reserved, and `slots` and
@@ -40,10 +41,19 @@ class TritonAttention:
         return cls(plan, cache, step.slots, step.ancestors)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = rows_of_heads(q)
-        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        return self._store_and_attend(layer, q, k, v, None)
+
+    def rotate_and_attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        return self._store_and_attend(layer, q, k, v, (cos, sin))
+
+    def _store_and_attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
-        store(k_cache, v_cache, self._slots, k, v, out)
+        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        q = store(k_cache, v_cache, self._slots, q, k, v, out, rotation)
         self._attend(k_cache, v_cache, q, out)
         return out
 

@@ -58,8 +58,8 @@ def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
     """The tile for requests of up to `max_queries` queries each.
 
     Few rows are bound by memory: a turn reads 16 KB of K and as much of V, and three programs of that size
-    fit a Hopper processor. Many rows are bound by the tensor cores, by registers, and by shared memory where a
-    row is long: 99 KB is all that some GPUs have.
+    fit a Hopper processor. Many rows are bound by the tensor cores and by registers, and by shared memory
+    where heads are wide: 99 KB is all that some GPUs have.
     """
     largest = 32 if padded(heads.head_dim) * heads.itemsize > 256 else 128
     wanted = max(heads.group, min(max_queries * heads.group, largest))
@@ -75,5 +75,10 @@ def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
 
 
 def padded(size: int) -> int:
-    """The power of two that a dimension takes inside a kernel: 16 at least, for matrix products."""
-    return max(16, 1 << (size - 1).bit_length())
+    """The size that a dimension takes in a matrix product."""
+    return max(16, power_of_two(size))
+
+
+def power_of_two(size: int) -> int:
+    """The same or the next one: the sizes that Triton knows."""
+    return 1 << (size - 1).bit_length()

@@ -72,10 +72,12 @@ def compiled(case: str) -> Iterator[tuple[str, Any]]:
         cache.k, cache.v = cache.k.to(stored), cache.v.to(stored)
         qkv = torch.zeros(len(step.slots), num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
         q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        cosines = torch.zeros(len(step.slots), 1, head_dim, dtype=dtype)
         heads = PagedHeads.of(cache, num_heads, num_kv_heads)
         plan = AttentionPlan.for_step(step, heads, CPU, num_programs=264)
         for layer in range(config.num_layers):
-            TritonAttention(plan, cache, step.slots, step.ancestors)(layer, q, k, v)
+            attention = TritonAttention(plan, cache, step.slots, step.ancestors)
+            attention.rotate_and_attend(layer, q, k, v, cosines, cosines)
         for num_moves in (3, 4):
             moves = torch.zeros(len(lengths), num_moves, dtype=torch.int64)
             compact(cache.k, cache.v, moves, moves)

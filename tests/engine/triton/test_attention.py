@@ -15,6 +15,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from engine.model.decoder import apply_rope
+from engine.model.rope import rotation_table
 from engine.runner.attention import PagedAttention
 from engine.runner.kv_cache import KVCache
 from engine.triton.plan import AttentionPlan, Capacity
@@ -80,6 +82,25 @@ def test_prompts_trees_and_single_tokens_in_one_launch(dtype: torch.dtype) -> No
     check(case)
     assert torch.equal(case.cache.k.cpu().float(), case.reference_cache.k)
     assert torch.equal(case.cache.v.cpu().float(), case.reference_cache.v)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_rotation_in_the_kernel_is_the_decoders(dtype: torch.dtype) -> None:
+    case = make_case([(33, 9, 4), (0, 3, 0)], (9, 3, 24), dtype=dtype)
+    cos, sin = (
+        table[case.reference_step.positions].unsqueeze(1)
+        for table in rotation_table(10.0 ** -torch.linspace(0, 4, 12), 64)
+    )
+    q, k, v = case.reference_inputs
+    attention = PagedAttention(case.reference_step, case.reference_cache, 9, 3)
+    expected = attention(0, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+    attention = TritonAttention(plan_of(case), case.cache, case.step.slots, case.step.ancestors)
+    table = [x.to(DEVICE) for x in (cos, sin)]
+    found = attention.rotate_and_attend(0, case.q, case.k, case.v, *table)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(found.cpu().float(), expected, rtol=tolerance, atol=tolerance)
+    stored = case.cache.k.cpu().float()
+    torch.testing.assert_close(stored, case.reference_cache.k, rtol=tolerance, atol=tolerance)
 
 
 def test_a_long_context_is_split_and_merged() -> None:
