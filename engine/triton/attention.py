@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from engine.model.decoder import RotatingAttention
-from engine.triton.cache import store
+from engine.triton.cache import compact, store
 from engine.triton.kernels.attention import attend, merge
-from engine.triton.plan import AttentionPlan
-from engine.triton.tiles import PagedHeads, padded
+from engine.triton.plan import AttentionPlan, Capacity
+from engine.triton.tiles import PagedHeads, padded, query_counts
+from trees.family import MAX_DRAFT_NODES
 
 if TYPE_CHECKING:
     from engine.runner.kv_cache import KVCache
@@ -92,3 +93,25 @@ class TritonAttention(RotatingAttention):
             merge[grid](
                 out, plan.partials, plan.shares, plan.merges, **shape, num_warps=4, enable_fp_fusion=True
             )
+
+
+def warm_up(cache: KVCache, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
+    """Compile all that passes and compaction may launch, by launches over nothing: no request waits for it.
+
+    dtype: the queries'. Takes seconds the first time on a machine, later Triton finds the kernels on disk.
+    """
+    heads, device = PagedHeads.of(cache, num_heads, num_kv_heads), cache.k.device
+    slots = torch.full((1,), -1, device=device)
+    qkv = torch.zeros(1, num_heads + 2 * num_kv_heads, heads.head_dim, dtype=dtype, device=device)
+    q, k, v = qkv[:, :num_heads], qkv[:, num_heads:-num_kv_heads], qkv[:, -num_kv_heads:]
+    rotation = torch.zeros(1, 1, heads.head_dim, dtype=dtype, device=device)
+    for max_queries in query_counts(heads):
+        plan = AttentionPlan.reserve(Capacity(1, 1, max_queries, 1), heads, device)
+        attention = TritonAttention(plan, cache, slots, torch.zeros_like(slots))
+        attention.rotate_and_attend(0, q, k, v, rotation, rotation)
+    attention(0, q, k, v)
+    num_moves = 1
+    while num_moves <= MAX_DRAFT_NODES + 1:
+        nothing = torch.zeros(1, num_moves, dtype=torch.int64, device=device)
+        compact(cache.k, cache.v, nothing, nothing)
+        num_moves *= 2

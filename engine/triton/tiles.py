@@ -74,6 +74,12 @@ def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
     )
 
 
+def query_counts(heads: PagedHeads) -> list[int]:
+    """One `max_queries` for every variant of the kernel that passes of these heads can ask for."""
+    wanted = [1, *(max(1, rows // heads.group) for rows in _ROWS)]
+    return list({choose_tile(heads, count).rows: count for count in wanted}.values())
+
+
 def padded(size: int) -> int:
     """The size that a dimension takes in a matrix product."""
     return max(16, power_of_two(size))

@@ -21,10 +21,10 @@ from engine.model.rope import rotation_table
 from engine.runner.attention import PagedAttention
 from engine.runner.kv_cache import KVCache
 from engine.triton.plan import AttentionPlan, Capacity
-from engine.triton.tiles import PagedHeads
+from engine.triton.tiles import PagedHeads, choose_tile, query_counts
 from tests.engine.passes import make_pass
 from tests.engine.tiny import CONFIG, tiny_decoder
-from tests.engine.triton.cases import DEVICE, Case, TritonAttention, make_case, step_on
+from tests.engine.triton.cases import DEVICE, Case, TritonAttention, make_case, step_on, warm_up
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 MIXED = [(0, 70, 0), (90, 0, 33), (40, 0, 1), (200, 3, 0), (0, 1, 64), (17, 9, 5)]
@@ -200,6 +200,27 @@ def test_one_reserved_plan_serves_pass_after_pass() -> None:
             torch.testing.assert_close(found[:real], expected_of(case), rtol=2e-5, atol=2e-5)
         assert torch.equal(first.cache.k[:, :, :used].cpu(), case.reference_cache.k)
         assert (first.cache.k[:, :, used:] == 7.0).all() and not found[real:].any()
+
+
+@pytest.mark.parametrize(
+    "heads", [(32, 8, 128), (9, 3, 64), (28, 4, 96), (8, 4, 256), (16, 16, 64), (71, 1, 64)]
+)
+def test_every_tile_is_known_at_start_up(heads: tuple[int, int, int]) -> None:
+    shape = PagedHeads(*heads, block_size=16, itemsize=2)
+    tiles = [replace(choose_tile(shape, count), queries=0) for count in range(1, 700)]
+    known = [replace(choose_tile(shape, count), queries=0) for count in query_counts(shape)]
+    assert set(tiles) == set(known) and len(known) == len(set(known))
+    assert all(
+        choose_tile(shape, count).queries * shape.group <= choose_tile(shape, count).rows
+        for count in range(1, 99)
+    )
+
+
+def test_warming_up_leaves_the_cache_alone() -> None:
+    case = make_case([(30, 0, 8)], (4, 2, 32))
+    before = case.cache.k.clone(), case.cache.v.clone()
+    warm_up(case.cache, 4, 2, torch.float32)
+    assert torch.equal(case.cache.k, before[0]) and torch.equal(case.cache.v, before[1])
 
 
 @pytest.mark.gpu
