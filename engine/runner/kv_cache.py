@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.model.config import DecoderConfig
 from engine.native.attention import reads_cache
+from engine.triton import support
 
 
 def bytes_per_token(config: DecoderConfig, dtype: torch.dtype, extra_layers: int = 0) -> int:
@@ -38,6 +39,7 @@ class KVCache:
         self.k = _zeros(shape, dtype, device)
         self.v = _zeros(shape, dtype, device)
         self.has_kernels = reads_cache(self.k)
+        self.has_triton = support.reads_cache(self.k)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """slots: [num_tokens] int64; k, v: [num_tokens, num_kv_heads, head_dim]."""
@@ -66,12 +68,21 @@ class KVCache:
         return self.k[layer, :, run].unsqueeze(0), self.v[layer, :, run].unsqueeze(0)
 
     def move(self, sources: Tensor, destinations: Tensor) -> None:
-        """Compaction, in all layers: slot sources[i] moves to destinations[i], both [num_moves] int64.
+        """Compaction, in all layers: slot sources[i, j] of request i moves to destinations[i, j].
 
-        All sources are read before anything is written: a destination may be another move's source.
+        Both are [num_requests, num_moves] int64; where they are equal nothing moves. All sources of a request
+        are read before anything is written: a destination may be another of its moves' source.
         """
-        self.k[:, :, destinations] = self.k[:, :, sources]
-        self.v[:, :, destinations] = self.v[:, :, sources]
+        if self.has_triton:
+            from engine.triton.cache import compact
+
+            compact(self.k, self.v, sources, destinations)
+            return
+        moves = sources != destinations
+        sources, destinations = sources[moves], destinations[moves]
+        if sources.numel():
+            self.k[:, :, destinations] = self.k[:, :, sources]
+            self.v[:, :, destinations] = self.v[:, :, sources]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
