@@ -20,7 +20,7 @@ from engine.native.precision import take_over
 from engine.runner import device as hardware
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.kv_cache import FP8, KVCache, bytes_per_token
+from engine.runner.kv_cache import KVCache, bytes_per_token, stored_dtype
 from engine.runner.memory import allocating, first_num_blocks, fit_cache, is_fitted
 from engine.runner.ngram_drafter import NgramDrafter
 from engine.runner.profile import measure_costs
@@ -83,7 +83,7 @@ class Engine:
         takes_chains = drafter is not None and drafter.takes_chains
         max_drafts = config.max_tree_nodes - 1 if takes_chains else len(family.paths)
         decoder: Decoder | NativeDecoder = loaded
-        stored = FP8 if config.kv_cache_dtype == "fp8" else dtype
+        stored = stored_dtype(config.kv_cache_dtype, dtype)
         has_kernels = can_take(loaded)
         if has_kernels and stored != dtype:
             logger.info(
