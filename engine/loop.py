@@ -101,7 +101,8 @@ class Engine:
         max_tokens = config.max_num_batched_tokens or max(
             hardware.default_batched_tokens(device), config.max_num_seqs
         )
-        with allocating("kv_cache_memory", f"a KV cache of {num_blocks * config.block_size} tokens"):
+        sized_by = "max_model_len" if is_fitted(config, device) else "kv_cache_memory"
+        with allocating(sized_by, f"a KV cache of {num_blocks * config.block_size} tokens"):
             cache = KVCache(model, num_blocks, config.block_size, dtype, device, extra_layers, stored)
         with allocating("max_num_seqs", f"the state of {config.max_num_seqs} requests"):
             self._runner = Runner(decoder, cache, drafter, config.max_num_seqs)
