@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
+
+from bench.device_time import elapsed_seconds
 
 _BYTES = 512 * 2**20  # many times any cache
 _REPEATS = 3
@@ -33,15 +34,4 @@ class Bandwidth:
         return max(self.read, self.copy)
 
     def _fastest(self, run: Callable[[], object]) -> float:
-        return min(self._seconds(run) for _ in range(_REPEATS))
-
-    def _seconds(self, run: Callable[[], object]) -> float:
-        self._synchronize()
-        start = time.perf_counter()
-        run()
-        self._synchronize()
-        return time.perf_counter() - start
-
-    def _synchronize(self) -> None:
-        if self._source.is_cuda:
-            torch.cuda.synchronize()
+        return min(elapsed_seconds(self._source.device, run) for _ in range(_REPEATS))

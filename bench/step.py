@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from bench.report import print_json, print_table
 from engine.config import EngineConfig
 from engine.errors import ConfigError, GorgonError
 from engine.loop import Engine
-from engine.messages import AddRequest, SamplingParams
+from engine.messages import AddRequest, SamplingParams, SpeculationParams, StepStats
 from engine.model.loader import load_config
 from engine.runner.kv_cache import bytes_per_token
 
 WARM_UP_STEPS = 3
+NO_LIMIT = SpeculationParams()
 
 
 class StepBenchError(GorgonError):
@@ -76,9 +78,9 @@ def run(options: StepBenchOptions) -> int:
     for measured in measure(plain, config, options):
         bandwidth.measure()
         rows.append(measured)
-    dtype = getattr(torch, plain.info.dtype)
+    dtype = getattr(torch, plain.info.kv_cache_dtype or plain.info.dtype)
     kv_bytes = bytes_per_token(load_config(Path(config.model_dir)), dtype) * options.context
-    figures = [_figures(row, kv_bytes, bandwidth.best) for row in rows]
+    figures = [figures_of(row, kv_bytes, bandwidth.best) for row in rows]
     _print(figures, bandwidth, plain)
     print_json(
         {
@@ -123,16 +125,43 @@ def measure(plain: Engine, config: EngineConfig, options: StepBenchOptions) -> I
         gc.collect()
 
 
-def measure_steps(engine: Engine, kind: str, num_requests: int, context: int, num_steps: int) -> Measured:
+def measure_steps(
+    engine: Engine,
+    kind: str,
+    num_requests: int,
+    context: int,
+    num_steps: int,
+    speculation: SpeculationParams = NO_LIMIT,
+) -> Measured:
     """Time steps in which all requests decode; their answers are thrown away.
 
     Raises StepBenchError where requests end, are preempted or do not all run at once, and RequestError where
     the model cannot have that much context.
     """
+    with decoding(engine, kind, num_requests, context, num_steps, speculation) as step:
+        stats = [step() for _ in range(num_steps)]
+    tokens = sum(s.num_tokens for s in stats)
+    seconds = tuple(s.duration for s in stats)
+    return Measured(kind, num_requests, tokens / num_steps, seconds, engine.weight_bytes())
+
+
+@contextmanager
+def decoding(
+    engine: Engine,
+    kind: str,
+    num_requests: int,
+    context: int,
+    num_steps: int,
+    speculation: SpeculationParams = NO_LIMIT,
+) -> Iterator[Callable[[], StepStats]]:
+    """Warmed up requests that all decode, for up to as many calls of the step function that it gives. Raises
+    as `measure_steps` does."""
     generator = random.Random(0)  # prompts of their own, so that no two requests share blocks
     # An accepted tree takes many tokens a step, and no request may end before the steps are counted.
     max_tokens = min(64 * (num_steps + WARM_UP_STEPS), engine.info.max_model_len - context)
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParams(
+        max_tokens=max_tokens, temperature=0.0, ignore_eos=True, speculation=speculation
+    )
     names = [f"{kind}-{index}" for index in range(num_requests)]
     for name in names:
         prompt = [generator.randrange(engine.info.vocab_size) for _ in range(context)]
@@ -140,26 +169,27 @@ def measure_steps(engine: Engine, kind: str, num_requests: int, context: int, nu
     started: set[str] = set()
     while len(started) < num_requests:
         started |= {output.request_id for output in engine.step().outputs if output.token_ids}
-    seconds, tokens = [], 0
-    for index in range(WARM_UP_STEPS + num_steps):
+
+    def step() -> StepStats:
         stats = engine.step().stats
         if stats.num_running != num_requests or len(stats.committed_tokens) != num_requests:
             raise StepBenchError(
                 f"{len(stats.committed_tokens)} of {num_requests} requests decoded in a step; raise "
                 "--kv-cache-memory, or ask for fewer --requests, fewer --steps or a shorter --context"
             )
-        if index >= WARM_UP_STEPS:
-            seconds.append(stats.duration)
-            tokens += stats.num_tokens
+        return stats
+
+    for _ in range(WARM_UP_STEPS):
+        step()
+    yield step
     for name in names:
         engine.abort(name)
     while engine.has_work():
         engine.step()
-    return Measured(kind, num_requests, tokens / num_steps, tuple(seconds), engine.weight_bytes())
 
 
-def _figures(row: Measured, kv_bytes: int, bandwidth: float) -> dict[str, Any]:
-    """kv_bytes: of one request's context."""
+def figures_of(row: Measured, kv_bytes: int, bandwidth: float) -> dict[str, Any]:
+    """Times beside the memory limit. kv_bytes: of one request's context; bandwidth: bytes per second."""
     read = row.weight_bytes + row.num_requests * kv_bytes
     median = statistics.median(row.seconds)
     return {

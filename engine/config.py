@@ -15,7 +15,8 @@ from trees.family import MAX_DRAFT_NODES
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Speculation = Literal["auto", "off"]
-Quantization = Literal["auto", "none", "int8", "int4"]
+Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
+KVCacheDtype = Literal["auto", "fp8"]
 
 MAX_TREE_NODES = MAX_DRAFT_NODES + 1  # the root is a node too
 
@@ -35,10 +36,12 @@ class EngineConfig:
 
     model_dir: str
     heads_dir: str | None = None
-    dtype: Dtype = flag("auto", "number format of weights and cache")
+    dtype: Dtype = flag("auto", "number format of the model")
     device: Device = flag("auto", "where the model runs; auto takes CUDA when there is one")
     quantization: Quantization = flag(
-        "auto", "weights of bfloat16 on CPU; auto takes what is fastest and keeps what the model's file says"
+        "auto",
+        "weights of a bfloat16 model: int8 or int4 on CPU, int8 or fp8 on a GPU; auto takes, on CPU, what is "
+        "fastest and keeps what the model's file says",
     )
     speculation: Speculation = flag("auto", "auto: as many draft tokens as pay for themselves; off: none")
     max_tree_nodes: int = flag(MAX_TREE_NODES, "largest draft tree of one request, root included (1 to 64)")
@@ -49,6 +52,14 @@ class EngineConfig:
     max_model_len: int | None = flag(None, "longest prompt plus answer in tokens (default: the model's own)")
     kv_cache_memory: int | None = flag(
         None, "bytes of KV cache, with optional K, M or G (default: from free memory)"
+    )
+    kv_cache_dtype: KVCacheDtype = flag(
+        "auto",
+        "number format of the KV cache; auto: the model's; fp8 (float8_e4m3fn): half as much memory as 16 "
+        "bits, answers change a little, and on CPU our own kernels do not read it, which is slower",
+    )
+    gpu_memory_utilization: float = flag(
+        0.9, "share of a GPU's memory that may be in use, the KV cache taking what passes leave of it"
     )
     block_size: int = flag(16, "tokens in one KV cache block")
     seed: int = flag(0, "seed of requests that bring none")
@@ -66,6 +77,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(name, f"must be at least 1, not {value}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                "gpu_memory_utilization", f"must be above 0 and at most 1, not {self.gpu_memory_utilization}"
+            )
         if not 0 <= self.seed < 2**64:
             raise ConfigError("seed", f"must be 0 to 2**64 - 1, not {self.seed}")
         budget = self.max_num_batched_tokens

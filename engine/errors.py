@@ -47,5 +47,9 @@ class EngineStoppedError(EngineDeadError):
     """The server is shutting down and has ended the engine; nothing restarts it."""
 
 
+class RequestMemoryError(GorgonError):
+    """The device has no memory for a request, not even alone; the request is lost, the engine goes on."""
+
+
 class EngineBrokenError(GorgonError):
     """Whatever the engine is asked to compute fails; only a new process can help."""

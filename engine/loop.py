@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from engine.config import EngineConfig
-from engine.errors import ConfigError, EngineBrokenError, RequestError
-from engine.messages import AddRequest, ModelInfo, RequestOutput, SamplingParams, StepOutput, StepStats
+from engine.containment import Containment
+from engine.errors import ConfigError, RequestError
+from engine.messages import AddRequest, ModelInfo, SamplingParams, StepOutput, StepStats
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.model.footprint import weight_bytes
@@ -23,11 +20,12 @@ from engine.native.precision import take_over
 from engine.runner import device as hardware
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.kv_cache import KVCache, bytes_per_token
+from engine.runner.kv_cache import KVCache, bytes_per_token, stored_dtype
+from engine.runner.memory import allocating, first_num_blocks, fit_cache, is_fitted
 from engine.runner.ngram_drafter import NgramDrafter
 from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
-from engine.scheduling.batch import Batch, CommittedTokens
+from engine.scheduling.batch import Batch
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.drafting import StepCost
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -39,13 +37,14 @@ from trees.family import TreeFamily
 logger = logging.getLogger(__name__)
 
 _NO_TREE = TreeFamily((), ())
-_MAX_LOST_STEPS = 3  # steps in a row that fail for every request of theirs: then the engine is at fault
 
 
 class Engine:
     """Loads a model and runs its requests, synchronously, step by step.
 
     `fixed_drafts` gives every request a tree of that many draft tokens instead of choosing the size.
+    `loaded` takes the place of the folder's weights, on the device and in the number format of the
+    configuration; it loses its linear layers where they are packed or quantized.
     `drafter` and `family` come together and replace the head set of the configuration; the family says what
     each further node of a tree is expected to gain. `ngrams`: whether what followed a request's last words
     before joins the guesses.
@@ -55,6 +54,7 @@ class Engine:
         self,
         config: EngineConfig,
         *,
+        loaded: Decoder | None = None,
         fixed_drafts: int | None = None,
         drafter: Drafter | None = None,
         family: TreeFamily = _NO_TREE,
@@ -64,9 +64,9 @@ class Engine:
         dtype = hardware.resolve_dtype(config.dtype, device)
         choices = quantization_choices(config.quantization, dtype, device)
         model_dir = Path(config.model_dir)
-        model = load_config(model_dir)
+        model = load_config(model_dir) if loaded is None else loaded.config
         max_model_len = _resolve_model_len(config, model)
-        loaded = load_decoder(model_dir, dtype, device)
+        loaded = loaded or load_decoder(model_dir, dtype, device)
         heads_name, num_heads = None, 0
         speculates = config.speculation != "off" and config.max_tree_nodes > 1
         if drafter is None and config.heads_dir is not None and speculates:
@@ -83,23 +83,29 @@ class Engine:
         takes_chains = drafter is not None and drafter.takes_chains
         max_drafts = config.max_tree_nodes - 1 if takes_chains else len(family.paths)
         decoder: Decoder | NativeDecoder = loaded
-        if can_take(loaded):
+        stored = stored_dtype(config.kv_cache_dtype, dtype)
+        has_kernels = can_take(loaded)
+        if has_kernels and stored != dtype:
+            logger.info(
+                "KV cache in fp8: our own kernels do not read it, so that torch's operators do it all."
+            )
+        if has_kernels and stored == dtype:
             decoder, quantization = take_over(loaded, choices)
         else:
             quantization = quantize_linears(loaded, choices, hardware.spare_memory())
 
         extra_layers = 0 if drafter is None else drafter.num_cache_layers
-        token_bytes = bytes_per_token(model, dtype, extra_layers)
+        token_bytes = bytes_per_token(model, stored, extra_layers)
         token_bytes += 0 if drafter is None else drafter.cache_bytes_per_token
-        num_blocks = _resolve_num_blocks(config, token_bytes, device, max_model_len)
+        num_blocks = first_num_blocks(config, token_bytes, device, max_model_len)
         max_tokens = config.max_num_batched_tokens or max(
             hardware.default_batched_tokens(device), config.max_num_seqs
         )
-        with _allocating("kv_cache_memory", f"a KV cache of {num_blocks * config.block_size} tokens"):
-            cache = KVCache(model, num_blocks, config.block_size, dtype, device, extra_layers)
-        with _allocating("max_num_seqs", f"the state of {config.max_num_seqs} requests"):
+        sized_by = "max_model_len" if is_fitted(config, device) else "kv_cache_memory"
+        with allocating(sized_by, f"a KV cache of {num_blocks * config.block_size} tokens"):
+            cache = KVCache(model, num_blocks, config.block_size, dtype, device, extra_layers, stored)
+        with allocating("max_num_seqs", f"the state of {config.max_num_seqs} requests"):
             self._runner = Runner(decoder, cache, drafter, config.max_num_seqs)
-        self._num_lost_steps = 0
         self._ended: float | None = None  # when the last step did, where nobody has waited since
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
@@ -107,11 +113,14 @@ class Engine:
             max_model_len=max_model_len,
             max_drafts=max_drafts,
         )
+        if is_fitted(config, device):
+            fit_cache(self._runner, limits, token_bytes, config.gpu_memory_utilization)
         self._policy = self._make_policy(family, fixed_drafts, limits)
-        pool = BlockPool(num_blocks, config.block_size)
+        pool = BlockPool(cache.num_blocks, config.block_size)
         self.scheduler = Scheduler(
             limits, pool, self._policy, model.eos_token_ids, config.seed, ngrams=ngrams and takes_chains
         )
+        self._containment = Containment(self.scheduler)
         self.info = ModelInfo(
             architecture=model.architecture,
             vocab_size=model.vocab_size,
@@ -119,7 +128,7 @@ class Engine:
             eos_token_ids=model.eos_token_ids,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
-            num_blocks=num_blocks,
+            num_blocks=cache.num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max_tokens,
@@ -127,6 +136,7 @@ class Engine:
             num_heads=num_heads,
             max_tree_nodes=max_drafts + 1,
             quantization=quantization,
+            kv_cache_dtype=None if stored == dtype else str(stored).removeprefix("torch."),
         )
 
     def _make_policy(
@@ -159,20 +169,17 @@ class Engine:
     def step(self) -> StepOutput:
         """Advance every running request by one forward pass.
 
-        A pass that raises is repeated request by request, and those that fail alone too end with "abort".
-        Raises EngineBrokenError where that has happened to all requests for several steps.
+        Requests whose pass fails, or has no memory, even alone end with "abort"; see `Containment.execute`,
+        also for EngineBrokenError.
         """
         start = time.perf_counter()
         batch = self.scheduler.schedule()
-        committed = self._try(batch)
-        if committed is None:
-            return StepOutput(self._step_singly(batch), self._stats(batch, time.perf_counter() - start))
-        self._num_lost_steps = 0
-        outputs = self.scheduler.update(batch, committed)
+        passed = self._containment.execute(self._runner.execute, batch)
+        outputs = passed.failed + self.scheduler.update(batch, passed.committed)
         # What a step costs is all the time since the one before: planning and sending, too.
         began, ended = self._ended or start, time.perf_counter()
         self._ended = ended if self.scheduler.has_work() else None
-        if not any(s.num_tokens > 1 for s in batch.scheduled):
+        if passed.undisturbed and not any(s.num_tokens > 1 for s in batch.scheduled):
             guessed = [s.allowance.most for s in batch.scheduled if s.guesses]
             keys = [(s.base, s.num_drafts) for s in batch.scheduled]
             self._policy.observe_step(
@@ -188,40 +195,6 @@ class Engine:
                 )
             )
         return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))
-
-    def _try(self, batch: Batch) -> list[CommittedTokens] | None:
-        """None where the pass raised. What it held on the device is free once this has returned."""
-        try:
-            return self._runner.execute(batch)
-        except Exception:
-            logger.exception("A pass failed for %s.", [s.request.request_id for s in batch.scheduled])
-            return None
-
-    def _step_singly(self, batch: Batch) -> list[RequestOutput]:
-        """Repeat a failed pass with one request at a time, so that only the culprit is lost.
-
-        What the failed pass has written lies at positions that are not computed yet and is written anew.
-        """
-        outputs: list[RequestOutput] = []
-        lost = 0
-        for scheduled in batch.scheduled:
-            single = Batch([scheduled])
-            committed = self._try(single)
-            if committed is not None:
-                outputs += self.scheduler.update(single, committed)
-                continue
-            lost += 1
-            request = scheduled.request
-            self.abort(request.request_id)
-            outputs.append(
-                RequestOutput(
-                    request_id=request.request_id, token_ids=[], usage=request.usage(), finish_reason="abort"
-                )
-            )
-        self._num_lost_steps = self._num_lost_steps + 1 if lost == len(batch.scheduled) else 0
-        if self._num_lost_steps == _MAX_LOST_STEPS:
-            raise EngineBrokenError(f"{_MAX_LOST_STEPS} steps in a row failed for all their requests.")
-        return outputs
 
     def _stats(self, batch: Batch, duration: float) -> StepStats:
         report = self._policy.report()
@@ -239,6 +212,7 @@ class Engine:
             num_waiting=self.scheduler.num_waiting,
             kv_usage=self.scheduler.kv_usage,
             preemptions=batch.num_preemptions,
+            out_of_memory=batch.num_out_of_memory,
             prefix_queries=batch.prefix_queries,
             prefix_hits=batch.prefix_hits,
             speculation=report.state,
@@ -263,15 +237,6 @@ def _check_tree(family: TreeFamily, heads: HeadSet) -> None:
         )
 
 
-@contextmanager
-def _allocating(parameter: str, what: str) -> Generator[None, None, None]:
-    """Raises ConfigError, naming the setting that sized it, where there is no memory for `what`."""
-    try:
-        yield
-    except (MemoryError, ValueError, RuntimeError) as error:  # numpy raises the first two, torch the last
-        raise ConfigError(parameter, f"this machine has no memory for {what}; lower it") from error
-
-
 def _resolve_model_len(config: EngineConfig, model: DecoderConfig) -> int:
     asked = config.max_model_len
     if asked is not None and asked > model.max_positions:
@@ -279,22 +244,6 @@ def _resolve_model_len(config: EngineConfig, model: DecoderConfig) -> int:
             "max_model_len", f"{asked} is more than the model's {model.max_positions} positions; lower it"
         )
     return asked or model.max_positions
-
-
-def _resolve_num_blocks(
-    config: EngineConfig, token_bytes: int, device: torch.device, max_model_len: int
-) -> int:
-    block_bytes = token_bytes * config.block_size
-    memory = config.kv_cache_memory or hardware.free_memory_for_cache(device)
-    num_blocks = memory // block_bytes
-    needed = -(-max_model_len // config.block_size)
-    if num_blocks < needed:
-        raise ConfigError(
-            "kv_cache_memory",
-            f"{memory / 2**20:.0f} MiB cannot hold one request of {max_model_len} tokens, which takes "
-            f"{needed * block_bytes / 2**20:.0f} MiB; raise it or lower --max-model-len",
-        )
-    return num_blocks
 
 
 def _check_request(prompt: list[int], sampling: SamplingParams, info: ModelInfo) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from engine.config import EngineConfig
 
 FinishReason = Literal["stop", "length", "abort"]
+Failure = Literal["error", "out_of_memory"]
 
 
 class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +91,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     heads: str | None  # name and kind of the head set, for people
     num_heads: int
     max_tree_nodes: int  # root included; 1 where nothing speculates
-    quantization: str = "none"  # of the weights: none, int8 or int4
+    quantization: str = "none"  # of the weights: none, int8, int4 or fp8
+    kv_cache_dtype: str | None = None  # where it is not the model's
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):
@@ -132,6 +134,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    failure: Failure | None = None  # why the engine gave it up
 
 
 # heads, ngrams: who guessed in the last step. not_worthwhile: drafts would cost more than they bring.
@@ -155,6 +158,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int
     prefix_queries: int  # prompt tokens looked up in the prefix cache
     prefix_hits: int  # of these, found
+    out_of_memory: int = 0  # passes that had no memory and were made again with less in them
     speculation: SpeculationState = "off"
     estimated_speed_up: float = 1.0  # of the step's drafts over none, as planned
     measured_speed_up: float = 1.0  # over the last hundred steps or so

@@ -10,7 +10,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
-from engine.errors import EngineDeadError, EngineStoppedError, OverloadedError, RequestError
+from engine.errors import (
+    EngineDeadError,
+    EngineStoppedError,
+    OverloadedError,
+    RequestError,
+    RequestMemoryError,
+)
 from server.protocol.errors import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger("gorgon.server")
@@ -110,6 +116,9 @@ def to_api_error(error: BaseException) -> ApiError:
             code="engine_dead",
             headers={"Retry-After": str(RESTART_SECONDS)},
         )
+    if isinstance(error, RequestMemoryError):
+        headers = {"Retry-After": str(RESTART_SECONDS)}
+        return ApiError(503, str(error), code="out_of_memory", headers=headers)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return ApiError(500, "The server failed to answer this request; its log says why.", code="internal_error")
@@ -136,6 +145,7 @@ def install(app: FastAPI) -> None:
         RequestError,
         OverloadedError,
         EngineDeadError,
+        RequestMemoryError,
         GenerationError,
         ClientDisconnectedError,
         HTTPException,

@@ -11,7 +11,7 @@ from functools import partial
 
 import anyio
 
-from engine.errors import EngineDeadError
+from engine.errors import EngineDeadError, RequestMemoryError
 from engine.messages import RequestOutput, RequestUsage, SamplingParams, TokenLogprobs
 from server.errors import GenerationError
 from server.protocol.common import CompletionTokensDetails, Finish, PromptTokensDetails, SamplingFields, Usage
@@ -80,7 +80,8 @@ class Generation:
         )
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """One piece for each step. Raises what `Engine.generate` raises, and GenerationError.
+        """One piece for each step. Raises what `Engine.generate` raises, GenerationError and
+        RequestMemoryError.
 
         However it ends, the engine's generator is closed: the request holds no blocks afterwards.
         """
@@ -104,6 +105,10 @@ class Generation:
 
     def _take(self, output: RequestOutput) -> Piece:
         """Add one step's tokens; sets `finish_reason` with the last."""
+        if output.failure == "out_of_memory":
+            raise RequestMemoryError(
+                "The engine has no memory for this request; send a shorter one, or try again later."
+            )
         if output.finish_reason == "abort":
             raise GenerationError("The engine gave the request up.")
         self._engine_usage = output.usage

@@ -62,6 +62,9 @@ class Metrics:
             "gorgon_drafted_by_depth", "Trees that reached a depth", "depth"
         )
         self.preemptions = self._counter("gorgon_preemptions", "Requests that lost their blocks for a while")
+        self.out_of_memory = self._counter(
+            "gorgon_out_of_memory", "Passes that had no memory and were made again with less in them"
+        )
         self.prefix_queries = self._counter("gorgon_prefix_cache_queries", "Prompt tokens looked up")
         self.prefix_hits = self._counter("gorgon_prefix_cache_hits", "Prompt tokens found in the cache")
         self.running = self._gauge("gorgon_requests_running", "Requests in the batch")
@@ -128,6 +131,7 @@ class Metrics:
         for depth, count in enumerate(stats.drafted_by_depth, start=1):
             self.drafted_by_depth.labels(depth).inc(count)
         self.preemptions.inc(stats.preemptions)
+        self.out_of_memory.inc(stats.out_of_memory)
         self.prefix_queries.inc(stats.prefix_queries)
         self.prefix_hits.inc(stats.prefix_hits)
         self._set_gauges(stats.num_running, stats.num_waiting, stats.kv_usage)

@@ -165,11 +165,12 @@ async def serve_http(
 def describe(info: ModelInfo) -> str:
     """What the engine made of its configuration, in one line."""
     weights = "" if info.quantization == "none" else f" with {info.quantization} weights"
+    cache = "" if info.kv_cache_dtype is None else f" in {info.kv_cache_dtype}"
     guesses = info.heads or "n-grams alone"
     trees = f"{guesses}, trees of up to {info.max_tree_nodes} nodes" if info.max_tree_nodes > 1 else "off"
     return (
         f"{info.architecture} in {info.dtype}{weights} on {info.device}; speculation: {trees}; context of "
-        f"{info.max_model_len} tokens; KV cache of {info.num_blocks * info.block_size} tokens"
+        f"{info.max_model_len} tokens; KV cache of {info.num_blocks * info.block_size} tokens{cache}"
     )
 
 

@@ -39,7 +39,7 @@ def load_decoder(model_dir: Path, dtype: torch.dtype, device: torch.device) -> D
     """
     gguf = find_gguf(model_dir)
     config = load_config(model_dir)
-    decoder = _allocate(config, dtype, device)
+    decoder = allocate(config, dtype, device)
     if gguf is None:
         _fill(decoder, _safetensors(model_dir))
     else:
@@ -64,7 +64,7 @@ def load_vocabulary(model_dir: Path) -> tuple[Tensor, Tensor]:
     return found[names[0]], found[names[-1]]
 
 
-def _allocate(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+def allocate(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
     """A decoder whose parameters are uninitialised memory of the right kind, in the right place."""
     with torch.device("meta"):
         decoder = Decoder(config)

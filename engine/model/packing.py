@@ -49,7 +49,17 @@ def pack_linears(decoder: Decoder) -> None:
     """
     if not can_pack(decoder.embedding):
         return
-    for parent in list(decoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear):
-                setattr(parent, name, PackedLinear(child.weight, child.bias))
+    replace_linears(decoder, lambda name, linear: PackedLinear(linear.weight, linear.bias))
+
+
+def replace_linears(decoder: Decoder, make: Callable[[str, Linear], nn.Module]) -> None:
+    """Put what `make` makes of its name and itself in place of every linear layer. One after the other: the
+    plain weights of each are gone before the next is made, so that they never lie in memory twice."""
+    places = [
+        (parent, name)
+        for parent in decoder.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Linear)
+    ]
+    for parent, name in places:
+        setattr(parent, name, make(name, getattr(parent, name)))

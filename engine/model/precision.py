@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from engine.config import Quantization
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder, Linear
-from engine.model.packing import PackedLinear, can_pack, pack_linears
+from engine.model.packing import PackedLinear, can_pack, pack_linears, replace_linears
 from engine.model.quantization import Int4Linear, Int8Linear, fits_int4, int4_error
+from engine.model.scaled import FP8_CAPABILITY, ScaledFP8Linear, ScaledInt8Linear, fits_scaled
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +39,18 @@ def quantization_choices(
 ) -> tuple[Quantization, ...]:
     """What auto may choose from, or what was asked for alone. "none" is among auto's.
 
-    float32 and float16 mean what they say: auto leaves them alone. Raises ConfigError where int8 or int4
-    cannot be had in this number format or on this machine.
+    float32 and float16 mean what they say: auto leaves them alone, and all that is on a GPU. Raises
+    ConfigError where a format cannot be had with this number format or on this machine.
     """
+    if device.type == "cuda" and asked not in ("auto", "none"):
+        return _on_gpu(asked, dtype, device)
     on_cpu = device.type == "cpu" and can_pack(torch.empty(0, dtype=torch.bfloat16))
     if asked == "none":
         return ("none",)
     if asked == "auto":
         return ("none", "int4") if on_cpu and dtype == torch.bfloat16 else ("none",)
+    if asked == "fp8":
+        raise ConfigError("quantization", "fp8 runs on GPUs alone; use int8, int4, auto or none")
     if not on_cpu:
         raise ConfigError("quantization", f"{asked} runs on CPUs, by oneDNN; use none, or --device cpu")
     if dtype != torch.bfloat16:
@@ -56,6 +61,21 @@ def quantization_choices(
     if asked == "int8" and not torch.cpu._is_vnni_supported():
         # Sums of two products of 8 bits would saturate at 16.
         raise ConfigError("quantization", "int8 needs a CPU with AVX-512 VNNI; use auto, int4 or none")
+    return (asked,)
+
+
+def _on_gpu(asked: Quantization, dtype: torch.dtype, device: torch.device) -> tuple[Quantization, ...]:
+    """Raises ConfigError where a GPU has no products in the format asked for."""
+    if asked == "int4":
+        raise ConfigError("quantization", "int4 runs on CPUs; use int8 or fp8, or --device cpu")
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            "quantization", f"{asked} computes in bfloat16, not {name}; use none, or --dtype bfloat16"
+        )
+    if asked == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        needed = ".".join(map(str, FP8_CAPABILITY))
+        raise ConfigError("quantization", f"fp8 needs a GPU of compute capability {needed}; use int8 or none")
     return (asked,)
 
 
@@ -73,15 +93,9 @@ def quantize_linears(decoder: Decoder, choices: Sequence[Quantization], spare_me
     if chosen == "none":
         pack_linears(decoder)
         return chosen
-    linears = [
-        (parent, name, child)
-        for parent in decoder.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Linear)
-    ]
-    copies = sum(linear.weight.nbytes for _, _, linear in linears) <= spare_memory
-    for parent, name, linear in linears:
-        setattr(parent, name, _quantized(linear, name, chosen, lossless=len(choices) > 1, copies=copies))
+    weights = sum(child.weight.nbytes for child in decoder.modules() if isinstance(child, Linear))
+    lossless, copies = len(choices) > 1, weights <= spare_memory
+    replace_linears(decoder, lambda name, linear: _quantized(linear, name, chosen, lossless, copies))
     return chosen
 
 
@@ -156,6 +170,8 @@ def _quantized(
     lossless: leave it in bfloat16 also where that would change what the file says.
     """
     weight, bias = linear.weight, linear.bias
+    if weight.is_cuda:
+        return scaled(linear, name, choice)
     if choice == "int8":
         return Int8Linear(weight, bias, keep_copy=copies)
     # The projection onto the vocabulary is never stored in 4 bits: it costs several per cent of perplexity.
@@ -163,3 +179,12 @@ def _quantized(
     if possible and (not lossless or int4_error(weight) <= MAX_ERROR):
         return Int4Linear(weight, bias, keep_copy=copies)
     return PackedLinear(weight, bias)
+
+
+def scaled(linear: Linear, name: str, choice: Quantization) -> nn.Module:
+    """A layer as a GPU has it, int8 or fp8; left alone where the products do not take its shape. fp8 spares
+    the projection onto the vocabulary, as is the custom: its errors are those of every token."""
+    if not fits_scaled(linear.weight) or (choice == "fp8" and name == "lm_head"):
+        return linear
+    made = ScaledInt8Linear if choice == "int8" else ScaledFP8Linear
+    return made(linear.weight, linear.bias)

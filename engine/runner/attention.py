@@ -106,7 +106,7 @@ class PagedAttention:
             step.ancestors.index_select(0, flat_rows).view(rows.shape),
             num_blocks * self._cache.block_size,
         )
-        bias = torch.zeros(visible.shape, dtype=self._cache.k.dtype, device=device)
+        bias = torch.zeros(visible.shape, dtype=self._cache.dtype, device=device)
         bias.masked_fill_(~visible, float("-inf"))
         return AttentionGroup(
             rows=flat_rows,

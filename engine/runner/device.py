@@ -11,8 +11,17 @@ from engine.errors import ConfigError
 
 _CPU_CACHE_LIMIT = 2 << 30  # bytes; enough for tens of long requests, and no more than a laptop can spare
 _CPU_CACHE_SHARE = 0.25  # of the memory that is free
-_CUDA_CACHE_SHARE = 0.9
 _COPIES_SHARE = 0.25  # of the memory that is free, for faster layouts of the same weights
+# What is said where the error has no type of its own: by torch's allocator for CPUs, by CUDA and Triton
+# outside torch's allocator, by cuBLAS and cuDNN, and by numpy and torch of sizes beyond any address.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "array is too big",
+    "Maximum allowed dimension exceeded",
+    "Storage size calculation overflowed",
+)
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -37,12 +46,18 @@ def default_batched_tokens(device: torch.device) -> int:
     return 512 if device.type == "cpu" else 4096
 
 
-def free_memory_for_cache(device: torch.device) -> int:
-    """Bytes the KV cache may take when nobody says how many. Call it with the weights loaded."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _CUDA_CACHE_SHARE)
+def free_memory_for_cache() -> int:
+    """Bytes of this machine that the KV cache may take when nobody says how many. Call it with the weights
+    loaded; for a GPU see `engine.runner.memory`."""
     return min(int(_available_memory() * _CPU_CACHE_SHARE), _CPU_CACHE_LIMIT)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less to do would have gone well: memory of the device or of the host was short."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = str(error)
+    return isinstance(error, RuntimeError | ValueError) and any(phrase in words for phrase in _OUT_OF_MEMORY)
 
 
 def spare_memory() -> int:

@@ -50,6 +50,12 @@ class Runner:
         """Whether trees may turn out smaller than they were planned."""
         return self.drafter is not None and self.drafter.trims
 
+    def resize_cache(self, num_blocks: int) -> None:
+        """Give the cache another size; what it held is gone."""
+        self.cache.resize(num_blocks)
+        if self.drafter is not None:
+            self.drafter.attach(self.decoder.config, self.cache)
+
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[CommittedTokens]:
         """Run one pass; entry i of the result belongs to `batch.scheduled[i]`.
@@ -62,16 +68,26 @@ class Runner:
         hidden = self.decoder(step.token_ids, step.positions, attention)
         if self.drafter is not None:
             self.drafter.observe(step, trees, hidden, partial(self._rows_before, step))
+        results = [CommittedTokens([]) for _ in batch.scheduled]
+        if commits.scheduled:
+            results = self._commit(batch, step, trees, hidden)
+        if self.drafter is not None:
             self._keep_chunk_rows(step, hidden)
-        if not commits.scheduled:
-            return [CommittedTokens([]) for _ in batch.scheduled]
+        return results
+
+    def _commit(
+        self, batch: Batch, step: StepInput, trees: DraftTrees, hidden: Tensor
+    ) -> list[CommittedTokens]:
+        """Judge the trees of those that commit. hidden: [num_tokens, hidden]."""
+        commits = step.commits
         hidden = hidden.index_select(0, commits.rows)
         logits = self.decoder.logits(hidden)
         verdict = self._sampler.judge(logits, commits, trees)
         last = deepest_accepted(verdict.edges, trees)
         self._compact(commits, last, trees)
-        self._hidden[commits.state_slots] = hidden[commits.first_row + last]
         results = self._collect(batch, commits, last, trees, verdict.targets, logits)
+        # Last of all, as are the rows of chunks: a pass that fails before is repeated from the same rows.
+        self._hidden[commits.state_slots] = hidden[commits.first_row + last]
         for scheduled, result in zip(batch.scheduled, results, strict=True):
             if scheduled.commits:
                 request = scheduled.request

@@ -57,6 +57,7 @@ class ScheduledRequest:
 class Batch:
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     num_preemptions: int = 0
+    num_out_of_memory: int = 0  # attempts at its pass that memory was short for
     prefix_queries: int = 0
     prefix_hits: int = 0
 

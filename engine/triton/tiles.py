@@ -34,7 +34,7 @@ class PagedHeads:
     @classmethod
     def of(cls, cache: KVCache, num_heads: int, num_kv_heads: int) -> PagedHeads:
         """Queries are taken to be no wider than bfloat16 over a float8 cache."""
-        itemsize = max(2, cache.k.dtype.itemsize)
+        itemsize = cache.dtype.itemsize
         return cls(num_heads, num_kv_heads, cache.k.shape[-1], cache.block_size, itemsize)
 
     @property

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from engine.errors import EngineDeadError, EngineStoppedError, OverloadedError, RequestError
+from engine.messages import Failure, RequestOutput, RequestUsage, SamplingParams
 from tests.fake_engine import FakeEngine
 from tests.server.support import ROUTES, app_for, body_for, client_for, eventually, live
 
@@ -63,6 +64,47 @@ async def test_a_failure_in_an_answer_that_is_not_streamed_is_an_error(route: st
     async with client_for(app_for(engine)) as client:
         response = await client.post(route, json=body_for(route))
     assert response.status_code == 503
+
+
+class GivingUpEngine(FakeEngine):
+    """Gives every request up, after `steps` that bring a token each."""
+
+    def __init__(self, steps: int, failure: Failure) -> None:
+        super().__init__(tokens_per_step=1)
+        self._steps = steps
+        self._failure = failure
+
+    def _outputs(self, request_id: str, sampling: SamplingParams) -> list[RequestOutput]:
+        usage = RequestUsage(cached_tokens=0, decode_steps=0, drafted_tokens=0, accepted_tokens=0)
+        last = RequestOutput(
+            request_id=request_id, token_ids=[], usage=usage, finish_reason="abort", failure=self._failure
+        )
+        return [*super()._outputs(request_id, sampling)[: self._steps], last]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [("out_of_memory", 503, "out_of_memory"), ("error", 500, "internal_error")],
+)
+async def test_a_request_that_the_engine_gives_up_says_why(
+    route: str, stream: bool, steps: int, failure: Failure, status: int, code: str
+) -> None:
+    engine = GivingUpEngine(steps, failure)
+    async with client_for(app_for(engine)) as client:
+        response = await client.post(route, json=body_for(route, stream=stream))
+    if stream and steps:
+        assert response.status_code == 200
+        lines = [line for line in response.text.splitlines() if line.startswith("data: ")]
+        error = json.loads(lines[-1].removeprefix("data: "))["error"]
+    else:
+        assert response.status_code == status
+        assert ("retry-after" in response.headers) == (status == 503)
+        error = response.json()["error"]
+    assert error["code"] == code
+    assert ("no memory for this request" in error["message"]) == (failure == "out_of_memory")
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -70,6 +70,7 @@ def test_routers_find_vllm_s_gauges() -> None:
             num_waiting=2,
             kv_usage=0.5,
             preemptions=1,
+            out_of_memory=2,
             prefix_queries=0,
             prefix_hits=0,
         )
@@ -80,6 +81,7 @@ def test_routers_find_vllm_s_gauges() -> None:
     assert 'vllm:kv_cache_usage_perc{model_name="m"} 0.5' in text
     assert "gorgon_requests_running 3.0" in text
     assert "gorgon_preemptions_total 1.0" in text
+    assert "gorgon_out_of_memory_total 2.0" in text
 
 
 def test_what_speculation_does_and_why_can_be_read() -> None:

@@ -56,14 +56,29 @@ def test_what_cannot_be_had_is_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(ConfigError, match=r"--quantization: .*not float32.*--dtype bfloat16"):
         quantization_choices(asked, torch.float32, CPU)
-    with pytest.raises(ConfigError, match=r"--quantization: .*--device cpu"):
-        quantization_choices(asked, torch.bfloat16, torch.device("cuda"))
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     if asked == "int8":
         with pytest.raises(ConfigError, match="VNNI"):
             quantization_choices(asked, torch.bfloat16, CPU)
     else:
         assert quantization_choices(asked, torch.bfloat16, CPU) == ("int4",)
+
+
+def test_gpus_have_formats_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, bfloat16 = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert quantization_choices("int8", bfloat16, cuda) == ("int8",)
+    assert quantization_choices("fp8", bfloat16, cuda) == ("fp8",)
+    for asked in ("int8", "fp8"):
+        with pytest.raises(ConfigError, match=r"--quantization: .*not float16.*--dtype bfloat16"):
+            quantization_choices(asked, torch.float16, cuda)
+    with pytest.raises(ConfigError, match=r"--quantization: int4 runs on CPUs.*--device cpu"):
+        quantization_choices("int4", bfloat16, cuda)
+    with pytest.raises(ConfigError, match=r"--quantization: fp8 runs on GPUs alone"):
+        quantization_choices("fp8", bfloat16, CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match=r"--quantization: fp8 needs a GPU of compute capability 8\.9"):
+        quantization_choices("fp8", bfloat16, cuda)
 
 
 def random_decoder(**changes: int) -> Decoder:

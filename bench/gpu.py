@@ -1,0 +1,253 @@
+"""`gorgon bench gpu`, or `python -m bench.gpu`: the engine's step on a GPU beside the memory limit, for the
+default model and for Llama-shaped models with random weights.
+
+The limit of a pass is the time to read every weight and the keys and values of every request's context once,
+at the bandwidth of copies measured in the same run. Nothing here needs a GPU but its clocks: with
+`--device cpu --shapes tiny` all of it runs in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+from bench.facts import machine_facts
+from bench.report import print_json, print_table
+from engine.config import MAX_TREE_NODES, Device, Dtype, KVCacheDtype, Quantization
+from engine.errors import ConfigError, GorgonError
+from heads.errors import HeadsError, RegistryError
+
+if TYPE_CHECKING:
+    from bench.gpu_model import Found
+    from trees.family import TreeFamily
+
+Row = dict[str, Any]
+
+SHAPES = ("default", "1b", "3b", "8b", "tiny")
+_REQUESTS, _NODES, _CONTEXTS = (1, 8, 64), (1, 2, 4, 8, 16, 32, 64), (128, 2000)
+_SIMULATED = (
+    "Tokens per step, and what follows from them, are simulated: from the gains of the built-in head set of "
+    "smollm2-135m-instruct (tree.json, its own held-out greedy answers), whatever the model. Shapes have "
+    "untrained Hydra heads of the same kind: the time to draft is real, what is accepted is not."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuBenchOptions:
+    shapes: tuple[str, ...]
+    requests: tuple[int, ...]
+    nodes: tuple[int, ...]  # of each request's tree, root included; 1 is plain decoding
+    contexts: tuple[int, ...]
+    steps: int
+    device: Device
+    dtype: Dtype
+    quantization: Quantization
+    kv_cache_dtype: KVCacheDtype
+
+    def __post_init__(self) -> None:
+        for name in ("shapes", "requests", "nodes", "contexts"):
+            if not getattr(self, name):
+                raise ConfigError(name, "name at least one")
+        if min(*self.requests, *self.nodes, *self.contexts, self.steps) < 1:
+            raise ConfigError("steps", "numbers of requests, nodes, tokens and steps must be at least 1")
+        if max(self.nodes) > MAX_TREE_NODES:
+            raise ConfigError("nodes", f"must be at most {MAX_TREE_NODES}, the root included")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a figure should be, and how it is found among the rows of one run."""
+
+    text: str
+    find: Callable[[list[Row]], float | None]
+    bound: float
+    at_least: bool = True
+
+    def judge(self, rows: list[Row]) -> dict[str, Any]:
+        """The figure, None where it was not measured, and whether it is within the bound."""
+        found = self.find(rows)
+        met = None if found is None else (found >= self.bound if self.at_least else found <= self.bound)
+        return {"target": self.text, "bound": self.bound, "measured": found, "met": met}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command, here and in `gorgon bench gpu`."""
+
+    def numbers(flag: str, default: Sequence[int], text: str) -> None:
+        shown = f"{text} (default: {' '.join(map(str, default))})"
+        parser.add_argument(flag, type=int, nargs="+", default=list(default), metavar="N", help=shown)
+
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=SHAPES,
+        default=list(SHAPES[:-1]),
+        help="the default model, and Llama's shapes with random weights (default: all but tiny)",
+    )
+    numbers("--requests", _REQUESTS, "requests that decode at once")
+    numbers("--nodes", _NODES, "nodes of each request's tree, root included; 1 is plain decoding")
+    numbers("--contexts", _CONTEXTS, "tokens behind each request")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="measured steps (default: 20)")
+    for flag, kind, default in (
+        ("--device", Device, "auto"),
+        ("--dtype", Dtype, "auto"),
+        ("--quantization", Quantization, "none"),
+        ("--kv-cache-dtype", KVCacheDtype, "auto"),
+    ):
+        parser.add_argument(flag, choices=get_args(kind), default=default, help=f"(default: {default})")
+
+
+def run(args: argparse.Namespace) -> int:
+    options = GpuBenchOptions(
+        shapes=tuple(dict.fromkeys(args.shapes)),
+        requests=tuple(sorted(set(args.requests))),
+        nodes=tuple(sorted(set(args.nodes))),
+        contexts=tuple(sorted(set(args.contexts))),
+        steps=args.steps,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
+    )
+    import torch
+
+    from bench.bandwidth import Bandwidth
+    from bench.gpu_model import measure_model, profile_family
+    from engine.runner.device import resolve_device, resolve_dtype
+
+    device = resolve_device(options.device)
+    bandwidth = Bandwidth(device)
+    found: list[Found] = []
+    failed: dict[str, str] = {}
+    for name in options.shapes:
+        try:
+            found += measure_model(name, options, bandwidth)
+        except (GorgonError, HeadsError, RegistryError, RuntimeError) as error:  # torch raises the last
+            failed[name] = str(error)
+            print(f"{name} was not measured to the end: {error}", file=sys.stderr)
+    rows = [one.row(bandwidth.copy) for one in found]
+    family = profile_family()
+    compare(rows, family)
+    verdicts = [target.judge(rows) for target in TARGETS]
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    speeds = f"reads {bandwidth.read / 1e9:.1f} GB/s, copies {bandwidth.copy / 1e9:.1f} GB/s"
+    print(f"{gpu or 'CPU'}: memory {speeds}\n{_SIMULATED}\n")
+    _print(rows)
+    print("\n".join(map(_sentence, verdicts)))
+    print_json(
+        {
+            "bench": "gpu",
+            **machine_facts(),
+            "gpu": gpu,
+            "device": str(device),
+            "dtype": str(resolve_dtype(options.dtype, device)).removeprefix("torch."),
+            "quantization": options.quantization,
+            "kv_cache_dtype": options.kv_cache_dtype,
+            "threads": torch.get_num_threads(),
+            "read_bytes_per_second": round(bandwidth.read),
+            "copy_bytes_per_second": round(bandwidth.copy),
+            "simulated": {"note": _SIMULATED, "gains": family.gains},
+            "rows": rows,
+            "targets": verdicts,
+            "not_measured": failed,
+        }
+    )
+    return 1 if failed else 0
+
+
+def compare(rows: list[Row], family: TreeFamily) -> None:
+    """Put each step of trees beside the plain one of the same requests and context: the ratio of their times
+    and, from the profile's gains, tokens per step and the speed-up, drafting included."""
+    plain = {_place(row): row["ms_median"] for row in rows if row["kind"] == "plain"}
+    for row in rows:
+        if row["nodes"] == 1:
+            continue
+        row["simulated_tokens_per_step"] = round(1 + sum(family.gains[: row["nodes"] - 1]), 3)
+        alone = plain.get(_place(row))
+        if alone is not None:
+            row["over_plain"] = round(row["ms_median"] / alone, 3)
+            step = row["ms_median"] + row["ms_drafting"]
+            row["simulated_speed_up"] = round(row["simulated_tokens_per_step"] * alone / step, 3)
+
+
+def _place(row: Row) -> tuple[str, int, int]:
+    return row["model"], row["requests"], row["context"]
+
+
+def _figure(
+    key: str, model: str, kind: str, requests: int | None = None
+) -> Callable[[list[Row]], float | None]:
+    """The figure of a model's first row of that kind, where it was measured."""
+
+    def find(rows: list[Row]) -> float | None:
+        found = [
+            row.get(key)
+            for row in rows
+            if row["model"] == model and row["kind"] == kind and requests in (None, row["requests"])
+        ]
+        return found[0] if found else None
+
+    return find
+
+
+# Of an H200-class GPU.
+TARGETS = (
+    Target(
+        "8B, one request, plain: share of the memory limit", _figure("share_of_limit", "8b", "plain", 1), 0.85
+    ),
+    Target(
+        "8B, one request: tree of 64 over one token", _figure("over_plain", "8b", "tree 64", 1), 1.15, False
+    ),
+    Target(
+        "8B, 64 requests: attention's share of bandwidth",
+        _figure("share_of_limit", "8b", "attention", 64),
+        0.70,
+    ),
+    Target(
+        "8B, one request: share of a step the device waits",
+        _figure("idle_share", "8b", "plain", 1),
+        0.05,
+        False,
+    ),
+)
+
+
+def _sentence(verdict: dict[str, Any]) -> str:
+    if verdict["measured"] is None:
+        return f"{verdict['target']}: not measured; on a GPU, gorgon bench gpu --shapes 8b does"
+    word = "met" if verdict["met"] else "missed"
+    return f"{verdict['target']}: {verdict['measured']:.3f}, the target of {verdict['bound']} is {word}"
+
+
+def _print(rows: list[Row]) -> None:
+    print_table(
+        [
+            "model", "step", "requests", "context", "ms", "best ms", "limit ms", "of the limit", "over plain",
+            "device waits", "drafting ms", "tokens/step (sim.)", "speed-up (sim.)",
+        ],
+        [
+            [
+                row["model"], row["kind"], row["requests"], row["context"], row["ms_median"], row["ms_best"],
+                row["limit_ms"], f"{row['share_of_limit']:.0%}", row.get("over_plain"), row.get("idle_share"),
+                row.get("ms_drafting"), row.get("simulated_tokens_per_step"), row.get("simulated_speed_up"),
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n\n")[0])
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except GorgonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

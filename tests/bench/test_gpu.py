@@ -1,0 +1,205 @@
+"""The GPU benchmark, on a machine without a GPU: rows, limits, what is simulated, what was not measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench.device_time import attention_seconds, busy_seconds, covered, elapsed_seconds
+from bench.gpu import TARGETS, compare, main
+from bench.gpu_model import profile_family
+from bench.shapes import SHAPES, random_decoder
+from cli.main import main as gorgon
+from engine.model.decoder import Decoder
+from engine.model.footprint import weight_bytes
+from engine.runner.kv_cache import FP8, KVCache, bytes_per_token
+
+CPU = torch.device("cpu")
+TINY = ["--device", "cpu", "--shapes", "tiny", "--steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.bandwidth._BYTES", 2**20)
+    monkeypatch.setattr("engine.runner.profile._TIME_LIMIT", 0.2)
+
+
+def run(capsys: Any, *more: str) -> dict[str, Any]:
+    assert gorgon(["bench", "gpu", *TINY, *more]) == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return document
+
+
+def test_every_combination_has_a_row(capsys: Any) -> None:
+    document = run(
+        capsys,
+        "--dtype",
+        "float32",
+        "--requests",
+        "3",
+        "1",
+        "--nodes",
+        "1",
+        "2",
+        "64",
+        "--contexts",
+        "20",
+        "40",
+    )
+    rows = document["rows"]
+    found = [(r["kind"], r["requests"], r["context"], r["nodes"], r["tokens"]) for r in rows]
+    plain = [("plain", n, context, 1, n) for context in (20, 40) for n in (1, 3)]
+    trees = [(f"tree {k}", n, context, k, k * n) for context in (20, 40) for n in (1, 3) for k in (2, 64)]
+    assert found == [*plain, *trees, ("attention", 3, 40, 1, 3)]
+    kv = bytes_per_token(SHAPES["tiny"], torch.float32)
+    with torch.device("meta"):
+        weights = weight_bytes(Decoder(SHAPES["tiny"]))
+    gains = document["simulated"]["gains"]
+    for row in rows:
+        reads = 0 if row["kind"] == "attention" else weights
+        assert row["bytes"] == reads + row["requests"] * row["context"] * kv
+        limit = 1000 * row["bytes"] / document["copy_bytes_per_second"]
+        assert row["limit_ms"] == pytest.approx(limit, abs=1e-3)
+        assert 0 < row["ms_best"] <= row["ms_median"]
+        if row["nodes"] > 1:
+            assert row["simulated_tokens_per_step"] == pytest.approx(
+                1 + sum(gains[: row["nodes"] - 1]), abs=1e-3
+            )
+            [alone] = [r for r in rows if r["kind"] == "plain" and r["requests"] == row["requests"]
+                       and r["context"] == row["context"]]  # fmt: skip
+            assert row["over_plain"] == pytest.approx(row["ms_median"] / alone["ms_median"], abs=1e-3)
+            assert row["ms_drafting"] > 0
+    assert document["not_measured"] == {}
+    assert [t["measured"] for t in document["targets"]] == [None] * len(TARGETS)
+    assert all(row.get("idle_share") is None for row in rows)  # the host is the device
+
+
+@pytest.mark.parametrize("more", [["--kv-cache-dtype", "fp8"], ["--dtype", "bfloat16"]], ids=" ".join)
+def test_number_formats(more: list[str], capsys: Any) -> None:
+    document = run(capsys, "--requests", "2", "--nodes", "1", "8", "--contexts", "30", *more)
+    stored = FP8 if "fp8" in more else torch.bfloat16
+    assert document["rows"][-1]["bytes"] == 2 * 30 * bytes_per_token(SHAPES["tiny"], stored)
+
+
+def test_what_is_simulated_is_said_and_missing_figures_are_named(capsys: Any) -> None:
+    assert main([*TINY, "--requests", "1", "--nodes", "4", "--contexts", "20"]) == 0
+    out = capsys.readouterr().out
+    assert "are simulated: from the gains of the built-in head set" in out
+    assert out.count("not measured; on a GPU, gorgon bench gpu") == len(TARGETS)
+    assert json.loads(out.splitlines()[-1])["simulated"]["note"] in out
+
+
+def test_a_model_that_cannot_be_had_does_not_stop_the_others(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("bench.shapes.allocate", fail)
+    assert main([*TINY]) == 1
+    out, err = capsys.readouterr()
+    assert "tiny was not measured to the end: --shapes: cpu has no memory for the weights of tiny" in err
+    assert "tiny" in json.loads(out.splitlines()[-1])["not_measured"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nodes", "65"], "--nodes: must be at most 64"),
+        (["--requests", "0"], "must be at least 1"),
+        (["--steps", "0"], "must be at least 1"),
+        (["--device", "cuda"], "--device: no CUDA device"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_first(flags: list[str], message: str, capsys: Any) -> None:
+    if torch.cuda.is_available() and "cuda" in flags:
+        pytest.skip("there is a CUDA device")
+    assert gorgon(["bench", "gpu", *TINY, *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert main([*TINY, *flags]) == 2
+
+
+def test_targets_are_judged_by_their_rows() -> None:
+    def row(kind: str, requests: int, **figures: float) -> dict[str, Any]:
+        facts = {"model": "8b", "kind": kind, "requests": requests, "context": 128, "ms_median": 10.0}
+        return {"nodes": 64 if kind == "tree 64" else 1, **facts, **figures}
+
+    rows = [
+        row("plain", 1, share_of_limit=0.86, idle_share=0.06),
+        row("plain", 64, share_of_limit=0.1, idle_share=0.0),
+        row("tree 64", 1, ms_median=11.0, ms_drafting=1.0),
+        row("attention", 64, share_of_limit=0.65),
+    ]
+    compare(rows, profile_family())
+    assert [(t["measured"], t["met"]) for t in (target.judge(rows) for target in TARGETS)] == [
+        (0.86, True),
+        (1.1, True),
+        (0.65, False),
+        (0.06, False),
+    ]
+    assert rows[2]["simulated_speed_up"] == pytest.approx(
+        rows[2]["simulated_tokens_per_step"] * 10 / 12, abs=1e-3
+    )
+
+
+def test_published_shapes_have_their_sizes() -> None:
+    billions = {}
+    for name, config in SHAPES.items():
+        with torch.device("meta"):
+            decoder = Decoder(replace(config, max_positions=16))
+        billions[name] = sum(p.numel() for p in decoder.parameters()) / 1e9
+    # As the model cards have it: 1.23B, 3.21B and 8.03B.
+    assert [round(billions[name], 2) for name in ("1b", "3b", "8b")] == [1.24, 3.21, 8.03]
+
+
+def test_random_weights_are_the_same_every_time() -> None:
+    first, second = (random_decoder("tiny", torch.float32, CPU) for _ in range(2))
+    assert torch.equal(first.embedding, second.embedding)
+    assert first.embedding.std().item() == pytest.approx(0.02, rel=0.05)
+    assert bool((first.norm.weight == 1).all()) and first.lm_head.weight is first.embedding
+
+
+def test_attention_reads_every_layer() -> None:
+    cache = KVCache(SHAPES["tiny"], 10, 16, torch.float32, CPU)
+    seconds = attention_seconds(SHAPES["tiny"], cache, 3, 40, repeats=4)
+    assert len(seconds) == 4 and min(seconds) > 0
+    written = cache.k.abs().sum(dim=(1, 3)) > 0  # [layers, slots]
+    assert written.sum(dim=1).tolist() == [3, 3]
+
+
+def test_time_is_counted_once_where_work_overlaps() -> None:
+    assert covered([]) == 0.0
+    assert covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6), (6.0, 6.5)]) == 5.0
+
+
+def test_busy_time_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a CUDA device, with a profile made by hand."""
+    ran: list[int] = []
+    assert busy_seconds(CPU, lambda: ran.append(1)) is None
+
+    def event(kind: str, start: float, end: float) -> Any:
+        return SimpleNamespace(
+            device_type=SimpleNamespace(name=kind), time_range=SimpleNamespace(start=start, end=end)
+        )
+
+    class Profile:
+        def __init__(self, activities: object) -> None: ...
+
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def events(self) -> list[Any]:
+            return [event("CUDA", 100, 300), event("CPU", 0, 1000), event("CUDA", 250, 400)]
+
+    monkeypatch.setattr("torch.profiler.profile", Profile)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    assert busy_seconds(torch.device("cuda"), lambda: ran.append(2)) == pytest.approx(300e-6)
+    assert ran == [1, 2]
+    assert elapsed_seconds(CPU, lambda: ran.append(3)) > 0 and ran == [1, 2, 3]
