@@ -80,9 +80,9 @@ def register(
         help="learn the model's whole distribution at every place, or the text's tokens (soft)",
     )
     add("--epochs", default=2.0, **number, help="passes over the text (2)")
-    add("--batch", default=1536, **whole, help="tokens in a step, over all devices (1536)")
+    add("--batch", default=4096, **whole, help="tokens in a step, over all devices (4096)")
     add("--accumulate", default=1, **whole, help="pieces a device takes its share of a step in (1)")
-    add("--lr", default=1.5e-3, **number, help="highest learning rate (0.0015)")
+    add("--lr", default=2e-3, **number, help="highest learning rate (0.002)")
     add("--seed", type=int, default=0, metavar="N", help="order of the text (0)")
     add("--checkpoint-every", default=200, **whole, help="steps between states on disk (200)")
     add(

@@ -106,6 +106,7 @@ class Engine:
             cache = KVCache(model, num_blocks, config.block_size, dtype, device, extra_layers, stored)
         with allocating("max_num_seqs", f"the state of {config.max_num_seqs} requests"):
             self._runner = Runner(decoder, cache, drafter, config.max_num_seqs)
+        self._ended: float | None = None  # when the last step did, where nobody has waited since
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max_tokens,
@@ -173,10 +174,11 @@ class Engine:
         """
         start = time.perf_counter()
         batch = self.scheduler.schedule()
-        executing = time.perf_counter()
         passed = self._containment.execute(self._runner.execute, batch)
-        executed = time.perf_counter()
         outputs = passed.failed + self.scheduler.update(batch, passed.committed)
+        # What a step costs is all the time since the one before: planning and sending, too.
+        began, ended = self._ended or start, time.perf_counter()
+        self._ended = ended if self.scheduler.has_work() else None
         if passed.undisturbed and not any(s.num_tokens > 1 for s in batch.scheduled):
             guessed = [s.allowance.most for s in batch.scheduled if s.guesses]
             keys = [(s.base, s.num_drafts) for s in batch.scheduled]
@@ -189,7 +191,7 @@ class Engine:
                     draft_keys=sum(base * drafts for base, drafts in keys),
                     num_guessing=len(guessed),
                     depth=max(guessed, default=0),
-                    seconds=executed - executing,
+                    seconds=ended - began,
                 )
             )
         return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 import pytest
 
 from heads.registry import DEFAULT_MODEL, resolve_model
+
+# Without a GPU its kernels run in Triton's interpreter. Triton looks when anybody imports it.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

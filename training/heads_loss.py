@@ -16,6 +16,10 @@ from heads.base import DraftHeads
 from training.sequences import SequenceBatch
 from training.vocabulary_loss import distributions, frozen_projection_loss, mean_rows, vocabulary_loss
 
+# Heads after the first learn at every so many anchors. Neighbours teach them nearly the same, and without
+# them a step takes little more than half of its time, so that the text can be gone over more often.
+LATER_HEADS_EVERY = 3
+
 
 @dataclass(frozen=True)
 class _Teacher:
@@ -60,22 +64,22 @@ class HeadsLoss:
         with self._autocast():
             return self.heads.sequence_features(hidden, embeddings, batch.anchors)
 
-    def counts(self, batch: SequenceBatch) -> Tensor:
-        """How many anchors of the batch each head has a target at, [num_heads] int64."""
-        known = [self._columns[batch.targets(head)] >= 0 for head in range(self.heads.num_heads)]
-        return torch.stack([mask.sum() for mask in known])
+    def counts(self, batch: SequenceBatch, step: int) -> Tensor:
+        """How many anchors of the batch each head learns at in this step, [num_heads] int64."""
+        return torch.stack([self._learned(batch, head, step).sum() for head in range(self.heads.num_heads)])
 
-    def sums(self, batch: SequenceBatch) -> Tensor:
-        """Cross-entropy of each head, summed over the anchors that have a target, [num_heads] float32."""
+    def sums(self, batch: SequenceBatch, step: int) -> Tensor:
+        """Cross-entropy of each head, summed over the anchors that it learns at in this step, [num_heads]
+        float32."""
         teacher = self._teacher(batch) if self.soft else None
         totals = []
         for head, features in enumerate(self.features(batch)):
-            columns = self._columns[batch.targets(head)]
-            known = columns >= 0
-            rows, weight = self._projected(head, features[known])
+            learned = self._learned(batch, head, step)
+            rows, weight = self._projected(head, features[learned])
             # The row of token t + 1 + k says what the base makes of token t + 2 + k.
-            place = batch.anchors[known] + 1 + head
-            wanted = columns[known] if teacher is None else teacher.index[place]
+            place = batch.anchors[learned] + 1 + head
+            columns = self._columns[batch.targets(head)[learned]]
+            wanted = columns if teacher is None else teacher.index[place]
             if self._learns:
                 says = None if teacher is None else teacher.says
                 totals.append(vocabulary_loss(rows, weight, wanted, says))
@@ -83,6 +87,14 @@ class HeadsLoss:
                 says = weight if teacher is None else teacher.says
                 totals.append(frozen_projection_loss(rows, weight, says[wanted]))
         return torch.stack(totals)
+
+    def _learned(self, batch: SequenceBatch, head: int, step: int) -> Tensor:
+        """[num_anchors] bool: where the head has a target; those after the first take a share of these."""
+        known = self._columns[batch.targets(head)] >= 0
+        if head == 0:
+            return known
+        places = batch.anchors % batch.token_ids.shape[1]  # the same ones however a step is cut into pieces
+        return known & ((places + head + step) % LATER_HEADS_EVERY == 0)
 
     @torch.no_grad()
     def hits(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:

@@ -21,32 +21,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.model.decoder import Decoder
 from training.dataset import Document, digest
+from training.document_rows import make_reader
 
 MANIFEST_VERSION = 2
 GROUP_SIZE = 32  # documents between two notes of progress
 # Tokens of a pass, padding included: more falls out of the cache of a CPU, and less leaves a GPU idle.
 TOKENS_PER_PASS = 1024
 CUDA_TOKENS_PER_PASS = 16_384
-
-
-class DenseCausalAttention:
-    """Attention of a dense right-padded batch: no cache, padding never seen by what comes before it."""
-
-    def __init__(self, batch: int, length: int) -> None:
-        self.batch, self.length = batch, length
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        repeats = q.shape[1] // k.shape[1]
-        q, k, v = (x.view(self.batch, self.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out.transpose(1, 2).reshape(self.batch * self.length, -1)
 
 
 @dataclass(frozen=True)
@@ -86,21 +72,6 @@ def _batches(documents: list[Document], num_tokens: int) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
-
-
-@torch.inference_mode()
-def _rows(decoder: Decoder, documents: list[Document]) -> list[Tensor]:
-    """Per document [num_tokens, hidden] bfloat16 on the CPU."""
-    device = decoder.embedding.device
-    length = max(len(d.token_ids) for d in documents)
-    tokens = torch.zeros(len(documents), length, dtype=torch.int64)
-    for row, document in enumerate(documents):
-        tokens[row, : len(document.token_ids)] = torch.tensor(document.token_ids)
-    positions = torch.arange(length).repeat(len(documents))
-    attention = DenseCausalAttention(len(documents), length)
-    hidden = decoder(tokens.view(-1).to(device), positions.to(device), attention)
-    hidden = hidden.view(len(documents), length, -1).to("cpu", torch.bfloat16)
-    return [hidden[row, : len(document.token_ids)] for row, document in enumerate(documents)]
 
 
 def _tables(documents: list[Document]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -159,12 +130,16 @@ def _fill(decoder: Decoder, documents: list[Document], directory: Path, manifest
     first = manifest["groups_done"] * GROUP_SIZE
     tokens_left = sum(len(d.token_ids) for d in documents[first:])
     num_tokens = CUDA_TOKENS_PER_PASS if decoder.embedding.is_cuda else TOKENS_PER_PASS
+    if first >= len(documents):
+        return
+    longest = max(len(d.token_ids) for d in documents[first:])
+    read = make_reader(decoder, max(num_tokens, longest), GROUP_SIZE)
     tokens_done, seconds = 0, 0.0
     for begin in range(first, len(documents), GROUP_SIZE):
         group = documents[begin : begin + GROUP_SIZE]
         began = time.monotonic()
         for batch in _batches(group, num_tokens):
-            for i, rows in zip(batch, _rows(decoder, [group[i] for i in batch]), strict=True):
+            for i, rows in zip(batch, read([group[i] for i in batch]), strict=True):
                 hidden[first_rows[begin + i] : first_rows[begin + i + 1]] = rows.view(torch.uint16).numpy()
         spent = time.monotonic() - began
         seconds += spent

@@ -19,7 +19,7 @@ from engine.loop import Engine
 from engine.messages import AddRequest, SamplingParams
 from engine.model.loader import load_config, load_decoder
 from training.dataset import Document
-from training.hidden_states import DenseCausalAttention
+from training.document_rows import DenseCausalAttention
 
 CONTINUATION = 64  # tokens
 

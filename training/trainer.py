@@ -1,10 +1,10 @@
 """Heads learn on the cached hidden rows of a frozen backbone, whatever their architecture (Medusa-1).
 
 The loss is the sum over heads k of 0.8^k times the mean cross-entropy of head k (arXiv 2401.10774, section
-2.2), over the positions whose target lies in the token map. The text of step s is a function of (seed, s)
-alone, so that a run that was killed and taken up again ends with the same weights as an unbroken one. A step
-is cut into pieces of whole conversations, shared by the devices and summed: how many is a matter of memory
-alone.
+2.2), over the positions that it learns at (`training.heads_loss`). The text of step s is a function of (seed,
+s) alone, so that a run that was killed and taken up again ends with the same weights as an unbroken one. A
+step is cut into pieces of whole conversations, shared by the devices and summed: how many is a matter of
+memory alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from training.devices import training_dtype
 from training.heads_log import EpochCost, HeadsLog
 from training.heads_loss import HeadsLoss
 from training.hidden_states import HiddenCache
+from training.optimizer import HeadsOptimizer
 from training.run_state import HEAD_DECAY, LARGEST_GRADIENT, STATE_FILE, tensors_digest
 from training.sequences import SequenceBatch, Sequences
 
@@ -47,11 +48,10 @@ class TrainerConfig:
 
     targets: Literal["hard", "soft"] = "soft"
     epochs: float = 2.0
-    batch: int = 1536
+    batch: int = 4096
     accumulate: int = 1
-    lr: float = 1.5e-3
+    lr: float = 2e-3
     warmup: int = 100  # steps, at most a tenth of all
-    weight_decay: float = 0.05
     seed: int = 0
     checkpoint_every: int = 200
 
@@ -102,9 +102,7 @@ class HeadsTrainer:
         greedy = cache.held_out & cache.greedy
         measured = greedy if bool(greedy.any()) else cache.held_out
         self.held_out = torch.nonzero(measured).squeeze(1)[:HELD_OUT_DOCUMENTS].tolist()
-        self.optimizer = torch.optim.AdamW(
-            heads.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = HeadsOptimizer(self.heads)
         self.step = 0
         self.log = HeadsLog(directory, heads.num_heads, self.num_steps, accelerator.is_main_process)
         self._resume()
@@ -172,19 +170,16 @@ class HeadsTrainer:
     def train_step(self) -> list[float]:
         """One step; the loss per head. Raises TrainingError where loss or gradient is not finite, before any
         update."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
         pieces = [piece.to(self.device) for piece in self._pieces()]
         zeros = torch.zeros(self.heads.num_heads, device=self.device)
         # Every position of the step counts the same, whichever piece and device it is in.
-        counts = self.accelerator.reduce(zeros + sum(self.loss.counts(piece) for piece in pieces)).clamp_(
-            min=1
-        )
+        ours = zeros + sum(self.loss.counts(piece, self.step) for piece in pieces)
+        counts = self.accelerator.reduce(ours).clamp_(min=1)
         weights = HEAD_DECAY ** torch.arange(self.heads.num_heads, device=self.device) / counts
         sums = zeros.clone()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.heads.zero_grad(set_to_none=True)
         for piece in pieces:
-            losses = self.loss.sums(piece)
+            losses = self.loss.sums(piece, self.step)
             (losses * weights).sum().backward()
             sums += losses.detach()
         self._share_gradients()
@@ -192,7 +187,7 @@ class HeadsTrainer:
         norm = nn.utils.clip_grad_norm_(self.heads.parameters(), LARGEST_GRADIENT)
         if not all(math.isfinite(x) for x in (*means, float(norm))):
             raise TrainingError(self._not_finite(means))
-        self.optimizer.step()
+        self.optimizer.step(self.learning_rate(self.step))
         self.step += 1
         return means
 

@@ -119,9 +119,13 @@ class PagedAttention:
 
 
 def paged_attention(step: PassInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> Attention:
-    """The attention of one pass, by our own kernel where the cache is one that it reads."""
+    """The attention of one pass, by our own kernels where the cache is one that they read."""
     if cache.has_kernels:
         return NativeAttention(step, cache, num_heads, num_kv_heads)
+    if cache.has_triton:
+        from engine.triton.attention import TritonAttention  # imports triton, which not every machine has
+
+        return TritonAttention.for_step(step, cache, num_heads, num_kv_heads)
     return PagedAttention(step, cache, num_heads, num_kv_heads)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.config import KVCacheDtype
 from engine.model.config import DecoderConfig
 from engine.native.attention import reads_cache
+from engine.triton import support
 
 FP8 = torch.float8_e4m3fn
 _LARGEST_FP8 = torch.finfo(FP8).max
@@ -51,6 +52,7 @@ class KVCache:
         self._num_kv_heads, self._head_dim = config.num_kv_heads, config.head_dim
         self._allocate(num_blocks, device)
         self.has_kernels = reads_cache(self.k)
+        self.has_triton = support.reads_cache(self.k)
 
     def resize(self, num_blocks: int) -> None:
         """Take another number of blocks; what was in them is gone."""
@@ -96,12 +98,21 @@ class KVCache:
         return k, v
 
     def move(self, sources: Tensor, destinations: Tensor) -> None:
-        """Compaction, in all layers: slot sources[i] moves to destinations[i], both [num_moves] int64.
+        """Compaction, in all layers: slot sources[i, j] of request i moves to destinations[i, j].
 
-        All sources are read before anything is written: a destination may be another move's source.
+        Both are [num_requests, num_moves] int64; where they are equal nothing moves. All sources of a request
+        are read before anything is written: a destination may be another of its moves' source.
         """
-        for places in self._places:
-            places[:, :, destinations] = places[:, :, sources]
+        if self.has_triton:
+            from engine.triton.cache import compact
+
+            compact(self.k, self.v, sources, destinations)
+            return
+        moves = sources != destinations
+        sources, destinations = sources[moves], destinations[moves]
+        if sources.numel():
+            for places in self._places:
+                places[:, :, destinations] = places[:, :, sources]
 
     def _encode(self, values: Tensor) -> Tensor:
         """Values as they are copied into memory, of the same shape."""

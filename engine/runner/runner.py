@@ -184,10 +184,9 @@ class Runner:
         # A node that already lies where it belongs, and the repeated tail of a path, stay: the tail would
         # otherwise write over positions the path has not earned.
         moves = (order <= depths) & (paths != order)
-        sources = commits.node_slots.gather(1, paths)[moves]
-        destinations = commits.node_slots[:, : paths.shape[1]][moves]
-        if sources.numel():
-            self.cache.move(sources, destinations)
+        destinations = commits.node_slots[:, : paths.shape[1]]
+        sources = torch.where(moves, commits.node_slots.gather(1, paths), destinations)
+        self.cache.move(sources, destinations)
 
     def _collect(
         self,

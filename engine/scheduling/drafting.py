@@ -30,9 +30,10 @@ class Acceptance:
         self.expected = memory * self.expected + expected
         self.accepted = memory * self.accepted + accepted
 
-    def fade(self) -> None:
-        self.expected *= _FORGETTING
-        self.accepted *= _FORGETTING
+    def fade(self, steps: int = 1) -> None:
+        """Forget a little for every step without drafts."""
+        self.expected *= _FORGETTING**steps
+        self.accepted *= _FORGETTING**steps
 
 
 @dataclass(slots=True)

@@ -170,6 +170,8 @@ class Scheduler:
 
     def _add_drafts(self, batch: Batch, budget: int) -> None:
         committing = [scheduled for scheduled in batch.scheduled if scheduled.commits]
+        if not committing or self._policy.rests(len(committing)):
+            return
         limits = [(scheduled, self._draft_limit(scheduled.request)) for scheduled in committing]
         drafting = [scheduled for scheduled, limit in limits if limit > 0]
         candidates = [self._candidate(scheduled, limit) for scheduled, limit in limits if limit > 0]

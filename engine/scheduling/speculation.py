@@ -34,13 +34,20 @@ _LONG_MEMORY = 0.99  # weight of all requests' past against the next step
 # Estimated speed-up from which drafts are made in most steps: for one request, and more for each further one,
 # up to so many. Tokens cost time outside the engine, too.
 _WORTHWHILE, _WORTHWHILE_EACH, _CROWD = 1.05, 0.008, 16
-_PAUSE = 4  # steps without drafts between two with them where the estimate is below
+# Steps without drafts between two with them where the estimate is below
+_PAUSE = 3
+_PATIENCE = 0.05  # of a token for each request: what may be lost by such a step that drafts
 # After how many steps one goes without drafts: at first, and where the last such step's time was off by this
 # share; and at most.
 _SOON, _LATE, _SURPRISE = 4, 64, 0.1
 
 
 class SpeculationPolicy(Protocol):
+    def rests(self, num_committing: int) -> bool:
+        """Whether the coming step goes without drafts whatever it is offered: then nothing need be, and
+        `plan` is not asked."""
+        ...
+
     def plan(self, load: Load, candidates: Sequence[Candidate]) -> list[Allowance]:
         """What each candidate may draft."""
         ...
@@ -63,6 +70,9 @@ class FixedSpeculation:
 
     def __init__(self, num_drafts: int) -> None:
         self.num_drafts = num_drafts
+
+    def rests(self, num_committing: int) -> bool:
+        return self.num_drafts == 0
 
     def plan(self, load: Load, candidates: Sequence[Candidate]) -> list[Allowance]:
         return [Allowance(min(self.num_drafts, candidate.limit)) for candidate in candidates]
@@ -88,8 +98,12 @@ class AdaptiveSpeculation:
     def __init__(self, family: TreeFamily, cost: CostModel, trims: bool = False) -> None:
         self._gains = np.array(family.gains)  # [num_drafts], falling
         self._cost = cost
+        self._doubtful = False  # whether the last plan promised too little
+        self._tries = False  # whether this step drafts all the same
         self._since_change = 0  # steps since one was unlike the others
         self._probe_after = _SOON
+        self._num_committing = 0
+        self._rested = 0  # steps that were not planned since the last one that was
         self._trims = trims
         self._overall = Acceptance()  # over all requests: the prior of each
         self._correction = CostCorrection()
@@ -97,10 +111,31 @@ class AdaptiveSpeculation:
         self._estimated = 1.0  # speed-up of the last step's plan
         self._seconds_with = self._seconds_without = 0.0
 
+    def rests(self, num_committing: int) -> bool:
+        """Not all steps draft. One without drafts now and then tells what they cost, apart from what all
+        steps cost. Where hardly anything is to be gained, the estimate is likelier to be wrong: there one
+        with drafts now and then tells more, and the others do not even take the time to plan."""
+        changed = num_committing != self._num_committing
+        self._num_committing = num_committing
+        self._since_change += 1
+        due = self._since_change > (_PAUSE if self._doubtful else self._probe_after)
+        if due:
+            self._since_change = 0
+        self._tries = due and self._doubtful
+        if due == self._doubtful or (changed and not due):
+            return False
+        self._overall.fade()
+        self._rested += 1
+        self._estimated, self._state = 1.0, "not_worthwhile" if self._doubtful else "probing"
+        return True
+
     def plan(self, load: Load, candidates: Sequence[Candidate]) -> list[Allowance]:
         self._estimated, self._state = 1.0, "no_guess"
+        rested, self._rested = self._rested, 0
         if not candidates:
             return []
+        for candidate in candidates:
+            candidate.acceptance.fade(rested)
         prior = self._overall.ratio(1.0)
         ratios = [candidate.acceptance.ratio(prior) for candidate in candidates]
         allowances = self._choose(load, candidates, ratios)
@@ -125,23 +160,15 @@ class AdaptiveSpeculation:
         # what a draft token costs, not what a committed one is worth.
         best_rate = max(plan.best_rate for plan in plans)
         speed_up = best_rate * base / n
-        best = max(plans, key=lambda plan: plan.choose(best_rate))
+        patience = _PATIENCE * n if self._tries else 0.0
+        best = max(plans, key=lambda plan: plan.choose(best_rate, patience))
         worthwhile = _WORTHWHILE + _WORTHWHILE_EACH * min(n - 1, _CROWD)
-        if not self._is_drafting_step(speed_up < worthwhile):
-            self._state = "probing" if speed_up >= worthwhile else "not_worthwhile"
+        self._doubtful = speed_up < worthwhile
+        if self._doubtful and not self._tries:
+            self._state = "not_worthwhile"
             return [NOTHING] * len(candidates)
         self._estimated, self._state = speed_up, "ngrams" if best.chain_only else "heads"
         return best.allowances(best_rate, [candidate.limit for candidate in candidates], self._trims)
-
-    def _is_drafting_step(self, doubtful: bool) -> bool:
-        """Whether to draft, which not all steps do. One without drafts now and then tells what they cost,
-        apart from what all steps cost. Where hardly anything is to be gained, the estimate is likelier to be
-        wrong: there one with drafts now and then tells more."""
-        self._since_change += 1
-        change = self._since_change > (_PAUSE if doubtful else self._probe_after)
-        if change:
-            self._since_change = 0
-        return change == doubtful
 
     def _offers(
         self, candidates: Sequence[Candidate], ratios: list[float], most: int

@@ -54,9 +54,13 @@ class Spending:
         self.best_rate = float(np.max((load.num_committing + self._gain) / alone))
         self._chosen = 0
 
-    def choose(self, rate: float) -> float:
-        """Spend while it is worth it at `rate` tokens a second; how many tokens that wins over none."""
+    def choose(self, rate: float, patience: float = 0.0) -> float:
+        """Spend while it is worth it at `rate` tokens a second; how many tokens that wins over none.
+
+        patience: tokens that drafts may lose and still be made.
+        """
         wins = self._gain - rate * self._seconds
+        wins[1:] += patience
         self._chosen = int(np.argmax(wins))
         return float(wins[self._chosen])
 

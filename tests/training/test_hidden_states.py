@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.engine.native.decoders import WIDE, random_decoder
 from tests.training.tiny import PROMPT, tiny_decoder, tiny_documents
 from training import hidden_states
-from training.hidden_states import DenseCausalAttention, extract, open_cache
+from training.dataset import Document
+from training.document_rows import DenseCausalAttention, make_reader
+from training.hidden_states import extract, open_cache
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +35,19 @@ def test_rows_are_those_of_a_lone_pass_whatever_the_batch(tmp_path: Path) -> Non
     assert cache.held_out.tolist() == [d.held_out for d in documents]
 
 
+def test_rows_by_the_cpu_kernels_are_those_by_torch() -> None:
+    decoder = random_decoder(replace(WIDE, num_layers=3, max_positions=256))
+    documents = [Document([i * 7 % 100 for i in range(n)], [(1, n)], True, False) for n in (5, 33, 70, 64)]
+    rows = make_reader(decoder, 200, 4)(documents)
+    for document, found in zip(documents, rows, strict=True):
+        tokens = torch.tensor(document.token_ids)
+        with torch.inference_mode():
+            wanted = decoder(tokens, torch.arange(len(tokens)), DenseCausalAttention(1, len(tokens)))
+        assert found.shape == wanted.shape
+        error = (found.float() - wanted.float()).square().mean().sqrt()
+        assert error < 0.02 * wanted.float().square().mean().sqrt()
+
+
 def test_answers_are_the_spans_of_their_documents(tmp_path: Path) -> None:
     documents = tiny_documents(3)
     cache = extract(tiny_decoder(), documents, tmp_path)
@@ -46,16 +63,16 @@ def test_answers_are_the_spans_of_their_documents(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, documents = tiny_decoder(), tiny_documents(11)
     whole = extract(decoder, documents, tmp_path / "whole")
-    real, passes = hidden_states._rows, 0
+    read, passes = make_reader(decoder, 64, 4), 0
 
-    def count(*args: object) -> object:
+    def count(documents: list[Document]) -> list[torch.Tensor]:
         nonlocal passes
         passes += 1
         if passes == 3:
             raise KeyboardInterrupt
-        return real(*args)  # type: ignore[arg-type]
+        return read(documents)
 
-    monkeypatch.setattr(hidden_states, "_rows", count)
+    monkeypatch.setattr(hidden_states, "make_reader", lambda *args: count)
     with pytest.raises(KeyboardInterrupt):
         extract(decoder, documents, tmp_path / "killed")
     extract(decoder, documents, tmp_path / "killed")

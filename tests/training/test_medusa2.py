@@ -25,7 +25,7 @@ from tests.training.tiny_checkpoint import EOS, VOCAB, counting_documents, save_
 from training.backbone import Backbone, JointTrainingError, load_model
 from training.conversations import make_batch
 from training.dataset import Document
-from training.hidden_states import DenseCausalAttention
+from training.document_rows import DenseCausalAttention
 from training.joint_losses import distillation_loss
 from training.medusa2 import JointModel, Medusa2Config, Medusa2Trainer
 from trees.family import TreeFamily

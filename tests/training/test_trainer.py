@@ -17,6 +17,7 @@ from heads.medusa import MedusaHeads
 from tests.training.tiny import VOCAB, tiny_decoder, tiny_documents
 from training.calibrate import calibrate
 from training.heads_log import EpochCost
+from training.heads_loss import LATER_HEADS_EVERY
 from training.hidden_states import HiddenCache, extract
 from training.sequences import SequenceBatch, Sequences
 from training.trainer import HeadsTrainer, TrainerConfig, TrainingError, token_map
@@ -49,8 +50,22 @@ def trainer(
 
 
 def means(run: HeadsTrainer, batch: SequenceBatch) -> Tensor:
-    """Mean loss of each head."""
-    return run.loss.sums(batch).detach() / run.loss.counts(batch)
+    """Mean loss of each head, over as many steps as it takes until every anchor has had its turn."""
+    steps = range(LATER_HEADS_EVERY)
+    sums = torch.stack([run.loss.sums(batch, step).detach() for step in steps]).sum(dim=0)
+    return sums / torch.stack([run.loss.counts(batch, step) for step in steps]).sum(dim=0)
+
+
+def test_heads_after_the_first_learn_at_every_anchor_in_turn(
+    cache: HiddenCache, decoder: Decoder, tmp_path: Path
+) -> None:
+    run = trainer(cache, decoder, tmp_path)
+    batch = run.sequences.load(run.held_out)
+    counts = torch.stack([run.loss.counts(batch, step) for step in range(LATER_HEADS_EVERY)])
+    known = torch.stack([(batch.targets(head) >= 0).sum() for head in range(3)])
+    assert (counts[:, 0] == known[0]).all()
+    assert (counts[:, 1:].sum(dim=0) == known[1:]).all()
+    assert (counts[:, 1:] < known[1:]).all()
 
 
 def weights(directory: Path) -> list[Tensor]:

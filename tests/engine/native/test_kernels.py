@@ -26,6 +26,7 @@ from engine.runner.attention import PagedAttention
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import PassInput
 from tests.engine.native.decoders import WIDE, random_decoder
+from tests.engine.passes import make_pass
 from tests.engine.tiny import CONFIG, CPU
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no AVX-512 VNNI and BF16, or no C compiler")
@@ -128,49 +129,6 @@ def test_argmax_is_the_first_largest(rows: int, blocks: int, seed: int) -> None:
     assert found is not None
     assert found.tolist() == [row.index(max(row)) for row in x.tolist()]
     assert matrix.argmax(x.bfloat16()) is None and matrix.argmax(x[:, :3]) is None
-
-
-def make_pass(
-    lengths: list[tuple[int, int, int]], block_size: int, seed: int, vocab: int = CONFIG.vocab_size
-) -> tuple[PassInput, int]:
-    """A pass over requests of (committed positions, chunk rows, tree nodes), and blocks that it needs.
-
-    Trees are random; blocks lie in random places.
-    """
-    random = np.random.default_rng(seed)
-    positions, prefix, ancestors, slots, tables, ends = [], [], [], [], [], []
-    starts, used = [0], 0
-    blocks = [-(-(sum(length)) // block_size) for length in lengths]
-    places = random.permutation(sum(blocks))
-    for (known, chunk, nodes), count in zip(lengths, blocks, strict=True):
-        table = places[used : used + count].tolist()
-        used += count
-        rows = list(range(known, known + chunk + nodes))
-        bits: list[int] = []
-        depths: list[int] = []
-        for node in range(nodes):
-            parent = int(random.integers(node)) if node else 0
-            bits.append((bits[parent] if node else 0) | 1 << node)
-            depths.append(depths[parent] + 1 if node else 0)
-        base = known + chunk
-        positions += [*rows[:chunk], *(base + depth for depth in depths)]
-        prefix += [*(row + 1 for row in rows[:chunk]), *[base] * nodes]
-        ancestors += [*[0] * chunk, *bits]
-        slots += [table[row // block_size] * block_size + row % block_size for row in rows]
-        tables.append(table)
-        ends.append(base + nodes)
-        starts.append(starts[-1] + len(rows))
-    step = PassInput(
-        token_ids=torch.from_numpy(random.integers(vocab, size=len(positions))),
-        positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
-        prefix_len=np.array(prefix),
-        ancestors=torch.from_numpy(np.array(ancestors, dtype=np.uint64).view(np.int64)),
-        starts=np.array(starts),
-        block_tables=tables,
-        context_lens=np.array(ends),
-    )
-    return step, sum(blocks)
 
 
 requests = st.lists(

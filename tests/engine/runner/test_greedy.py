@@ -181,7 +181,7 @@ def test_moved_slots_are_all_read_before_any_is_written() -> None:
     cache = KVCache(CONFIG, 2, 4, torch.float32, CPU)
     cache.k.copy_(torch.arange(8.0).view(1, 1, 8, 1).expand_as(cache.k))
     cache.v.copy_(-cache.k)
-    cache.move(torch.tensor([5, 1, 2]), torch.tensor([1, 2, 5]))
+    cache.move(torch.tensor([[5, 1, 2, 6]]), torch.tensor([[1, 2, 5, 6]]))
     assert cache.k[:, 0, :, 0].tolist() == [[0, 5, 1, 3, 4, 2, 6, 7]] * CONFIG.num_layers
     assert torch.equal(cache.v, -cache.k)
 

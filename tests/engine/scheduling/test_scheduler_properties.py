@@ -28,6 +28,10 @@ class RandomSpeculation:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
+    def rests(self, num_committing: int) -> bool:
+        assert num_committing > 0
+        return self._random.random() < 0.2
+
     def plan(self, load: Load, candidates: Sequence[Candidate]) -> list[Allowance]:
         sizes = [self._random.randint(0, candidate.limit) for candidate in candidates]
         return [Allowance(size, expected=size) for size in sizes]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.scheduling.cost import CostModel
-from engine.scheduling.drafting import Acceptance, Candidate, Load, StepCost
+from engine.scheduling.drafting import NOTHING, Acceptance, Candidate, Load, StepCost
 from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation
 from tests.engine.families import family_of_rates
 from trees.family import RankPath, TreeFamily
@@ -94,7 +94,8 @@ class Simulation:
         self.drafts = []
         for step in range(num_steps + warm_up):
             candidates = [Candidate(acceptance, len(self.family.paths)) for acceptance in self.acceptances]
-            allowances = policy.plan(Load(count, count), candidates)
+            resting = policy.rests(count)
+            allowances = [NOTHING] * count if resting else policy.plan(Load(count, count), candidates)
             sizes = [allowance.most for allowance in allowances]
             assert all(0 <= size <= len(self.family.paths) for size in sizes)
             committed = count
@@ -155,10 +156,10 @@ def test_steady_state_is_near_the_best_fixed_size_and_never_below_none(
 ) -> None:
     simulation = Simulation(MACHINES[name], [ratio] * count, seed=count)
     steps = 300 if count < 16 else 80
-    reached = simulation.run(adaptive(MACHINES[name]), steps, warm_up=100)
+    reached = simulation.run(adaptive(MACHINES[name]), steps, warm_up=200)
     print(f"{reached / simulation.best():.3f} of best, {reached / simulation.expected(0):.3f} of none")
-    assert reached > 0.92 * simulation.best()
-    assert reached > 0.975 * simulation.expected(0)
+    assert reached > 0.93 * simulation.best()
+    assert reached > 0.98 * simulation.expected(0)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -174,8 +175,8 @@ def test_machines_and_requests_nobody_thought_of(seed: int) -> None:
     simulation = Simulation(machine, list(random.uniform(0, 1.2, random.integers(1, 12))), seed)
     reached = simulation.run(adaptive(machine), 200, warm_up=100)
     print(f"{reached / simulation.best():.3f} of best, {reached / simulation.expected(0):.3f} of none")
-    assert reached > 0.92 * simulation.best()
-    assert reached > 0.975 * simulation.expected(0)
+    assert reached > 0.93 * simulation.best()
+    assert reached > 0.98 * simulation.expected(0)
 
 
 def test_requests_of_different_luck_get_different_trees() -> None:

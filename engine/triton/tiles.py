@@ -1,0 +1,90 @@
+"""How large a tile of the attention kernel is: a small table by shape, instead of a search on every machine.
+
+A tile holds the query heads that share a KV head, for some neighbouring queries of one request, so that K
+and V are read once for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.runner.kv_cache import KVCache
+
+# The tensor cores take no fewer rows than the first; more than the last do not fit the registers.
+_ROWS = (16, 32, 64, 128)
+_TURN_BYTES = 16 << 10
+# With fewer, Triton keeps one buffer for K and V and reads the next keys only when it is done with these:
+# where they lie is itself loaded, from the block table, which takes stages of its own.
+_STAGES = 5
+
+
+@dataclass(frozen=True)
+class PagedHeads:
+    """What attention has to know of a model and of its cache. `itemsize`: bytes of a number, of the wider of
+    queries and cache."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, cache: KVCache, num_heads: int, num_kv_heads: int) -> PagedHeads:
+        """Queries are taken to be no wider than bfloat16 over a float8 cache."""
+        itemsize = max(2, cache.k.dtype.itemsize)
+        return cls(num_heads, num_kv_heads, cache.k.shape[-1], cache.block_size, itemsize)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes that the kernel is compiled for, except `queries`: as many variants as there are `rows`."""
+
+    queries: int  # neighbouring queries of one request
+    rows: int  # queries times query heads per KV head, rounded up to a power of two
+    keys: int  # read in one turn of the loop
+    num_warps: int
+    num_stages: int  # turns whose keys are on their way at once
+
+
+def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
+    """The tile for requests of up to `max_queries` queries each.
+
+    Few rows are bound by memory: a turn reads 16 KB of K and as much of V, and three programs of that size
+    fit a Hopper processor. Many rows are bound by the tensor cores and by registers, and by shared memory
+    where heads are wide: 99 KB is all that some GPUs have.
+    """
+    largest = 32 if padded(heads.head_dim) * heads.itemsize > 256 else 128
+    wanted = max(heads.group, min(max_queries * heads.group, largest))
+    rows = next((size for size in _ROWS if size >= wanted), padded(wanted))
+    keys = min(128, _TURN_BYTES // (padded(heads.head_dim) * heads.itemsize))
+    return Tile(
+        queries=max(1, min(rows // heads.group, max_queries)),
+        rows=rows,
+        keys=min(keys, 64) if rows >= 128 else keys,
+        num_warps=8 if rows >= 128 else 4,
+        num_stages=_STAGES,
+    )
+
+
+def query_counts(heads: PagedHeads) -> list[int]:
+    """One `max_queries` for every variant of the kernel that passes of these heads can ask for."""
+    wanted = [1, *(max(1, rows // heads.group) for rows in _ROWS)]
+    return list({choose_tile(heads, count).rows: count for count in wanted}.values())
+
+
+def padded(size: int) -> int:
+    """The size that a dimension takes in a matrix product."""
+    return max(16, power_of_two(size))
+
+
+def power_of_two(size: int) -> int:
+    """The same or the next one: the sizes that Triton knows."""
+    return 1 << (size - 1).bit_length()
