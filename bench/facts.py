@@ -22,6 +22,12 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _command() -> str:
+    if sys.orig_argv[1:2] == ["-m"]:
+        return shlex.join(["python", *sys.orig_argv[1:]])
+    return shlex.join(["gorgon", *sys.argv[1:]])
+
+
 def machine_facts() -> dict[str, object]:
     """Facts for the JSON of a benchmark. Reads torch's version without importing it."""
     try:
@@ -30,7 +36,7 @@ def machine_facts() -> dict[str, object]:
         torch_version = None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["gorgon", *sys.argv[1:]]),
+        "command": _command(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),

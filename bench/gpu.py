@@ -91,14 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     numbers("--nodes", _NODES, "nodes of each request's tree, root included; 1 is plain decoding")
     numbers("--contexts", _CONTEXTS, "tokens behind each request")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="measured steps (default: 20)")
-    for flag, choices in (
-        ("--device", get_args(Device)),
-        ("--dtype", get_args(Dtype)),
-        ("--quantization", get_args(Quantization)),
-        ("--kv-cache-dtype", get_args(KVCacheDtype)),
+    for flag, kind, default in (
+        ("--device", Device, "auto"),
+        ("--dtype", Dtype, "auto"),
+        ("--quantization", Quantization, "none"),
+        ("--kv-cache-dtype", KVCacheDtype, "auto"),
     ):
-        default = "none" if flag == "--quantization" else "auto"
-        parser.add_argument(flag, choices=choices, default=default, help=f"(default: {default})")
+        parser.add_argument(flag, choices=get_args(kind), default=default, help=f"(default: {default})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,20 +125,18 @@ def run(args: argparse.Namespace) -> int:
     for name in options.shapes:
         try:
             found += measure_model(name, options, bandwidth)
-        except (GorgonError, HeadsError, RegistryError, torch.OutOfMemoryError) as error:
+        except (GorgonError, HeadsError, RegistryError, RuntimeError) as error:  # torch raises the last
             failed[name] = str(error)
-            print(f"{name} was not measured: {error}", file=sys.stderr)
+            print(f"{name} was not measured to the end: {error}", file=sys.stderr)
     rows = [one.row(bandwidth.copy) for one in found]
     family = profile_family()
     compare(rows, family)
     verdicts = [target.judge(rows) for target in TARGETS]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     speeds = f"reads {bandwidth.read / 1e9:.1f} GB/s, copies {bandwidth.copy / 1e9:.1f} GB/s"
-    print(f"{gpu or 'CPU'}: memory {speeds}")
-    print(f"{_SIMULATED}\n")
+    print(f"{gpu or 'CPU'}: memory {speeds}\n{_SIMULATED}\n")
     _print(rows)
-    for verdict in verdicts:
-        print(_sentence(verdict))
+    print("\n".join(map(_sentence, verdicts)))
     print_json(
         {
             "bench": "gpu",

@@ -28,7 +28,7 @@ from engine.model.loader import load_config, load_decoder
 from engine.runner import device as hardware
 from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.kv_cache import FP8, KVCache, bytes_per_token
+from engine.runner.kv_cache import KVCache, bytes_per_token, stored_dtype
 from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
 from engine.scheduling.scheduler import SchedulerLimits
@@ -115,7 +115,7 @@ def _resolve(name: str, options: GpuBenchOptions) -> _Model:
     room = _ROOM + 4 * (options.steps + WARM_UP_STEPS)  # some guesses are right
     longest = min(max(options.contexts) + room, decoder.max_positions)
     requests = max(options.requests)
-    stored = FP8 if options.kv_cache_dtype == "fp8" else dtype
+    stored = stored_dtype(options.kv_cache_dtype, dtype)
     num_blocks = requests * -(-longest // _BLOCK_SIZE)
     config = EngineConfig(
         model_dir="",

@@ -112,14 +112,15 @@ def read_texts(config: EngineConfig, texts: Sequence[Sequence[int]]) -> Text:
     from engine.native.precision import take_over
     from engine.runner import device as hardware
     from engine.runner.attention import paged_attention
-    from engine.runner.kv_cache import KVCache
+    from engine.runner.kv_cache import KVCache, stored_dtype
 
     device = hardware.resolve_device(config.device)
     dtype = hardware.resolve_dtype(config.dtype, device)
     loaded = load_decoder(Path(config.model_dir), dtype, device)
     choices = quantization_choices(config.quantization, dtype, device)
     decoder: Decoder | NativeDecoder = loaded
-    if can_take(loaded):
+    stored = stored_dtype(config.kv_cache_dtype, dtype)
+    if can_take(loaded) and stored == dtype:
         decoder, _ = take_over(loaded, choices)
     else:
         quantize_linears(loaded, choices, hardware.spare_memory())
@@ -128,7 +129,8 @@ def read_texts(config: EngineConfig, texts: Sequence[Sequence[int]]) -> Text:
     with torch.inference_mode():
         for text in texts:
             rows = _whole_text(text, config.block_size)
-            cache = KVCache(model, len(rows.block_tables[0]), config.block_size, dtype, device)
+            num_blocks = len(rows.block_tables[0])
+            cache = KVCache(model, num_blocks, config.block_size, dtype, device, stored=stored)
             attention = paged_attention(rows, cache, model.num_heads, model.num_kv_heads)
             logits = decoder.logits(decoder(rows.token_ids, rows.positions, attention)[:-1]).float()
             losses.append(F.cross_entropy(logits, rows.token_ids[1:], reduction="none"))

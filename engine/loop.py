@@ -21,7 +21,7 @@ from engine.runner import device as hardware
 from engine.runner.capture import capture_graphs
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.kv_cache import FP8, KVCache, bytes_per_token
+from engine.runner.kv_cache import KVCache, bytes_per_token, stored_dtype
 from engine.runner.memory import allocating, first_num_blocks, fit_cache, is_fitted
 from engine.runner.ngram_drafter import NgramDrafter
 from engine.runner.profile import measure_costs
@@ -84,7 +84,7 @@ class Engine:
         takes_chains = drafter is not None and drafter.takes_chains
         max_drafts = config.max_tree_nodes - 1 if takes_chains else len(family.paths)
         decoder: Decoder | NativeDecoder = loaded
-        stored = FP8 if config.kv_cache_dtype == "fp8" else dtype
+        stored = stored_dtype(config.kv_cache_dtype, dtype)
         has_kernels = can_take(loaded)
         if has_kernels and stored != dtype:
             logger.info(
@@ -102,7 +102,8 @@ class Engine:
         max_tokens = config.max_num_batched_tokens or max(
             hardware.default_batched_tokens(device), config.max_num_seqs
         )
-        with allocating("kv_cache_memory", f"a KV cache of {num_blocks * config.block_size} tokens"):
+        sized_by = "max_model_len" if is_fitted(config, device) else "kv_cache_memory"
+        with allocating(sized_by, f"a KV cache of {num_blocks * config.block_size} tokens"):
             cache = KVCache(model, num_blocks, config.block_size, dtype, device, extra_layers, stored)
         with allocating("max_num_seqs", f"the state of {config.max_num_seqs} requests"):
             self._runner = Runner(decoder, cache, drafter, config.max_num_seqs)

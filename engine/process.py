@@ -12,8 +12,6 @@ import socket
 import sys
 import threading
 
-import torch
-
 from engine import channel
 from engine.config import EngineConfig
 from engine.errors import GorgonError, RequestError
@@ -27,6 +25,7 @@ from engine.messages import (
     RequestRefused,
     ToEngine,
 )
+from engine.runner.device import is_out_of_memory
 from heads.errors import HeadsError
 from trees.family import TreeError
 
@@ -63,7 +62,9 @@ def _load(config: EngineConfig, connection: socket.socket) -> Engine | None:
         return Engine(config)
     except (GorgonError, HeadsError, TreeError) as error:
         message = str(error)
-    except (MemoryError, torch.OutOfMemoryError):
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         message = (
             "There is not enough memory for the engine; lower --kv-cache-memory, --gpu-memory-utilization, "
             "--max-num-seqs or --max-num-batched-tokens, or take a smaller model."

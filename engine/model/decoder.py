@@ -6,6 +6,7 @@ bring their own. QKV and gate/up are one matrix each, fused when the weights are
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -24,6 +25,20 @@ class Attention(Protocol):
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class RotatingAttention(ABC):
+    """Attention that can also rotate q and k (`apply_rope`), in the same pass over memory that stores k."""
+
+    @abstractmethod
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `Attention` has it."""
+
+    @abstractmethod
+    def rotate_and_attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """The same of q and k that are not rotated yet. cos, sin: [num_tokens, 1, head_dim]."""
 
 
 class Linear(nn.Module):
@@ -80,13 +95,15 @@ class DecoderLayer(nn.Module):
         """x: [num_tokens, hidden] -> [num_tokens, hidden]"""
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv(self.input_norm(x)).view(-1, heads + 2 * kv_heads, self.head_dim)
-        if self.q_norm is None or self.k_norm is None:
-            qk = apply_rope(qkv[:, : heads + kv_heads], cos, sin)
-            q, k = qk[:, :heads], qk[:, heads:]
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :heads]), self.k_norm(qk[:, heads:])), dim=1)
+        if isinstance(attention, RotatingAttention):
+            read = attention.rotate_and_attend(self.layer, qk[:, :heads], qk[:, heads:], v, cos, sin)
         else:
-            q = apply_rope(self.q_norm(qkv[:, :heads]), cos, sin)
-            k = apply_rope(self.k_norm(qkv[:, heads : heads + kv_heads]), cos, sin)
-        x = x + self.o(attention(self.layer, q, k, qkv[:, heads + kv_heads :]))
+            qk = apply_rope(qk, cos, sin)
+            read = attention(self.layer, qk[:, :heads], qk[:, heads:], v)
+        x = x + self.o(read)
         gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
         hidden: Tensor = x + self.down(F.silu(gate) * up)
         return hidden

@@ -7,12 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.config import KVCacheDtype
 from engine.model.config import DecoderConfig
 from engine.native.attention import reads_cache
 from engine.triton import support
 
 FP8 = torch.float8_e4m3fn
 _LARGEST_FP8 = torch.finfo(FP8).max
+
+
+def stored_dtype(choice: KVCacheDtype, dtype: torch.dtype) -> torch.dtype:
+    """The number format of a cache in memory, for a model in dtype."""
+    return FP8 if choice == "fp8" else dtype
 
 
 def bytes_per_token(config: DecoderConfig, stored: torch.dtype, extra_layers: int = 0) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.drafting import Acceptance, Allowance
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import SchedulerLimits
+
+logger = logging.getLogger(__name__)
 
 _TREE_TOKENS = 512  # roots and drafts of the largest pass of trees that is reckoned with
 # What takes the most memory for each row that tokens are drawn from.
@@ -66,6 +69,13 @@ def fit_cache(runner: Runner, limits: SchedulerLimits, token_bytes: int, utiliza
     needed = -(-limits.max_model_len // cache.block_size)
     num_blocks = _num_blocks(
         memory, token_bytes * cache.block_size, needed, limits.max_model_len, "gpu_memory_utilization"
+    )
+    logger.info(
+        "KV cache: %.2f GiB of a GPU's %.2f; other things take %.2f, passes up to %.2f.",
+        *(
+            size / 2**30
+            for size in (num_blocks * cache.block_size * token_bytes, total, total - free, pass_bytes)
+        ),
     )
     with allocating("gpu_memory_utilization", f"a KV cache of {num_blocks * cache.block_size} tokens"):
         runner.resize_cache(num_blocks)

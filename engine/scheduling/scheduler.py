@@ -18,6 +18,8 @@ from engine.scheduling.drafting import Acceptance, Candidate, Load
 from engine.scheduling.request import Request
 from engine.scheduling.speculation import SpeculationPolicy
 
+_STEPS_WHEN_SHORT = 100  # until a pass is tried again that memory was short for: one in a hundred is lost
+
 
 @dataclass(frozen=True)
 class SchedulerLimits:
@@ -55,7 +57,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()  # preempted ones in front
         self._running: list[Request] = []  # oldest first
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._is_short = False  # of memory for passes: nobody is admitted until a request has ended
+        self._num_short = 0  # steps to go without admitting anybody, because passes had no memory
 
     @property
     def num_running(self) -> int:
@@ -101,16 +103,16 @@ class Scheduler:
             self._remove(request)
 
     def put_back(self, request: Request) -> None:
-        """Let a running request wait, because the device has no memory for a pass with it. It starts again,
-        as any other, once one of those that run has ended."""
+        """Let a running request wait, because the device has no memory for a pass with it. It and all others
+        that wait are admitted once one of those that run has ended, or memory may have come back."""
         self._preempt(request)
-        self._is_short = True
+        self._num_short = _STEPS_WHEN_SHORT
 
     # --- schedule
 
     def schedule(self) -> Batch:
         batch = Batch()
-        self._is_short = self._is_short and bool(self._running)
+        self._num_short = max(self._num_short - 1, 0) if self._running else 0
         budget = self._schedule_running(batch)
         budget = self._admit_waiting(batch, budget)
         self._add_drafts(batch, budget)
@@ -136,7 +138,7 @@ class Scheduler:
         return budget
 
     def _admit_waiting(self, batch: Batch, budget: int) -> int:
-        blocked = batch.num_preemptions > 0 or self._is_short
+        blocked = batch.num_preemptions > 0 or self._num_short > 0
         while self._waiting and self._slots and budget > 0 and not blocked:
             request = self._waiting[0]
             request.extend_hashes(self.pool.block_size)
@@ -241,7 +243,7 @@ class Scheduler:
 
     def _remove(self, request: Request) -> None:
         del self._requests[request.request_id]
-        self._is_short = False
+        self._num_short = 0
         if request.slot is not None:
             self._release(request)
         else:

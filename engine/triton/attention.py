@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.triton.cache import rows_of_heads, store
+from engine.model.decoder import RotatingAttention
+from engine.triton.cache import compact, store
 from engine.triton.kernels.attention import attend, merge
-from engine.triton.plan import AttentionPlan
-from engine.triton.tiles import PagedHeads, padded
+from engine.triton.plan import AttentionPlan, Capacity
+from engine.triton.tiles import PagedHeads, padded, query_counts
+from trees.family import MAX_DRAFT_NODES
 
 if TYPE_CHECKING:
     from engine.runner.kv_cache import KVCache
     from engine.runner.step_input import PassInput
 
 
-class TritonAttention:
-    """The attention callable of a pass (see `engine.model.decoder.Attention`).
+class TritonAttention(RotatingAttention):
+    """The attention callable of a pass.
 
     slots, ancestors: [num_tokens] int64, as in `PassInput`; a row of padding has a negative slot, stores
     nothing, reads zeros and is left out of the plan. With a plan that was reserved, and `slots` and
@@ -40,10 +42,19 @@ class TritonAttention:
         return cls(plan, cache, step.slots, step.ancestors)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = rows_of_heads(q)
-        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        return self._store_and_attend(layer, q, k, v, None)
+
+    def rotate_and_attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        return self._store_and_attend(layer, q, k, v, (cos, sin))
+
+    def _store_and_attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
-        store(k_cache, v_cache, self._slots, k, v, out)
+        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        q = store(k_cache, v_cache, self._slots, q, k, v, out, rotation)
         self._attend(k_cache, v_cache, q, out)
         return out
 
@@ -82,3 +93,25 @@ class TritonAttention:
             merge[grid](
                 out, plan.partials, plan.shares, plan.merges, **shape, num_warps=4, enable_fp_fusion=True
             )
+
+
+def warm_up(cache: KVCache, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
+    """Compile all that passes and compaction may launch, by launches over nothing: no request waits for it.
+
+    dtype: the queries'. Takes seconds the first time on a machine, later Triton finds the kernels on disk.
+    """
+    heads, device = PagedHeads.of(cache, num_heads, num_kv_heads), cache.k.device
+    slots = torch.full((1,), -1, device=device)
+    qkv = torch.zeros(1, num_heads + 2 * num_kv_heads, heads.head_dim, dtype=dtype, device=device)
+    q, k, v = qkv[:, :num_heads], qkv[:, num_heads:-num_kv_heads], qkv[:, -num_kv_heads:]
+    rotation = torch.zeros(1, 1, heads.head_dim, dtype=dtype, device=device)
+    for max_queries in query_counts(heads):
+        plan = AttentionPlan.reserve(Capacity(1, 1, max_queries, 1), heads, device)
+        attention = TritonAttention(plan, cache, slots, torch.zeros_like(slots))
+        attention.rotate_and_attend(0, q, k, v, rotation, rotation)
+    attention(0, q, k, v)
+    num_moves = 1
+    while num_moves <= MAX_DRAFT_NODES + 1:
+        nothing = torch.zeros(1, num_moves, dtype=torch.int64, device=device)
+        compact(cache.k, cache.v, nothing, nothing)
+        num_moves *= 2

@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from engine.triton.kernels import cache as kernels
+from engine.triton.tiles import power_of_two
 
 
-def store(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """Write one layer's K and V of a pass, and zeros into the rows of `out` that are padding.
+def store(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Write one layer's K and V of a pass, and zeros into the rows of `out` that are padding; the queries.
+
+    With a rotation, K is written rotated and the queries that are returned are too.
 
     k_cache, v_cache: [num_kv_heads, num_slots, head_dim]; slots: [num_tokens] int64, negative where padding;
-    k, v: [num_tokens, num_kv_heads, head_dim]; out: [num_tokens, num_heads * head_dim].
+    q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim];
+    out: [num_tokens, num_heads * head_dim]; rotation: cosines and sines, [num_tokens, 1, head_dim] each, as
+    `engine.model.decoder.apply_rope` takes them.
     """
-    num_tokens, num_heads, head_dim = k.shape
-    k, v = rows_of_heads(k), rows_of_heads(v)
+    num_tokens, num_heads, head_dim = q.shape
+    q, k, v = (_rows_of_heads(x) for x in (q, k, v))
+    # Without one, these are never read.
+    cosines, sines = (k, k) if rotation is None else (x.contiguous() for x in rotation)
+    queries = q if rotation is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_kv_heads = k.shape[1]
     kernels.store[(num_tokens,)](
+        q,
         k,
         v,
+        cosines,
+        sines,
+        queries,
         k_cache,
         v_cache,
         slots,
         out,
+        q.stride(0),
         k.stride(0),
         v.stride(0),
         k_cache.stride(0),
+        ROTATE=rotation is not None,
         HEADS=num_heads,
         HEADS_PADDED=power_of_two(num_heads),
+        KV_HEADS=num_kv_heads,
+        KV_HEADS_PADDED=power_of_two(num_kv_heads),
         HEAD_DIM=head_dim,
         DIM=power_of_two(head_dim),
-        OUT=out.shape[1],
-        OUT_PADDED=power_of_two(out.shape[1]),
-        num_warps=4,
+        num_warps=4 if num_heads * head_dim <= 4096 else 8,
         enable_fp_fusion=True,
     )
+    return queries
 
 
 def compact(k_cache: Tensor, v_cache: Tensor, sources: Tensor, destinations: Tensor) -> None:
@@ -63,11 +89,6 @@ def compact(k_cache: Tensor, v_cache: Tensor, sources: Tensor, destinations: Ten
     )
 
 
-def rows_of_heads(x: Tensor) -> Tensor:
+def _rows_of_heads(x: Tensor) -> Tensor:
     """[num_tokens, heads, head_dim] with a token's heads in one run of memory, as a slice of QKV has them."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
-def power_of_two(size: int) -> int:
-    """The same or more."""
-    return 1 << (size - 1).bit_length()

@@ -34,7 +34,7 @@ class PagedHeads:
     @classmethod
     def of(cls, cache: KVCache, num_heads: int, num_kv_heads: int) -> PagedHeads:
         """Queries are taken to be no wider than bfloat16 over a float8 cache."""
-        itemsize = max(2, cache.k.dtype.itemsize)
+        itemsize = cache.dtype.itemsize
         return cls(num_heads, num_kv_heads, cache.k.shape[-1], cache.block_size, itemsize)
 
     @property
@@ -58,8 +58,8 @@ def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
     """The tile for requests of up to `max_queries` queries each.
 
     Few rows are bound by memory: a turn reads 16 KB of K and as much of V, and three programs of that size
-    fit a Hopper processor. Many rows are bound by the tensor cores, by registers, and by shared memory where
-    a row is long: 99 KB is all that some GPUs have.
+    fit a Hopper processor. Many rows are bound by the tensor cores and by registers, and by shared memory
+    where heads are wide: 99 KB is all that some GPUs have.
     """
     largest = 32 if padded(heads.head_dim) * heads.itemsize > 256 else 128
     wanted = max(heads.group, min(max_queries * heads.group, largest))
@@ -74,6 +74,17 @@ def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
     )
 
 
+def query_counts(heads: PagedHeads) -> list[int]:
+    """One `max_queries` for every variant of the kernel that passes of these heads can ask for."""
+    wanted = [1, *(max(1, rows // heads.group) for rows in _ROWS)]
+    return list({choose_tile(heads, count).rows: count for count in wanted}.values())
+
+
 def padded(size: int) -> int:
-    """The power of two that a dimension takes inside a kernel: 16 at least, for matrix products."""
-    return max(16, 1 << (size - 1).bit_length())
+    """The size that a dimension takes in a matrix product."""
+    return max(16, power_of_two(size))
+
+
+def power_of_two(size: int) -> int:
+    """The same or the next one: the sizes that Triton knows."""
+    return 1 << (size - 1).bit_length()

@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_had_does_not_stop_the_others(
     monkeypatch.setattr("bench.shapes.allocate", fail)
     assert main([*TINY]) == 1
     out, err = capsys.readouterr()
-    assert "tiny was not measured: --shapes: cpu has no memory for the weights of tiny" in err
+    assert "tiny was not measured to the end: --shapes: cpu has no memory for the weights of tiny" in err
     assert "tiny" in json.loads(out.splitlines()[-1])["not_measured"]
 
 

@@ -64,6 +64,14 @@ def test_plain_steps_and_trees(folders: tuple[Path, Path], capsys: Any) -> None:
     assert "of the limit" in out and "GB/s" in out
 
 
+def test_an_fp8_cache_is_counted_as_what_it_is(folders: tuple[Path, Path], capsys: Any) -> None:
+    flags = ["--heads", "none", "--requests", "1", "--trees", "--kv-cache-dtype", "fp8"]
+    assert bench(folders[0], *flags) == 0
+    [step] = json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]
+    kv = 20 * 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim
+    assert step["bytes"] == kv + weight_bytes(tiny_decoder())
+
+
 def test_nothing_to_draft_with_means_no_trees(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,6 +164,21 @@ def test_who_waits_comes_back_when_another_has_ended(
     assert all(len(tokens_of(outputs[index])) == LENGTH for index in outputs)
 
 
+def test_who_waits_is_tried_again_though_nobody_ends(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may come back: another process had it, or one long prompt."""
+    monkeypatch.setattr("engine.scheduling.scheduler._STEPS_WHEN_SHORT", 4)
+    engine = make_engine(tiny_model_dir, "n-grams", max_num_seqs=5, max_num_batched_tokens=256)
+    monkeypatch.setattr(engine, "_runner", TightRunner(engine, 4))
+    for index in range(5):
+        engine.add_request(AddRequest(str(index), [index] * 3, params(LENGTH, ignore_eos=True)))
+    engine.step()
+    monkeypatch.setattr(engine._runner, "_most_tokens", 1000)
+    running = [engine.step().stats.num_running for _ in range(5)]
+    assert running == [1, 1, 1, 5, 5]
+
+
 class TightRunner:
     """The engine's own runner, for passes of so many tokens at most; none at all for some requests."""
 

@@ -145,11 +145,20 @@ async def test_request_beyond_the_queue_is_turned_away_at_once(tiny_model_dir: P
         assert len(tokens_of(await collect(client, max_tokens=3, ignore_eos=True))) == 3
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 20 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
 def test_memory_that_runs_out_at_the_start_is_told(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def engine(config: EngineConfig) -> Engine:
-        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        raise error
 
     monkeypatch.setattr(process, "Engine", engine)
     ours, theirs = socket.socketpair()

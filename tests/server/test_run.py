@@ -12,12 +12,20 @@ from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from engine.config import EngineConfig
-from server.run import banner, serve
+from server.run import banner, describe, serve
 from server.settings import ServerSettings
+from tests.fake_engine import model_info
 from tests.server.support import CHAT, ROUTES, body_for
+
+
+def test_the_start_up_line_says_what_the_cache_is() -> None:
+    assert describe(model_info()).endswith("KV cache of 1024 tokens")
+    info = msgspec.structs.replace(model_info(), kv_cache_dtype="float8_e4m3fn")
+    assert describe(info).endswith("KV cache of 1024 tokens in float8_e4m3fn")
 
 
 class Running:

@@ -23,6 +23,19 @@ def _visible(keys, prefix_len, ancestors):
 
 
 @triton.jit
+def _bit_length(bits):
+    """Place of the highest bit of a set of 64, counted from 1; 0 for the empty set."""
+    length = tl.where(bits < 0, 64, 0)
+    rest = tl.where(bits < 0, 0, bits)
+    for power in tl.static_range(6):
+        step = 32 >> power
+        beyond = (rest >> step) != 0
+        length += tl.where(beyond, step, 0)
+        rest = tl.where(beyond, rest >> step, rest)
+    return length + tl.where(rest != 0, 1, 0)
+
+
+@triton.jit
 def _read(
     first,
     end,
@@ -49,17 +62,13 @@ def _read(
         within = keys < end
         block = tl.load(table + keys // BLOCK_SIZE, mask=within, other=0)
         slots = block.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
-        wanted = within
-        if MASKED:
-            visible = _visible(keys, prefix_len, ancestors) & within[None, :]
-            # What no row sees is not read: 0 times a stale NaN would be NaN.
-            wanted = tl.max(visible.to(tl.int32), axis=0) == 1
         places = slots[:, None] * HEAD_DIM + dims[None, :]
-        inside = wanted[:, None] & (dims < HEAD_DIM)[None, :]
+        inside = within[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(k_head + places, mask=inside, other=0.0).to(q.dtype)
         v = tl.load(v_head + places, mask=inside, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         if MASKED:
+            visible = _visible(keys, prefix_len, ancestors) & within[None, :]
             scores = tl.where(visible, scores, float("-inf"))
         above = tl.maximum(largest, tl.max(scores, axis=1))
         # A row that has seen nothing yet: -inf minus -inf is NaN.
@@ -119,11 +128,8 @@ def attend(
     row = row.to(tl.int64)
     queries = tl.load(q + row[:, None] * q_stride + places, mask=here, other=0.0)
 
-    # | seen by all rows, read in whole turns | the rest, up to the last key that any row may see |
-    seen_by_all = tl.min(tl.where(real, prefix, 2147483647), axis=0)
-    seen_by_any = tl.max(prefix + tl.where(bits == 0, 0, 64), axis=0)
-    end_key = tl.minimum(end_key, seen_by_any)
-    clear = tl.maximum(tl.minimum(seen_by_all, end_key) - first_key, 0) // KEYS * KEYS
+    # What lies behind the last key that a row sees is not read: 0 times a NaN left there would be NaN.
+    end_key = tl.minimum(end_key, tl.max(prefix + _bit_length(bits), axis=0))
     k_head = k_cache + kv_head.to(tl.int64) * head_stride
     v_head = v_cache + kv_head.to(tl.int64) * head_stride
 
@@ -131,12 +137,17 @@ def attend(
     total = tl.zeros([ROWS], tl.float32)
     read = tl.zeros([ROWS, DIM], tl.float32)
     # fmt: off
+    if ROWS > 32:
+        # Keys that all rows see need no mask. Few rows have time for one, but none to fill another pipeline.
+        seen_by_all = tl.min(tl.where(real, prefix, end_key), axis=0)
+        clear = tl.maximum(tl.minimum(seen_by_all, end_key) - first_key, 0) // KEYS * KEYS
+        largest, total, read = _read(
+            first_key, first_key + clear, queries, prefix, bits, k_head, v_head, table, largest, total, read,
+            SCALE, HEAD_DIM, DIM, BLOCK_SIZE, KEYS, False,
+        )
+        first_key += clear
     largest, total, read = _read(
-        first_key, first_key + clear, queries, prefix, bits, k_head, v_head, table, largest, total, read,
-        SCALE, HEAD_DIM, DIM, BLOCK_SIZE, KEYS, False,
-    )
-    largest, total, read = _read(
-        first_key + clear, end_key, queries, prefix, bits, k_head, v_head, table, largest, total, read,
+        first_key, end_key, queries, prefix, bits, k_head, v_head, table, largest, total, read,
         SCALE, HEAD_DIM, DIM, BLOCK_SIZE, KEYS, True,
     )
     # fmt: on

@@ -14,40 +14,76 @@ def _fit(values, dtype: tl.constexpr):
     return values.to(dtype)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
-def store(
-    k,  # [num_tokens, HEADS, HEAD_DIM], rows `k_stride` apart
-    v,  # the same, rows `v_stride` apart
-    k_cache,  # [HEADS, num_slots, HEAD_DIM] of one layer, heads `head_stride` apart
-    v_cache,
-    slots,  # [num_tokens] int64; a negative one belongs to a row of padding
-    out,  # [num_tokens, OUT] where attention's result goes
-    k_stride,
-    v_stride,
-    head_stride,
+@triton.jit
+def _rotated(
+    x,
+    cosines,
+    sines,
     HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
-    OUT: tl.constexpr,
-    OUT_PADDED: tl.constexpr,
+):
+    """The heads of one token, [HEADS_PADDED, DIM] float32, each number turned with that half a head away."""
+    head = tl.arange(0, HEADS_PADDED)
+    dims = tl.arange(0, DIM)
+    inside = (head < HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    partner = tl.where(dims < HEAD_DIM // 2, dims + HEAD_DIM // 2, dims - HEAD_DIM // 2)
+    cosine = tl.load(cosines + dims, mask=dims < HEAD_DIM).to(tl.float32)
+    sine = tl.load(sines + dims, mask=dims < HEAD_DIM).to(tl.float32)
+    values = tl.load(x + head[:, None] * HEAD_DIM + dims[None, :], mask=inside).to(tl.float32)
+    partners = tl.load(x + head[:, None] * HEAD_DIM + partner[None, :], mask=inside).to(tl.float32)
+    return values * cosine[None, :] + partners * sine[None, :]
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def store(
+    q,  # [num_tokens, HEADS, HEAD_DIM], rows `q_stride` apart; only read to be rotated
+    k,  # [num_tokens, KV_HEADS, HEAD_DIM], rows `k_stride` apart
+    v,  # the same, rows `v_stride` apart
+    cosines,  # [num_tokens, HEAD_DIM]
+    sines,  # the same, the first half negated
+    rotated,  # [num_tokens, HEADS, HEAD_DIM] where rotated queries go
+    k_cache,  # [KV_HEADS, num_slots, HEAD_DIM] of one layer, heads `head_stride` apart
+    v_cache,
+    slots,  # [num_tokens] int64; a negative one belongs to a row of padding
+    out,  # [num_tokens, HEADS * HEAD_DIM] where attention's result goes
+    q_stride,
+    k_stride,
+    v_stride,
+    head_stride,
+    ROTATE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    KV_HEADS_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
 ):
     """K and V of one token, all heads. Padding is stored nowhere and reads zeros: a NaN left in that memory
     must not get into what rows share, such as the scale of a quantized product."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
-    if slot < 0:
-        place = tl.arange(0, OUT_PADDED)
-        nothing = tl.zeros([OUT_PADDED], out.dtype.element_ty)
-        tl.store(out + token * OUT + place, nothing, mask=place < OUT)
-        return
-    head = tl.arange(0, HEADS_PADDED)
     dims = tl.arange(0, DIM)
-    inside = (head < HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    q_head = tl.arange(0, HEADS_PADDED)
+    q_inside = (q_head < HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    q_place = token * (HEADS * HEAD_DIM) + q_head[:, None] * HEAD_DIM + dims[None, :]
+    if slot < 0:
+        tl.store(out + q_place, tl.zeros([HEADS_PADDED, DIM], out.dtype.element_ty), mask=q_inside)
+        return
+    head = tl.arange(0, KV_HEADS_PADDED)
+    inside = (head < KV_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
     source = head[:, None] * HEAD_DIM + dims[None, :]
-    to = head.to(tl.int64)[:, None] * head_stride + slot * HEAD_DIM + dims[None, :]
-    keys = tl.load(k + token * k_stride + source, mask=inside)
+    if ROTATE:
+        cosines += token * HEAD_DIM
+        sines += token * HEAD_DIM
+        queries = _rotated(q + token * q_stride, cosines, sines, HEADS, HEADS_PADDED, HEAD_DIM, DIM)
+        tl.store(rotated + q_place, queries.to(rotated.dtype.element_ty), mask=q_inside)
+        keys = _rotated(k + token * k_stride, cosines, sines, KV_HEADS, KV_HEADS_PADDED, HEAD_DIM, DIM)
+    else:
+        keys = tl.load(k + token * k_stride + source, mask=inside)
     values = tl.load(v + token * v_stride + source, mask=inside)
+    to = head.to(tl.int64)[:, None] * head_stride + slot * HEAD_DIM + dims[None, :]
     tl.store(k_cache + to, _fit(keys, k_cache.dtype.element_ty), mask=inside)
     tl.store(v_cache + to, _fit(values, v_cache.dtype.element_ty), mask=inside)
 

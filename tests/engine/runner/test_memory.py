@@ -169,6 +169,16 @@ def test_an_engine_with_a_measured_cache_serves(
     assert engine.scheduler.pool.num_blocks == engine.info.num_blocks
 
 
+def test_a_context_that_cannot_be_had_is_named(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("engine.loop.is_fitted", lambda config, device: True)
+    monkeypatch.setattr("engine.loop.KVCache", fail)
+    with pytest.raises(ConfigError, match=r"--max-model-len: this machine has no memory"):
+        Engine(config_for(tiny_model_dir), fixed_drafts=0)
+
+
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])
 def test_shares_of_memory_are_shares(share: float) -> None:
     with pytest.raises(ConfigError, match="--gpu-memory-utilization: must be above 0 and at most 1"):

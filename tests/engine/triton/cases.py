@@ -18,6 +18,7 @@ from tests.engine.tiny import CONFIG, CPU
 
 if sys.platform == "linux":
     from engine.triton.attention import TritonAttention as TritonAttention
+    from engine.triton.attention import warm_up as warm_up
     from engine.triton.cache import compact as compact
 else:
     pytest.skip("Triton is made for Linux only", allow_module_level=True)

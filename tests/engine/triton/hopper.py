@@ -11,10 +11,12 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -26,7 +28,7 @@ from engine.triton.plan import AttentionPlan
 from engine.triton.tiles import PagedHeads
 from tests.engine.passes import make_pass
 from tests.engine.tiny import CONFIG, CPU
-from tests.engine.triton.cases import TritonAttention, compact
+from tests.engine.triton.cases import TritonAttention, compact, warm_up
 
 LLAMA_8B, SMOLLM2 = (32, 8, 128), (9, 3, 64)  # query heads, KV heads, head size
 WIDE = (8, 4, 256)
@@ -37,7 +39,7 @@ CASES = {
     "decoding": (LLAMA_8B, BF16, BF16, DECODING),
     "trees": (LLAMA_8B, BF16, BF16, TREES),
     "float8": (LLAMA_8B, BF16, FP8, DECODING[-1:]),
-    "small heads": (SMOLLM2, torch.float16, torch.float16, TREES),
+    "start-up": (SMOLLM2, torch.float16, torch.float16, TREES),
     "wide heads": (WIDE, BF16, BF16, TREES),
 }
 
@@ -55,32 +57,57 @@ class Hopper:
         return 0
 
 
-def compiled(case: str) -> Iterator[tuple[str, Any]]:
-    """Name and kernel of everything launched, in order."""
-    (num_heads, num_kv_heads, head_dim), dtype, stored, passes = CASES[case]
-    config = replace(CONFIG, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    launched: list[tuple[str, Any]] = []
+Launches = list[tuple[str, Any]]  # name and kernel of everything launched, in order
+
+
+@contextmanager
+def compiling() -> Iterator[Launches]:
+    """Launches compile, and do nothing."""
+    launched: Launches = []
     run = JITFunction.run
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launched.append((self.__name__, run(self, *args, grid=grid, warmup=True, **options)))
 
-    JITFunction.run = only_compile
-    for lengths in passes:
-        step, num_blocks = make_pass(lengths, 16, 0)
-        cache = KVCache(config, num_blocks, 16, dtype, CPU)
-        cache.k, cache.v = cache.k.to(stored), cache.v.to(stored)
-        qkv = torch.zeros(len(step.slots), num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
-        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-        heads = PagedHeads.of(cache, num_heads, num_kv_heads)
-        plan = AttentionPlan.for_step(step, heads, CPU, num_programs=264)
-        for layer in range(config.num_layers):
-            TritonAttention(plan, cache, step.slots, step.ancestors)(layer, q, k, v)
-        for num_moves in (3, 4):
-            moves = torch.zeros(len(lengths), num_moves, dtype=torch.int64)
-            compact(cache.k, cache.v, moves, moves)
-    JITFunction.run = run
-    yield from launched
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", only_compile)
+        yield launched
+
+
+def cache_of(case: str, num_blocks: int) -> KVCache:
+    (num_heads, num_kv_heads, head_dim), dtype, stored, _ = CASES[case]
+    config = replace(CONFIG, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    cache = KVCache(config, num_blocks, 16, dtype, CPU)
+    cache.k, cache.v = cache.k.to(stored), cache.v.to(stored)
+    return cache
+
+
+def launches_at_start_up(case: str) -> Launches:
+    (num_heads, num_kv_heads, _), dtype, _, _ = CASES[case]
+    with compiling() as launched:
+        warm_up(cache_of(case, 2), num_heads, num_kv_heads, dtype)
+    return launched
+
+
+def launches(case: str) -> Launches:
+    """Those of the passes, and of compaction after each."""
+    (num_heads, num_kv_heads, head_dim), dtype, _, passes = CASES[case]
+    with compiling() as launched:
+        for lengths in passes:
+            step, num_blocks = make_pass(lengths, 16, 0)
+            cache = cache_of(case, num_blocks)
+            qkv = torch.zeros(len(step.slots), num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+            q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+            rotation = torch.zeros(len(step.slots), 1, head_dim, dtype=dtype)
+            heads = PagedHeads.of(cache, num_heads, num_kv_heads)
+            plan = AttentionPlan.for_step(step, heads, CPU, num_programs=264)
+            attention = TritonAttention(plan, cache, step.slots, step.ancestors)
+            for layer in range(CONFIG.num_layers):
+                attention.rotate_and_attend(layer, q, k, v, rotation, rotation)
+            for num_moves in (3, 4):
+                moves = torch.zeros(len(lengths), num_moves, dtype=torch.int64)
+                compact(cache.k, cache.v, moves, moves)
+    return launched
 
 
 def stack_bytes(kernel: Any) -> int:
@@ -97,14 +124,16 @@ def stack_bytes(kernel: Any) -> int:
 if __name__ == "__main__":
     driver.set_active(Hopper())
     for case in CASES:
-        seen: dict[str, str] = {}
-        for name, kernel in compiled(case):
+        known = {kernel.hash for _, kernel in launches_at_start_up(case)} if case == "start-up" else set()
+        seen = set()
+        for name, kernel in launches(case):
             if kernel.hash not in seen:
-                seen[kernel.hash] = name
+                seen.add(kernel.hash)
                 buffers = re.findall(
                     r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", kernel.asm["ttgir"]
                 )
                 about = {
+                    "known": kernel.hash in known,
                     "shared": kernel.metadata.shared,
                     "stack": stack_bytes(kernel),
                     "memory": re.findall(r"ld\.global|bar\.sync|st\.global", kernel.asm["ptx"]),

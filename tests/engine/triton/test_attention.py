@@ -6,6 +6,7 @@ On a CPU they run in Triton's interpreter, which takes milliseconds for each pro
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -15,13 +16,15 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from engine.model.decoder import apply_rope
+from engine.model.rope import rotation_table
 from engine.runner.attention import PagedAttention
 from engine.runner.kv_cache import KVCache
 from engine.triton.plan import AttentionPlan, Capacity
-from engine.triton.tiles import PagedHeads
+from engine.triton.tiles import PagedHeads, choose_tile, query_counts
 from tests.engine.passes import make_pass
 from tests.engine.tiny import CONFIG, tiny_decoder
-from tests.engine.triton.cases import DEVICE, Case, TritonAttention, make_case, step_on
+from tests.engine.triton.cases import DEVICE, Case, TritonAttention, make_case, step_on, warm_up
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 MIXED = [(0, 70, 0), (90, 0, 33), (40, 0, 1), (200, 3, 0), (0, 1, 64), (17, 9, 5)]
@@ -82,6 +85,25 @@ def test_prompts_trees_and_single_tokens_in_one_launch(dtype: torch.dtype) -> No
     assert torch.equal(case.cache.v.cpu().float(), case.reference_cache.v)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_rotation_in_the_kernel_is_the_decoders(dtype: torch.dtype) -> None:
+    case = make_case([(33, 9, 4), (0, 3, 0)], (9, 3, 24), dtype=dtype)
+    cos, sin = (
+        table[case.reference_step.positions].unsqueeze(1)
+        for table in rotation_table(10.0 ** -torch.linspace(0, 4, 12), 64)
+    )
+    q, k, v = case.reference_inputs
+    attention = PagedAttention(case.reference_step, case.reference_cache, 9, 3)
+    expected = attention(0, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+    attention = TritonAttention(plan_of(case), case.cache, case.step.slots, case.step.ancestors)
+    table = [x.to(DEVICE) for x in (cos, sin)]
+    found = attention.rotate_and_attend(0, case.q, case.k, case.v, *table)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(found.cpu().float(), expected, rtol=tolerance, atol=tolerance)
+    stored = case.cache.k.cpu().float()
+    torch.testing.assert_close(stored, case.reference_cache.k, rtol=tolerance, atol=tolerance)
+
+
 def test_a_long_context_is_split_and_merged() -> None:
     plan = check(make_case([(2400, 0, 1), (500, 0, 1), (60, 0, 1)], (6, 2, 64)), num_programs=400)
     pieces = plan.merges[:, 3].tolist()
@@ -134,42 +156,79 @@ def padded(values: Tensor, length: int, filler: float) -> Tensor:
     return torch.cat((values, values.new_full((more, *values.shape[1:]), filler)))
 
 
+def captured(attention: TritonAttention, *inputs: Tensor) -> Callable[[], Tensor]:
+    """A call as a CUDA graph, whose launches stay what they were; on the CPU the call itself."""
+    if DEVICE.type == "cpu":
+        return lambda: attention(0, *inputs)
+    attention(0, *inputs)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(0, *inputs)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
 def test_one_reserved_plan_serves_pass_after_pass() -> None:
-    """As a captured graph has it: the same tensors and launches, with other contents."""
-    num_tokens, heads = 104, (4, 2, 32)
-    passes = [MIXED[1:3], [(0, 0, 0)], [(300, 0, 1)], MIXED[1:5]]
-    longest = make_case([(0, 0, 64)] * 4, heads)
-    shape = PagedHeads.of(longest.cache, 4, 2)
-    plan = AttentionPlan.reserve(Capacity(6, num_tokens, 64, 30), shape, DEVICE, num_programs=40)
+    num_tokens, num_blocks, heads = 104, 40, (4, 2, 32)
+    first = make_case([(num_blocks * 16 - 1, 1, 0)], heads)
+    plan = AttentionPlan.reserve(
+        Capacity(6, num_tokens, 64, 20), PagedHeads.of(first.cache, 4, 2), DEVICE, num_programs=40
+    )
     slots = torch.full((num_tokens,), -1, device=DEVICE)
     ancestors = torch.zeros(num_tokens, dtype=torch.int64, device=DEVICE)
-    places = [x.data_ptr() for x in (plan.items, plan.merges, plan.prefix_len, plan.tables)]
-    for seed, lengths in enumerate(passes):
+    inputs = [padded(x, num_tokens, 0.0) for x in (first.q, first.k, first.v)]
+    call = captured(TritonAttention(plan, first.cache, slots, ancestors), *inputs)
+    assert not call().any()  # nothing is planned yet
+    for seed, lengths in enumerate((MIXED[1:3], [(300, 0, 1)], [(0, 0, 0)], MIXED[1:5])):
         case = make_case(lengths, heads, seed=seed)
-        before = case.cache.k.clone()
+        plan.update(case.step)
         slots.copy_(padded(case.step.slots, num_tokens, -1))
         ancestors.copy_(padded(case.step.ancestors, num_tokens, 0))
-        plan.update(case.step)
-        inputs = [padded(x, num_tokens, float("nan")) for x in (case.q, case.k, case.v)]
-        found = TritonAttention(plan, case.cache, slots, ancestors)(0, *inputs)
+        for static, values in zip(inputs, (case.q, case.k, case.v), strict=True):
+            static.copy_(padded(values, num_tokens, float("nan")))
+        used = case.cache.k.shape[2]
+        for static, values in ((first.cache.k, case.cache.k), (first.cache.v, case.cache.v)):
+            static[:, :, :used] = values
+            static[:, :, used:] = 7.0
+        found = call().cpu()
         real = len(case.step.slots)
         if real:
-            torch.testing.assert_close(found[:real].cpu(), expected_of(case), rtol=2e-5, atol=2e-5)
-        else:
-            assert torch.equal(case.cache.k, before)
-        assert not found[real:].any() and not case.cache.k.isnan().any()
-    assert places == [x.data_ptr() for x in (plan.items, plan.merges, plan.prefix_len, plan.tables)]
+            torch.testing.assert_close(found[:real], expected_of(case), rtol=2e-5, atol=2e-5)
+        assert torch.equal(first.cache.k[:, :, :used].cpu(), case.reference_cache.k)
+        assert (first.cache.k[:, :, used:] == 7.0).all() and not found[real:].any()
 
 
-def test_a_plan_that_was_never_filled_does_nothing() -> None:
-    case = make_case([(30, 0, 8)], (4, 2, 32))
-    plan = AttentionPlan.reserve(
-        Capacity(2, 8, 8, 9), PagedHeads.of(case.cache, 4, 2), DEVICE, num_programs=40
+@pytest.mark.parametrize(
+    "heads", [(32, 8, 128), (9, 3, 64), (28, 4, 96), (8, 4, 256), (16, 16, 64), (71, 1, 64)]
+)
+def test_every_tile_is_known_at_start_up(heads: tuple[int, int, int]) -> None:
+    shape = PagedHeads(*heads, block_size=16, itemsize=2)
+    tiles = [replace(choose_tile(shape, count), queries=0) for count in range(1, 700)]
+    known = [replace(choose_tile(shape, count), queries=0) for count in query_counts(shape)]
+    assert set(tiles) == set(known) and len(known) == len(set(known))
+    assert all(
+        choose_tile(shape, count).queries * shape.group <= choose_tile(shape, count).rows
+        for count in range(1, 99)
     )
-    before = case.cache.k.clone()
-    nowhere = torch.full_like(case.step.slots, -1)
-    found = TritonAttention(plan, case.cache, nowhere, case.step.ancestors)(0, case.q, case.k, case.v)
-    assert not found.any() and torch.equal(case.cache.k, before)
+
+
+def test_warming_up_leaves_the_cache_alone() -> None:
+    case = make_case([(30, 0, 8)], (4, 2, 32))
+    before = case.cache.k.clone(), case.cache.v.clone()
+    warm_up(case.cache, 4, 2, torch.float32)
+    assert torch.equal(case.cache.k, before[0]) and torch.equal(case.cache.v, before[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(32, 8, 128), (9, 3, 64), (32, 4, 96), (8, 4, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_passes(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check(make_case([(9000, 0, 64), *[(2000, 0, 1)] * 31, (500, 700, 0)], heads, dtype=dtype))
+    check(make_case([(16000, 0, 1)], heads, block_size=64, dtype=dtype))
 
 
 @settings(max_examples=60, deadline=None)

@@ -54,3 +54,7 @@ def test_compaction_reads_everything_before_it_writes(kernels: list[dict[str, An
             memory = kernel["memory"]
             first_write = memory.index("st.global")
             assert memory[first_write - 1] == "bar.sync" and "ld.global" not in memory[first_write:]
+
+
+def test_nothing_is_compiled_after_start_up(kernels: list[dict[str, Any]]) -> None:
+    assert all(kernel["known"] for kernel in kernels if kernel["case"] == "start-up")
