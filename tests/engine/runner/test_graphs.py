@@ -28,7 +28,7 @@ from tests.engine.runner.test_greedy import (
     check_outputs,
     make_drafter,
 )
-from tests.engine.runner.test_heads_drafter import bound, drafter_of, hydra, medusa
+from tests.engine.runner.test_heads_drafter import Recording, bound, check_starts, drafter_of, hydra, medusa
 from tests.engine.tiny import EOS, NO_TREE, Arrival, Result, TinyEngine, tiny_decoder
 from trees.family import TreeFamily
 
@@ -128,6 +128,16 @@ def test_heads_and_ngrams_guess_the_same(drafter: Callable[[], Drafter], num_blo
     assert engine.num_accepted > 0
     assert (engine.num_preemptions > 0) == (num_blocks == 40)
     assert replays > LENGTH
+
+
+def test_the_cached_prefix_layer_equals_a_dense_pass() -> None:
+    heads = hydra()
+    bound(heads)
+    drafter = Recording(heads)
+    engine = TinyEngine(full(12), drafter, block_size=4, num_blocks=100, budget=24)
+    add_graphs(engine.runner, [Bucket.of(6, 78, 13)])
+    engine.run(arrivals_of([7, 3, 6, 8], [0, 1, 1, 2], [LENGTH] * 4))
+    check_starts(drafter, heads)
 
 
 def test_without_drafts() -> None:
