@@ -136,7 +136,7 @@ def test_the_cached_prefix_layer_equals_a_dense_pass() -> None:
     drafter = Recording(heads)
     engine = TinyEngine(full(12), drafter, block_size=4, num_blocks=100, budget=24)
     add_graphs(engine.runner, [Bucket.of(6, 78, 13)])
-    engine.run(arrivals_of([7, 3, 6, 8], [0, 1, 1, 2], [LENGTH] * 4))
+    engine.run(arrivals_of([7, 3, 6, 4], [0, 1, 1, 2], [LENGTH] * 4))
     check_starts(drafter, heads)
 
 
