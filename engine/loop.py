@@ -18,7 +18,7 @@ from engine.model.precision import quantization_choices, quantize_linears
 from engine.native.decoder import NativeDecoder, can_take
 from engine.native.precision import take_over
 from engine.runner import device as hardware
-from engine.runner.capture import capture_graphs
+from engine.runner.capture import capture_graphs, compile_kernels
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kv_cache import KVCache, bytes_per_token, stored_dtype
@@ -116,6 +116,7 @@ class Engine:
         )
         if is_fitted(config, device):
             fit_cache(self._runner, limits, token_bytes, config.gpu_memory_utilization)
+        compile_kernels(self._runner)
         if not config.enforce_eager:
             capture_graphs(self._runner, limits)
         self._policy = self._make_policy(family, fixed_drafts, limits)

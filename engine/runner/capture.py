@@ -1,4 +1,4 @@
-"""Captures the CUDA graphs of decoding passes at start-up: which sizes there are, and how they are made."""
+"""What a GPU is made ready with at start-up: its kernels, and the CUDA graphs of decoding passes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ logger = logging.getLogger(__name__)
 
 _MOST_TOKENS = 512  # of a captured pass: in a larger one the host is not what takes the time
 _MOST_SECONDS = 30.0  # for all of them, as far as they are done by then
+
+
+def compile_kernels(runner: Runner) -> None:
+    """Compile our GPU kernels, where they run, for the model's own layers: no request waits for it."""
+    if runner.cache.has_triton:
+        from engine.triton.attention import warm_up  # imports triton, which not every machine has
+
+        decoder = runner.decoder
+        warm_up(runner.cache, decoder.config.num_heads, decoder.config.num_kv_heads, decoder.embedding.dtype)
 
 
 def capture_graphs(runner: Runner, limits: SchedulerLimits) -> None:
