@@ -10,9 +10,10 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PATH=/opt/gorgon/bin:$PATH
 
-# gcc compiles the CPU kernels for the processor they run on, into the volume.
+# gcc compiles the CPU kernels for the processor they run on, into the volume; Triton's launchers take Python's
+# headers too.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv gcc libc6-dev \
+    && apt-get install --yes --no-install-recommends python3 python3-dev python3-venv gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/gorgon \
     && useradd --create-home --uid 10001 gorgon \

@@ -114,9 +114,9 @@ class Engine:
             max_model_len=max_model_len,
             max_drafts=max_drafts,
         )
+        compile_kernels(self._runner)
         if is_fitted(config, device):
             fit_cache(self._runner, limits, token_bytes, config.gpu_memory_utilization)
-        compile_kernels(self._runner)
         if not config.enforce_eager:
             capture_graphs(self._runner, limits)
         self._policy = self._make_policy(family, fixed_drafts, limits)
@@ -158,6 +158,8 @@ class Engine:
         _check_request(message.prompt_token_ids, message.sampling, self.info)
         if message.request_id in self.scheduler:
             raise RequestError("request_id", f"a request {message.request_id} is running already")
+        if not self.scheduler.has_work():
+            self._ended = None  # the last one was aborted: it has been idle since
         self.scheduler.add(message.request_id, message.prompt_token_ids, message.sampling)
 
     def abort(self, request_id: str) -> None:

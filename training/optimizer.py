@@ -23,7 +23,11 @@ class HeadsOptimizer:
 
     def __init__(self, heads: DraftHeads) -> None:
         of_vocabulary = {id(p) for p in (heads.projection, heads.reduce, heads.expand) if p is not None}
-        inside = [p for p in heads.parameters() if p.ndim > 1 and id(p) not in of_vocabulary]
+        inside = [
+            p
+            for name, p in heads.named_parameters()
+            if p.ndim > 1 and id(p) not in of_vocabulary and not name.startswith("biases")
+        ]
         taken = {id(p) for p in inside}
         rest = [p for p in heads.parameters() if id(p) not in taken]
         # Matrices of several heads may be stacked, [..., out, in]; Muon takes them one by one.
@@ -44,6 +48,9 @@ class HeadsOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
+        for _, parts in self._stacked:
+            for part in parts:
+                part.grad = None
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [optimizer.state_dict() for optimizer in self._optimizers]

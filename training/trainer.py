@@ -25,7 +25,7 @@ from heads.base import DraftHeads
 from heads.checkpoint import save_heads
 from training.devices import training_dtype
 from training.heads_log import EpochCost, HeadsLog
-from training.heads_loss import HeadsLoss
+from training.heads_loss import LATER_HEADS_EVERY, HeadsLoss
 from training.hidden_states import HiddenCache
 from training.optimizer import HeadsOptimizer
 from training.run_state import HEAD_DECAY, LARGEST_GRADIENT, STATE_FILE, tensors_digest
@@ -114,6 +114,8 @@ class HeadsTrainer:
     def _settings(self) -> dict[str, Any]:
         return {
             **asdict(self.config),
+            "optimizer": "muon",
+            "later_heads_every": LATER_HEADS_EVERY,
             "heads": {name: list(t.shape) for name, t in self.heads.state_dict().items()},
             "token_map": tensors_digest({"token_map": self.heads.token_map}),
             "start": self.start,

@@ -31,12 +31,20 @@ _MOST_SECONDS = 30.0  # for all of them, as far as they are done by then
 
 
 def compile_kernels(runner: Runner) -> None:
-    """Compile our GPU kernels, where they run, for the model's own layers: no request waits for it."""
-    if runner.cache.has_triton:
+    """Compile our GPU kernels, where they run, for the model's own layers: no request waits for it.
+
+    Where that fails, for want of a compiler or of Python's headers, torch's operators do instead.
+    """
+    cache, decoder = runner.cache, runner.decoder
+    if not cache.has_triton:
+        return
+    try:
         from engine.triton.attention import warm_up  # imports triton, which not every machine has
 
-        decoder = runner.decoder
-        warm_up(runner.cache, decoder.config.num_heads, decoder.config.num_kv_heads, decoder.embedding.dtype)
+        warm_up(cache, decoder.config.num_heads, decoder.config.num_kv_heads, decoder.embedding.dtype)
+    except Exception:  # Triton raises whatever its compilers do
+        cache.has_triton = False
+        logger.warning("Running without our GPU kernels, slower: they cannot be compiled.", exc_info=True)
 
 
 def capture_graphs(runner: Runner, limits: SchedulerLimits) -> None:

@@ -100,9 +100,10 @@ class DraftModelDrafter(Drafter):
             requests.append(request)
             firsts.append(first)
             ends.append(end)
-            self._progress[request].length = end
         if requests:
             self._run(requests, firsts, ends)
+        for request, end in zip(requests, ends, strict=True):  # once nothing can fail any more
+            self._progress[request].length = end
 
     def _known(self, request: Request) -> int:
         """The positions whose draft KV is that of the request's tokens."""

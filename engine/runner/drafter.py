@@ -70,8 +70,8 @@ class Drafter(Protocol):
     observes_tensors: bool = True
 
     def attach(self, config: DecoderConfig, cache: KVCache) -> None:
-        """Called once before the first pass: the base model, and the cache whose last `num_cache_layers`
-        layers are the drafter's."""
+        """Called before the first pass, and again where the cache changes its size: the base model, and the
+        cache whose last `num_cache_layers` layers are the drafter's."""
         return
 
     def limit(self, scheduled: ScheduledRequest) -> int:

@@ -242,7 +242,9 @@ class Runner:
             if num_top is not None and logits is not None:
                 rows = logits[[first + node for node in made.nodes]]
                 logprobs = token_logprobs(rows, made.token_ids, num_top)
-            self._behind[request].length = len(request.token_ids) + len(made.token_ids) - 1
             committed.append(CommittedTokens(made.token_ids, logprobs, made.draft_depth))
+        for scheduled, tokens in zip(commits.scheduled, committed, strict=True):  # nothing can fail any more
+            request = scheduled.request
+            self._behind[request].length = len(request.token_ids) + len(tokens.token_ids) - 1
         results = iter(committed)
         return [next(results) if s.commits else CommittedTokens([]) for s in batch.scheduled]

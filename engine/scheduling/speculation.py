@@ -167,8 +167,12 @@ class AdaptiveSpeculation:
         if self._doubtful and not self._tries:
             self._state = "not_worthwhile"
             return [NOTHING] * len(candidates)
-        self._estimated, self._state = speed_up, "ngrams" if best.chain_only else "heads"
-        return best.allowances(best_rate, [candidate.limit for candidate in candidates], self._trims)
+        allowances = best.allowances(best_rate, [candidate.limit for candidate in candidates], self._trims)
+        if any(allowance.most for allowance in allowances):
+            self._estimated, self._state = speed_up, "ngrams" if best.chain_only else "heads"
+        else:
+            self._state = "not_worthwhile"
+        return allowances
 
     def _offers(
         self, candidates: Sequence[Candidate], ratios: list[float], most: int

@@ -39,6 +39,18 @@ def test_kernels_are_compiled_by_passes_over_nothing(monkeypatch: pytest.MonkeyP
     assert torch.equal(runner.cache.k, before[0]) and torch.equal(runner.cache.v, before[1])
 
 
+@ON_CPU
+def test_kernels_that_cannot_be_compiled_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise FileNotFoundError("Python.h")
+
+    runner = TinyEngine(block_size=16).runner
+    monkeypatch.setattr("engine.triton.attention.warm_up", fail)
+    monkeypatch.setattr(runner.cache, "has_triton", True)
+    compile_kernels(runner)
+    assert not runner.cache.has_triton
+
+
 class _Counting:
     """A kernel that notes its launches."""
 
