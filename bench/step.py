@@ -179,13 +179,13 @@ def decoding(
             )
         return stats
 
-    for _ in range(WARM_UP_STEPS):
-        step()
-    yield step
-    for name in names:
-        engine.abort(name)
-    while engine.has_work():
-        engine.step()
+    try:
+        for _ in range(WARM_UP_STEPS):
+            step()
+        yield step
+    finally:
+        for name in names:
+            engine.abort(name)
 
 
 def figures_of(row: Measured, kv_bytes: int, bandwidth: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.decoder import Decoder
-from engine.native.attention import NativeAttention, reads_cache
+from engine.native.attention import NativeAttention
 from engine.native.decoder import NativeDecoder, can_take
 from engine.native.matrix import Kind
 from engine.runner.kv_cache import KVCache
@@ -42,9 +42,7 @@ class DenseCausalAttention:
 
 def make_reader(decoder: Decoder, most_tokens: int, most_documents: int) -> Reader:
     """The fastest reader this machine has. most_tokens, most_documents: in a call."""
-    probe = torch.empty(decoder.config.head_dim, dtype=decoder.embedding.dtype, device="cpu")
-    on_cpu = decoder.embedding.device.type == "cpu"
-    if on_cpu and reads_cache(probe) and can_take(decoder):
+    if can_take(decoder):
         return _NativeReader(decoder, most_tokens // _BLOCK_SIZE + most_documents)
     return _DenseReader(decoder)
 

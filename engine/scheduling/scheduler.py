@@ -170,10 +170,10 @@ class Scheduler:
 
     def _add_drafts(self, batch: Batch, budget: int) -> None:
         committing = [scheduled for scheduled in batch.scheduled if scheduled.commits]
-        if not committing or self._policy.rests(len(committing)):
-            return
         limits = [(scheduled, self._draft_limit(scheduled.request)) for scheduled in committing]
         drafting = [scheduled for scheduled, limit in limits if limit > 0]
+        if not committing or (drafting and self._policy.rests(len(committing))):
+            return
         candidates = [self._candidate(scheduled, limit) for scheduled, limit in limits if limit > 0]
         num_keys = sum(scheduled.base for scheduled in committing)
         allowances = self._policy.plan(Load(len(committing), batch.num_tokens, num_keys), candidates)

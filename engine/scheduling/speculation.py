@@ -34,9 +34,11 @@ _LONG_MEMORY = 0.99  # weight of all requests' past against the next step
 # Estimated speed-up from which drafts are made in most steps: for one request, and more for each further one,
 # up to so many. Tokens cost time outside the engine, too.
 _WORTHWHILE, _WORTHWHILE_EACH, _CROWD = 1.05, 0.008, 16
-# Steps without drafts between two with them where the estimate is below
+# Steps without drafts between two that try them where the estimate is below.
 _PAUSE = 3
-_PATIENCE = 0.05  # of a token for each request: what may be lost by such a step that drafts
+# Of a token for each request: what a try may lose, and by how much that grows with each try that found drafts
+# dearer. So drafts are made again some day, or nobody would find out that they are no longer dear.
+_PATIENCE, _GROWING_PATIENCE = 0.05, 0.01
 # After how many steps one goes without drafts: at first, and where the last such step's time was off by this
 # share; and at most.
 _SOON, _LATE, _SURPRISE = 4, 64, 0.1
@@ -103,6 +105,7 @@ class AdaptiveSpeculation:
         self._since_change = 0  # steps since one was unlike the others
         self._probe_after = _SOON
         self._num_committing = 0
+        self._fruitless = 0  # tries since one drafted
         self._rested = 0  # steps that were not planned since the last one that was
         self._trims = trims
         self._overall = Acceptance()  # over all requests: the prior of each
@@ -160,7 +163,7 @@ class AdaptiveSpeculation:
         # what a draft token costs, not what a committed one is worth.
         best_rate = max(plan.best_rate for plan in plans)
         speed_up = best_rate * base / n
-        patience = _PATIENCE * n if self._tries else 0.0
+        patience = n * (_PATIENCE + _GROWING_PATIENCE * self._fruitless) if self._tries else 0.0
         best = max(plans, key=lambda plan: plan.choose(best_rate, patience))
         worthwhile = _WORTHWHILE + _WORTHWHILE_EACH * min(n - 1, _CROWD)
         self._doubtful = speed_up < worthwhile
@@ -170,7 +173,9 @@ class AdaptiveSpeculation:
         allowances = best.allowances(best_rate, [candidate.limit for candidate in candidates], self._trims)
         if any(allowance.most for allowance in allowances):
             self._estimated, self._state = speed_up, "ngrams" if best.chain_only else "heads"
+            self._fruitless = 0
         else:
+            self._fruitless += self._tries
             self._state = "not_worthwhile"
         return allowances
 

@@ -301,6 +301,18 @@ def test_fixed_size_gives_everybody_the_same_within_their_limits() -> None:
     assert sizes_of(policy, 2, 2, Candidate(Acceptance(), 3), Candidate(Acceptance(), 9)) == [3, 4]
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_drafts_that_were_dear_for_a_while_are_made_again(count: int) -> None:
+    machine = MACHINES["early knee"]
+    simulation, policy = Simulation(machine, [1.2] * count), adaptive(machine)
+    simulation.machine = replace(machine, knee=1, slope=machine.slope * 5, drafting_base=0.006)
+    simulation.run(policy, 300)
+    assert np.mean(simulation.drafts[-50:]) < 0.5 * count
+    simulation.machine = machine
+    reached = simulation.run(policy, 200, warm_up=3000)
+    assert reached > 0.9 * simulation.best()
+
+
 @pytest.mark.parametrize("count", [1, 4, 16])
 @pytest.mark.parametrize("dearer", [0.5, 2.0, 4.0])
 def test_drafts_dearer_than_start_up_measured_are_found_out(dearer: float, count: int) -> None:
