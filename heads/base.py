@@ -102,11 +102,23 @@ class DraftHeads(nn.Module):
 
     @torch.inference_mode()
     def guess(
-        self, head: int, state: Tensor, tokens: Tensor, origins: Tensor, num_guesses: int
+        self,
+        head: int,
+        state: Tensor,
+        tokens: Tensor,
+        origins: Tensor,
+        num_guesses: int,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`follow`, as the likeliest tokens and their log-probabilities given the path: token ids and
-        float32, both [num_requests, num_paths, num_guesses] with the likeliest first, and the next state."""
+        float32, both [num_requests, num_paths, num_guesses] with the likeliest first, and the next state.
+
+        noise: [num_requests, num_tokens] float32, what the coming draw adds to the base's logits: given that,
+        other tokens are likely than without.
+        """
         logits, state = self.follow(head, state, tokens, origins)
+        if noise is not None:
+            logits = logits.float() + noise.unsqueeze(1)
         best = logits.topk(min(num_guesses, self.num_tokens), dim=-1)
         log_probs = best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)
         # Rounding must not make a guess likelier than certain: then a child would outdo its parent.

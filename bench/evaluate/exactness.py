@@ -19,9 +19,6 @@ from engine.messages import AddRequest, SamplingParams
 # Distance of two logits below which rounding may turn them around. In bfloat16, neighbouring numbers from 16
 # to 32 lie 0.125 apart, and two passes may each be off by one or two.
 NEAR_TIE = {"float32": 1e-3, "float16": 0.06, "bfloat16": 0.5}
-# The same for sums of probabilities. If all logits of a set moved by d and all others by -d, its probability
-# would move by up to d / 2; single logits are rounded up as often as down, so far less is allowed.
-SHARE_PER_LOGIT = 1 / 16
 
 
 def first_difference(expected: Sequence[int], found: Sequence[int]) -> int | None:
@@ -47,15 +44,10 @@ def compare_answers(
         ended = (*expected[place : place + 1], None)[0], (*found[place : place + 1], None)[0]
         return Difference(place, *ended, gap=None, near_tie=False)
     logprobs = distribution(engine, [*prompt, *expected[:place]])
-    threshold = NEAR_TIE[engine.info.dtype]
     tokens = (expected[place], found[place])
-    if temperature == 0.0:
-        gap = float(logprobs.max() - min(logprobs[token] for token in tokens))
-    else:
-        position = len(prompt) + place
-        gap = max(distance_from_draw(logprobs, temperature, seed, position, token) for token in tokens)
-        threshold *= SHARE_PER_LOGIT / temperature
-    return Difference(place, *tokens, gap, gap < threshold)
+    scores = scores_of(logprobs, temperature, seed, len(prompt) + place)
+    gap = float(scores.max() - min(scores[token] for token in tokens))
+    return Difference(place, *tokens, gap, gap < NEAR_TIE[engine.info.dtype])
 
 
 def distribution(engine: Engine, token_ids: list[int]) -> NDArray[np.float64]:
@@ -72,18 +64,18 @@ def distribution(engine: Engine, token_ids: list[int]) -> NDArray[np.float64]:
     return values
 
 
-def distance_from_draw(
-    logprobs: NDArray[np.float64], temperature: float, seed: int, position: int, token: int
-) -> float:
-    """How far the number drawn at `position` lies from the stretch of [0, 1) that gives `token`; 0 inside.
+def scores_of(
+    logprobs: NDArray[np.float64], temperature: float, seed: int, position: int
+) -> NDArray[np.float64]:
+    """What the drawn token has most of: log-probabilities and, sampled, the noise of the draw; [vocab].
 
     logprobs: [vocab]; position: of the token in the request, prompt included.
     """
-    from engine.runner.sampling import uniforms
+    import torch
 
-    scaled = logprobs / temperature
-    probs = np.exp(scaled - scaled.max())
-    ends = probs.cumsum() / probs.sum()
-    start = ends[token - 1] if token else 0.0
-    drawn = uniforms(np.array([seed], dtype=np.uint64), np.array([position], dtype=np.uint64))[0]
-    return float(max(start - drawn, drawn - ends[token], 0.0))
+    from engine.runner.noise import gumbel, make_keys
+
+    keys = make_keys(np.array([seed], dtype=np.uint64), np.array([position], dtype=np.uint64))
+    scales = np.array([temperature], dtype=np.float32)
+    noise = gumbel(keys, scales, len(logprobs), torch.device("cpu"))
+    return np.asarray(logprobs + noise[0].double().numpy())

@@ -47,8 +47,8 @@ _METHOD = (
 )
 _EXACTNESS = (
     "An answer that differs from off's parted at a near-tie where the model itself cannot tell the two "
-    "tokens apart beyond rounding: their logits, or at a temperature the number drawn and the token's share "
-    "of the distribution, lie closer than this number format resolves. Any other difference is wrong."
+    "tokens apart beyond rounding: their logits, at a temperature with the noise of the draw, lie closer "
+    "than this number format resolves. Any other difference is wrong."
 )
 
 

@@ -15,6 +15,7 @@ from engine.native.attention import NativeAttention
 from engine.native.library import CDecoder, CLayer, CMatrix, kernels
 from engine.native.matrix import Kind, NativeLinear, fits
 from engine.native.scratch import scratch
+from engine.runner.noise import Noise
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer, rope_frequencies
 
@@ -165,11 +166,12 @@ class NativeHydra:
         chain_tokens: Tensor,
         chain_sure: Tensor,
         least: Tensor,
+        noise: Noise | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`trees.select.grow_trees` over these heads, in one call.
 
         hidden: [num_requests, hidden], what heads start from; the rest as there, the chains' two tensors both
-        [num_requests, length].
+        [num_requests, length]. noise: of the requests' draws, at least max_depth levels, where any samples.
         """
         requests, size = hidden.shape
         start = hidden.float().contiguous()
@@ -182,6 +184,7 @@ class NativeHydra:
             size, self._projection.out_features, requests, length, max_depth, threads
         )
         chain_tokens, chain_sure = chain_tokens.contiguous(), chain_sure.contiguous()
+        keys = None if noise is None else np.ascontiguousarray(noise.keys[:, :max_depth])
         self._library.gorgon_grow(
             self._c_mixes,
             max_depth,
@@ -194,6 +197,8 @@ class NativeHydra:
             start.data_ptr(),
             num_nodes.data_ptr(),
             least.data_ptr(),
+            None if keys is None else keys.ctypes.data,
+            None if noise is None else noise.temperatures.ctypes.data,
             length,
             chain_tokens.data_ptr(),
             chain_sure.data_ptr(),

@@ -85,7 +85,7 @@ _FUNCTIONS = {
         None,
         (
             *(POINTER(CMatrix), POINTER(CMatrix), c_void_p, c_double, c_void_p, c_void_p, c_void_p, c_int64),
-            *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
         ),
     ),
     "gorgon_grow_bytes": (c_int64, (c_int64, c_int64, c_int64, c_int64, c_int64, c_int64)),
@@ -93,10 +93,11 @@ _FUNCTIONS = {
         None,
         (
             *(POINTER(CMatrix), c_int64, POINTER(CMatrix), c_void_p, c_double, c_void_p, c_int64, c_void_p),
-            *(c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
-            *(c_void_p, c_int64, c_void_p),
+            *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64),
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
         ),
     ),
+    "gorgon_noise": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64)),
     "gorgon_argmax": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "gorgon_attend": (None, (POINTER(CPaging), c_int64, c_void_p, c_void_p)),
 }

@@ -21,6 +21,7 @@ from engine.runner import sampling
 from engine.runner.attention import paged_attention
 from engine.runner.drafter import Drafter, DraftInput, Proposal, chain_parents
 from engine.runner.kv_cache import KVCache, bytes_per_token
+from engine.runner.noise import Noise
 from engine.runner.per_request import PerRequest
 from engine.runner.step_input import StepInput, build_rows
 from engine.runner.transfer import integers
@@ -73,7 +74,8 @@ class DraftModelDrafter(Drafter):
         hidden = self._run(requests, firsts, [base + 1 for base in bases])
         lengths = [base + 1 - first for base, first in zip(bases, firsts, strict=True)]
         ends = integers(list(itertools.accumulate(lengths)), device)
-        tokens[:, 1] = sampling.argmax(self._decoder.logits(hidden[ends - 1]))
+        noise = Noise.ahead(requests, draft.max_nodes - 1)
+        tokens[:, 1] = self._guess(hidden[ends - 1], noise, 0)
         for node in range(1, draft.max_nodes - 1):
             going_on = [i for i, budget in enumerate(draft.budgets) if budget > node + 1]
             places = [bases[i] + node for i in going_on]
@@ -81,10 +83,17 @@ class DraftModelDrafter(Drafter):
             hidden = self._run(
                 [requests[i] for i in going_on], places, [p + 1 for p in places], tokens[rows, node]
             )
-            tokens[rows, node + 1] = sampling.argmax(self._decoder.logits(hidden))
+            tokens[rows, node + 1] = self._guess(hidden, noise and noise.rows(going_on), node)
         for request, base, budget in zip(requests, bases, draft.budgets, strict=True):
             self._progress[request].length = base + budget - 1
         return Proposal(tokens, chain_parents(tokens), draft.max_nodes - 1)
+
+    def _guess(self, hidden: Tensor, noise: Noise | None, level: int) -> Tensor:
+        """The likeliest tokens, [num_requests] int64. hidden: [num_requests, hidden]; noise: of the same."""
+        logits = self._decoder.logits(hidden)
+        if noise is not None:
+            logits = logits.float() + noise.of_level(level, logits.shape[1], logits.device)
+        return sampling.argmax(logits)
 
     def observe(
         self, step: StepInput, trees: DraftTrees, hidden: Tensor, rows_before: Callable[[], Tensor]

@@ -21,6 +21,7 @@ from engine.runner.attention import paged_attention
 from engine.runner.drafter import Drafter, DraftInput, Proposal
 from engine.runner.kv_cache import KVCache
 from engine.runner.ngram_drafter import propose_chains
+from engine.runner.noise import Noise
 from engine.runner.step_input import PassInput, StepInput, build_rows
 from engine.runner.transfer import integers, to_device
 from engine.scheduling.batch import ScheduledRequest
@@ -98,16 +99,20 @@ class HeadsDrafter(Drafter):
         )
         least = to_device(np.array(draft.least, dtype=np.float32), hidden.device).log_()
         num_nodes = integers(draft.budgets, hidden.device)
+        noise = Noise.ahead(draft.requests, max_depth)
         if self._native is not None:
             tokens, parents, num_nodes = self._native.grow(
-                hidden, draft.roots, num_nodes, max_depth, chains.token_ids, chains.sure, least
+                hidden, draft.roots, num_nodes, max_depth, chains.token_ids, chains.sure, least, noise
             )
             return Proposal(tokens, parents, max(max_depth, chains.length), num_nodes.tolist())
         state = self._heads.begin(hidden, draft.roots, max_depth)
 
         def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
             nonlocal state
-            guesses, log_probs, state = self._heads.guess(level, state, tokens, origins, num_guesses)
+            added = None
+            if noise is not None:
+                added = noise.of_level(level, self._heads.num_tokens, hidden.device, self._heads.token_map)
+            guesses, log_probs, state = self._heads.guess(level, state, tokens, origins, num_guesses, added)
             return guesses, log_probs
 
         tokens, parents, num_nodes = grow_trees(

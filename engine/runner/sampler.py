@@ -14,7 +14,9 @@ from torch import Tensor
 
 from engine.messages import SamplingParams, SpeculationParams, TokenLogprobs
 from engine.runner import sampling
+from engine.runner.noise import COLDEST, gumbel, make_keys
 from engine.runner.step_input import CommitRows
+from engine.runner.transfer import to_device
 from engine.scheduling.request import Request
 from trees.verify import DraftTrees, exact_edges
 
@@ -60,14 +62,12 @@ class Sampler:
                 # A copy even in float32: adjustments must not reach the logits that logprobs are taken from.
                 rows = logits[first : first + count].to(torch.float32, copy=True)
                 special.append((index, self._adjust(rows, scheduled.request, index, trees)))
-        sampled = self._draw_special(special, commits, targets, trees)
+        typical = self._draw_special(special, commits, targets, trees)
         edges = exact_edges(targets, trees)
-        for index, probs in sampled:
-            speculation = commits.scheduled[index].request.sampling.speculation
-            if speculation.acceptance == "typical":
-                count = probs.shape[0]
-                tokens, parents = trees.tokens[index, :count], trees.parents[index, :count]
-                edges[index, :count] = _typical_edges(probs, speculation, tokens, parents)
+        for index, probs in typical:
+            speculation, count = commits.scheduled[index].request.sampling.speculation, probs.shape[0]
+            tokens, parents = trees.tokens[index, :count], trees.parents[index, :count]
+            edges[index, :count] = _typical_edges(probs, speculation, tokens, parents)
         return Verdict(targets, edges)
 
     def _adjust(self, rows: Tensor, request: Request, index: int, trees: DraftTrees) -> Tensor:
@@ -114,7 +114,8 @@ class Sampler:
     ) -> list[tuple[int, Tensor]]:
         """Overwrite the targets of adjusted and sampled requests, all sampled rows in one draw.
 
-        Returns the sampled ones' (index among commits, [num_nodes, vocab] probabilities as drawn from).
+        Returns the (index among commits, [num_nodes, vocab] probabilities as drawn from) of those of typical
+        acceptance.
         """
         sampled = []
         for index, rows in special:
@@ -124,36 +125,52 @@ class Sampler:
                 targets[index, : rows.shape[0]] = sampling.argmax(rows)
         if not sampled:
             return []
+        indices = [index for index, _ in sampled]
         counts = [rows.shape[0] for _, rows in sampled]
-        requests = [commits.scheduled[index].request for index, _ in sampled]
+        requests = [commits.scheduled[index].request for index in indices]
         params = [request.sampling for request in requests]
         device = targets.device
 
         def per_row(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.repeat(np.array(values), counts)).to(device=device, dtype=dtype)
 
-        temperature = per_row([max(p.temperature, sampling.COLDEST) for p in params], torch.float32)
+        temperature = per_row([max(p.temperature, COLDEST) for p in params], torch.float32)
         scaled = torch.cat([rows for _, rows in sampled]) / temperature.unsqueeze(1)
-        probs = sampling.truncate(
-            scaled,
-            per_row([p.top_k for p in params], torch.int64),
-            per_row([p.top_p for p in params], torch.float64),
-            per_row([p.min_p for p in params], torch.float32),
+        probs = None
+        if any(p.top_k or p.top_p < 1.0 or p.min_p or p.speculation.acceptance == "typical" for p in params):
+            probs = sampling.truncate(
+                scaled,
+                per_row([p.top_k for p in params], torch.int64),
+                per_row([p.top_p for p in params], torch.float64),
+                per_row([p.min_p for p in params], torch.float32),
+            )
+        noise = self._noise(
+            requests, [trees.depths[i, :count] for i, count in zip(indices, counts, strict=True)]
         )
-        depths = trees.depths.cpu().numpy()
-        positions = np.concatenate(
-            [
-                len(request.token_ids) + depths[index, :count]
-                for (index, _), request, count in zip(sampled, requests, counts, strict=True)
-            ]
-        )
-        seeds = np.repeat(np.array([r.seed % 2**64 for r in requests], dtype=np.uint64), counts)
-        uniform = torch.from_numpy(sampling.uniforms(seeds, positions.astype(np.uint64))).to(device)
-        drawn = sampling.draw(probs, uniform)
-        for (index, rows), part in zip(sampled, torch.split(drawn, counts), strict=True):
-            targets[index, : rows.shape[0]] = part
-        indices = [index for index, _ in sampled]
-        return list(zip(indices, torch.split(probs, counts), strict=True))
+        drawn = sampling.draw(scaled, noise, probs)
+        for index, count, part in zip(indices, counts, torch.split(drawn, counts), strict=True):
+            targets[index, :count] = part
+        if probs is None:
+            return []
+        return [
+            (index, part)
+            for index, p, part in zip(indices, params, torch.split(probs, counts), strict=True)
+            if p.speculation.acceptance == "typical"
+        ]
+
+    def _noise(self, requests: list[Request], depths: list[Tensor]) -> Tensor:
+        """Of all rows of these requests' trees, [num_rows, vocab]; nodes at one depth share theirs.
+
+        depths: of each request's nodes, [num_nodes].
+        """
+        counts = [len(depth) for depth in depths]
+        known = np.repeat(np.array([len(request.token_ids) for request in requests]), counts)
+        seeds = np.repeat(np.array([request.seed % 2**64 for request in requests], dtype=np.uint64), counts)
+        positions = known + torch.cat(depths).cpu().numpy()
+        keys, rows = np.unique(make_keys(seeds, positions.astype(np.uint64)), return_inverse=True)
+        scales = np.ones(len(keys), dtype=np.float32)
+        noise = gumbel(keys, scales, self._vocab_size, depths[0].device)
+        return noise[to_device(rows, noise.device)]
 
 
 def _typical_edges(probs: Tensor, speculation: SpeculationParams, tokens: Tensor, parents: Tensor) -> Tensor:

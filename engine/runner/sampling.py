@@ -1,36 +1,19 @@
 """The arithmetic of sampling: pure functions from logits to tokens.
 
-Order: logit bias, penalties, minimum length, temperature, top-k, top-p, min-p. A draw inverts the cumulative
-distribution in vocabulary order at one uniform number, which depends on nothing but the request's seed and
-the token's position: no tree, batch or neighbour can change what is drawn.
+Order: logit bias, penalties, minimum length, temperature, top-k, top-p, min-p. A draw is the argmax of what
+that leaves and noise (`engine/runner/noise.py`).
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.native import matrix
 
 _ARGMAX_BLOCKS = 64
-COLDEST = 1e-6  # a lower temperature draws the same tokens, until dividing by it overflows
 _LARGEST = 1e30  # bound of a penalised logit: finite in float32 even after division by COLDEST
 _NUCLEUS_TRIAL = 256  # candidates tried before a whole vocabulary is sorted for top-p
-
-
-def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """One number in [0, 1) per pair, by the finaliser of SplitMix64 (Steele et al., 2014) over both."""
-    mixed = _mix(_mix(seeds) + positions * np.uint64(0x9E3779B97F4A7C15))
-    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) / 2.0**53)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -103,17 +86,16 @@ def _nucleus_floor(probs: Tensor, top_p: Tensor) -> Tensor:
     return torch.where(limited.unsqueeze(1), best.gather(1, last), 0.0)
 
 
-def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """One token per row, [num_rows] int64: the first whose cumulative share exceeds the uniform number.
+def draw(logits: Tensor, noise: Tensor, probs: Tensor | None = None) -> Tensor:
+    """One token per row, [num_rows] int64, from the softmax of the logits.
 
-    probs: [num_rows, vocab], need not sum to 1; uniform: [num_rows] float64 in [0, 1). A row that is no
-    distribution, every token forbidden, gives the last token.
+    logits: [num_rows, vocab] float32, temperature applied; noise: the same shape; probs: the same shape, zero
+    where a token is not to be drawn. A row that is no distribution gives some token of the vocabulary.
     """
-    cumulative = probs.cumsum(dim=1, dtype=torch.float64)
-    threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
-    # Past the end lies no token: one request's nonsense must not stop the engine for all.
-    return tokens.clamp_(max=probs.shape[1] - 1)
+    scores = logits + noise
+    if probs is not None:
+        scores.masked_fill_(probs <= 0.0, float("-inf"))
+    return argmax(scores)
 
 
 def typical_threshold(probs: Tensor, epsilon: float, delta: float) -> Tensor:

@@ -77,18 +77,21 @@ def test_fresh_heads_guess_what_the_base_guesses() -> None:
 
 @pytest.mark.parametrize("token_map", [None, torch.tensor([3, 5, 8, 30, 31, 39])])
 @pytest.mark.parametrize("root_input", [False, True])
+@pytest.mark.parametrize("noisy", [False, True])
 def test_guesses_are_the_likeliest_tokens_of_a_head_for_every_path(
-    token_map: Tensor | None, root_input: bool
+    token_map: Tensor | None, root_input: bool, noisy: bool
 ) -> None:
     heads = random_heads(token_map, root_input=root_input)
     heads.bind(weight := torch.randn(VOCAB, HIDDEN), weight)
     hidden, roots = torch.randn(4, HIDDEN), torch.tensor([7, 0, 39, 1])
     logits = heads.logits(hidden, roots, HEADS)
+    noise = 3 * torch.randn(logits.shape[1:]) if noisy else None
+    logits = logits if noise is None else logits + noise
     order, softmax = logits.argsort(dim=-1, descending=True), logits.softmax(dim=-1)
     state = heads.begin(hidden, roots, HEADS)
     tokens, origins = roots.unsqueeze(1), torch.zeros(4, 1, dtype=torch.int64)
     for head in range(HEADS):
-        guesses, log_probs, state = heads.guess(head, state, tokens, origins, 5)
+        guesses, log_probs, state = heads.guess(head, state, tokens, origins, 5, noise)
         columns = order[head, :, :5]
         expected = columns if token_map is None else token_map[columns]
         for path in range(tokens.shape[1]):

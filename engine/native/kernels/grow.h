@@ -94,16 +94,18 @@ int64_t gorgon_grow_bytes(int64_t hidden, int64_t num_tokens, int64_t requests, 
     const int64_t rows = requests * MOST_PATHS;
     return gorgon_hydra_bytes(hidden, num_tokens, rows, num_threads) + 64 +
            requests * ((int64_t)sizeof(offers) + 16 * most_offers(chain_length, depth) + 3 * 64) +
-           rows * (2 * 4 * hidden + 2 * 8 + 12 * GUESSES + 4) + 7 * 64;
+           rows * (2 * 4 * hidden + 3 * 8 + 12 * GUESSES + 4) + 4 * requests * num_tokens + 9 * 64;
 }
 
 /* Trees of all requests. mixes: of `depth` heads; roots: [requests]; start: [requests, hidden] float; num_nodes,
  * least: [requests], what a tree may have at most, root included, and the log-probability of its least likely
- * node; chain_tokens, chain_sure: [requests, chain_length]; tokens, parents: [requests, max_nodes]; grown:
+ * node; noise_keys: [requests, depth], of the noise that logits are added, temperatures: [requests] its scale,
+ * both NULL where nobody samples; chain_tokens, chain_sure: [requests, chain_length]; tokens, parents: [requests, max_nodes]; grown:
  * [requests], nodes of each tree. */
 void gorgon_grow(const matrix *mixes, int64_t depth, const matrix *projection, const uint16_t *embedding,
                  double eps, const int64_t *token_map, int64_t requests, const int64_t *roots,
-                 const float *start, const int64_t *num_nodes, const float *least, int64_t chain_length,
+                 const float *start, const int64_t *num_nodes, const float *least,
+                 const uint64_t *noise_keys, const float *temperatures, int64_t chain_length,
                  const int64_t *chain_tokens, const float *chain_sure, int64_t max_nodes, int64_t *tokens,
                  int64_t *parents, int64_t *grown, int64_t num_threads, char *memory) {
     const int64_t hidden = mixes->outputs, most = most_offers(chain_length, depth);
@@ -114,6 +116,9 @@ void gorgon_grow(const matrix *mixes, int64_t depth, const matrix *projection, c
     int64_t *last = (int64_t *)take(&memory, rows * 8), *origins = (int64_t *)take(&memory, rows * 8);
     int64_t *guesses = (int64_t *)take(&memory, rows * 8 * GUESSES);
     float *log_probs = (float *)take(&memory, rows * 4 * GUESSES);
+    int64_t *owners = (int64_t *)take(&memory, rows * 8);
+    const int64_t num_tokens = projection->outputs;
+    float *noise = (float *)take(&memory, 4 * (size_t)(requests * num_tokens));
     int64_t num_rows = requests;
     for (int64_t r = 0; r < requests; r++) {
         offers *o = &all[r];
@@ -130,12 +135,18 @@ void gorgon_grow(const matrix *mixes, int64_t depth, const matrix *projection, c
         o->num_paths = 1;
         o->paths[0] = 0;
         last[r] = roots[r];
-        origins[r] = r;
+        origins[r] = owners[r] = r;
     }
     for (int64_t level = 0; level < depth && num_rows; level++) {
+        if (noise_keys) {
+#pragma omp parallel for num_threads((int)num_threads) schedule(static)
+            for (int64_t r = 0; r < requests; r++)
+                fill_noise(noise_keys[r * depth + level], temperatures[r], token_map, num_tokens,
+                           noise + r * num_tokens);
+        }
         gorgon_hydra(&mixes[level], projection, embedding, eps, last, level ? features[(level + 1) % 2] : start,
-                     origins, num_rows, features[level % 2], num_guesses, token_map, guesses, log_probs,
-                     num_threads, memory);
+                     origins, num_rows, features[level % 2], noise_keys ? noise : NULL, owners, num_guesses,
+                     token_map, guesses, log_probs, num_threads, memory);
         int64_t row = 0;
         num_rows = 0;
         for (int64_t r = 0; r < requests; r++) {
@@ -149,6 +160,7 @@ void gorgon_grow(const matrix *mixes, int64_t depth, const matrix *projection, c
             for (int64_t i = 0; i < o->num_paths; i++, num_rows++) {
                 last[num_rows] = o->token[o->paths[i]];
                 origins[num_rows] = first + from[i];
+                owners[num_rows] = r;
             }
         }
     }

@@ -99,11 +99,13 @@ int64_t gorgon_hydra_bytes(int64_t hidden, int64_t num_tokens, int64_t rows, int
 
 /* One head over `rows` paths. mix: [hidden, 2 hidden] with bias; projection: [num_tokens, hidden]; tokens: the
  * paths' last; from: features of the head before, of which path r goes on from row origins[r]; features:
- * [rows, hidden], this head's; guesses, log_probs: [rows, num_guesses], at most MOST_GUESSES each. */
+ * [rows, hidden], this head's; noise: [requests, num_tokens], added to the logits of path r from row
+ * owners[r], where given; guesses, log_probs: [rows, num_guesses], at most MOST_GUESSES each. */
 void gorgon_hydra(const matrix *mix, const matrix *projection, const uint16_t *embedding, double eps,
                   const int64_t *tokens, const float *from, const int64_t *origins, int64_t rows,
-                  float *features, int64_t num_guesses, const int64_t *token_map, int64_t *guesses,
-                  float *log_probs, int64_t num_threads, char *memory) {
+                  float *features, const float *noise, const int64_t *owners, int64_t num_guesses,
+                  const int64_t *token_map, int64_t *guesses, float *log_probs, int64_t num_threads,
+                  char *memory) {
     const int64_t hidden = mix->outputs, num_tokens = projection->outputs;
     const activations entries = take_activations(&memory, rows, 2 * hidden);
     const activations ready = take_activations(&memory, rows, hidden);
@@ -130,8 +132,13 @@ void gorgon_hydra(const matrix *mix, const matrix *projection, const uint16_t *e
 #pragma omp barrier
         product(projection, &ready, rows, logits, 0, t);
 #pragma omp barrier
-        for (int64_t r = mine.first; r < mine.end; r++)
-            likeliest(logits + r * num_tokens, num_tokens, num_guesses, token_map,
-                      guesses + r * num_guesses, log_probs + r * num_guesses);
+        for (int64_t r = mine.first; r < mine.end; r++) {
+            float *x = logits + r * num_tokens;
+            const float *added = noise + (noise ? owners[r] * num_tokens : 0);
+            for (int64_t i = 0; noise && i < num_tokens; i += LANES)
+                _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(added + i)));
+            likeliest(x, num_tokens, num_guesses, token_map, guesses + r * num_guesses,
+                      log_probs + r * num_guesses);
+        }
     }
 }

@@ -215,5 +215,6 @@ void gorgon_attend(const paging *p, int64_t index, const uint16_t *q, float *out
     attend(p, index, this_team(), q, out);
 }
 
+#include "noise.h"
 #include "hydra.h"
 #include "grow.h"

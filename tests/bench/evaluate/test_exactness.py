@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.evaluate.answers import Answered, Turn
-from bench.evaluate.exactness import NEAR_TIE, compare_answers, distance_from_draw, first_difference
+from bench.evaluate.exactness import NEAR_TIE, compare_answers, first_difference, scores_of
 from bench.evaluate.figures import exactness
 from bench.evaluate.measure import converse
 from bench.modes import EngineMode
@@ -108,16 +108,15 @@ def test_rounding_may_decide_below_the_threshold_only(
     assert far is not None and not far.near_tie
 
 
-def test_the_drawn_token_alone_holds_the_drawn_number(off: Engine, model_dir: Path) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_the_drawn_token_has_the_highest_score(seed: int, off: Engine, model_dir: Path) -> None:
     prompt = [5, 9, 13]
-    drawn = EngineMode("off", off).run_sampled(prompt, 1, temperature=0.8, seed=SEED).outputs[0][0]
+    drawn = EngineMode("off", off).run_sampled(prompt, 1, temperature=0.8, seed=seed).outputs[0][0]
     logprobs = next_logits(model_dir, prompt).log_softmax(dim=0).double().numpy()
-    distances = [distance_from_draw(logprobs, 0.8, SEED, len(prompt), token) for token in range(128)]
-    assert [token for token, distance in enumerate(distances) if distance == 0.0] == [drawn]
-    share = np.exp(logprobs / 0.8)
-    share /= share.sum()
-    between = share[drawn + 1 : drawn + 5].sum()  # the stretches of those in between, at least
-    assert distances[drawn + 5] >= between
+    scores = scores_of(logprobs, 0.8, seed, len(prompt))
+    assert scores.argmax() == drawn
+    assert (scores != scores_of(logprobs, 0.8, seed, len(prompt) + 1)).all()
+    assert (scores_of(logprobs, 0.0, seed, len(prompt)) == logprobs).all()
 
 
 def test_an_answer_that_ends_early_is_wrong(off: Engine) -> None:

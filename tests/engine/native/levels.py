@@ -19,12 +19,19 @@ def begin(hidden: Tensor) -> Tensor:
 
 
 def guess(
-    native: NativeHydra, head: int, state: Tensor, tokens: Tensor, origins: Tensor, num_guesses: int
+    native: NativeHydra,
+    head: int,
+    state: Tensor,
+    tokens: Tensor,
+    origins: Tensor,
+    num_guesses: int,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Guesses, log-probabilities and the next state, as `DraftHeads.guess` has them."""
     requests, paths = tokens.shape
     hidden, num_tokens = native._embedding.shape[1], native._projection.out_features
     tokens, state = tokens.contiguous(), state.contiguous()
+    owners = torch.arange(requests).repeat_interleave(paths)
     rows = origins + (torch.arange(requests) * state.shape[1]).unsqueeze(1)
     features = torch.empty(requests, paths, hidden)
     guesses = torch.empty(requests, paths, num_guesses, dtype=torch.int64)
@@ -41,6 +48,8 @@ def guess(
         rows.data_ptr(),
         tokens.numel(),
         features.data_ptr(),
+        None if noise is None else noise.data_ptr(),
+        owners.data_ptr(),
         num_guesses,
         None if native._token_map is None else native._token_map.data_ptr(),
         guesses.data_ptr(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from engine.native.hydra import NativeHydra
 from engine.native.library import kernels
+from engine.runner.noise import Noise
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
 from tests.engine.native import levels
@@ -72,12 +74,20 @@ def test_guesses_that_are_no_numbers_are_no_guesses() -> None:
     budgets=st.lists(st.integers(2, 64), min_size=1, max_size=5),
     leasts=st.lists(st.sampled_from([0.0, 0.001, 0.02, 0.3, 1.0]), min_size=5, max_size=5),
     lengths=st.lists(st.integers(0, 12), min_size=5, max_size=5),
+    temperatures=st.none() | st.lists(st.sampled_from([0.0, 0.7, 1.0]), min_size=5, max_size=5),
+    mapped=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_trees_grown_in_one_call_are_those_grown_step_by_step(
-    budgets: list[int], leasts: list[float], lengths: list[int], seed: int
+    budgets: list[int],
+    leasts: list[float],
+    lengths: list[int],
+    temperatures: list[float] | None,
+    mapped: bool,
+    seed: int,
 ) -> None:
-    heads, decoder = hydra(None), random_decoder(WIDE)
+    heads = hydra(torch.randperm(128, generator=torch.Generator().manual_seed(2))[:48] if mapped else None)
+    decoder = random_decoder(WIDE)
     heads.bind(decoder.lm_head.weight, decoder.embedding)
     native = NativeHydra(heads, decoder.lm_head.weight, decoder.embedding)
     generator = torch.Generator().manual_seed(seed)
@@ -93,15 +103,20 @@ def test_trees_grown_in_one_call_are_those_grown_step_by_step(
     ]
     chains = make_chains([(text, [0.7**i for i in range(1, len(text) + 1)]) for text in texts], most - 1, CPU)
     sizes, depth = torch.tensor(budgets), min(3, most - 1)
+    noise = None
+    if temperatures is not None:
+        keys = np.random.default_rng(seed).integers(2**64, size=(count, 3), dtype=np.uint64)
+        noise = Noise(keys, np.array(temperatures[:count], dtype=np.float32))
     state = levels.begin(hidden)
 
     def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
         nonlocal state
-        guesses, sure, state = levels.guess(native, level, state, tokens, origins, num_guesses)
+        added = noise and noise.of_level(level, heads.num_tokens, CPU, heads.token_map)
+        guesses, sure, state = levels.guess(native, level, state, tokens, origins, num_guesses, added)
         return guesses, sure
 
     tokens, parents, grown = grow_trees(guess, roots, sizes, most, depth, chains, least)
-    found = native.grow(hidden, roots, sizes, depth, chains.token_ids, chains.sure, least)
+    found = native.grow(hidden, roots, sizes, depth, chains.token_ids, chains.sure, least, noise)
     assert found[2].tolist() == grown.tolist()
     for row, num_nodes in enumerate(grown.tolist()):
         assert found[0][row, :num_nodes].tolist() == tokens[row, :num_nodes].tolist()

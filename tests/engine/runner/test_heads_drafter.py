@@ -6,6 +6,7 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from engine.errors import ConfigError
 from engine.runner.drafter import DraftInput, Proposal
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kv_cache import KVCache
+from engine.runner.noise import gumbel, make_keys
 from heads.base import DraftHeads
 from heads.hydra import HydraHeads
 from heads.medusa import MedusaHeads
@@ -68,6 +70,35 @@ def test_grown_trees_leave_the_text_as_it_is(sampling: dict[str, Any], num_block
         assert result.tokens == expected[name].tokens
     assert engine.num_accepted > 0
     assert (engine.num_preemptions > 0) == (num_blocks == 40)
+
+
+def test_heads_know_the_noise_of_the_draws_that_they_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, Tensor | None]] = []
+
+    def guess(heads: DraftHeads, head: int, *rest: Any) -> Any:
+        given.append((head, rest[-1]))
+        return ask(heads, head, *rest)
+
+    ask = DraftHeads.guess
+    monkeypatch.setattr(DraftHeads, "guess", guess)
+    heads = bound(hydra())
+    sampled = Arrival("0", PROMPTS[0], params(3, temperature=0.8, seed=7, ignore_eos=True))
+    greedy = Arrival("1", PROMPTS[1], params(3, ignore_eos=True))
+    for requests in ([greedy], [sampled, greedy]):
+        given.clear()
+        TinyEngine(full(20, 3, 3), drafter_of(heads), **ARRIVALS).run(requests)
+        assert {head for head, _ in given} == {0, 1, 2}
+        for head, noise in given:
+            if len(requests) == 1:
+                assert noise is None
+                continue
+            # One token is out when the first trees are grown.
+            position = np.array([len(PROMPTS[0]) + 1 + head], dtype=np.uint64)
+            keys = make_keys(np.array([7], dtype=np.uint64), position)
+            drawn_with = gumbel(keys, np.ones(1, dtype=np.float32), VOCAB, CPU)[0]
+            assert noise is not None and heads.token_map is not None
+            torch.testing.assert_close(noise[0], 0.8 * drawn_with[heads.token_map])
+            assert not noise[1].any()
 
 
 def test_n_grams_that_repeat_deepen_the_trees_beyond_the_heads() -> None:

@@ -79,11 +79,15 @@ def test_first_layers_leave_the_text_as_it_is(sampling: dict[str, Any], sizes: d
     assert bool(sizes) == (engine.num_preemptions > 0)
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 0.6}], ids=str)
 @pytest.mark.parametrize("sizes", [{}, {"block_size": 3, "num_blocks": 300, "budget": 14}], ids=str)
-def test_a_model_that_drafts_for_itself_is_always_right(sizes: dict[str, int]) -> None:
+def test_a_model_that_drafts_for_itself_is_always_right(
+    sizes: dict[str, int], sampling: dict[str, Any]
+) -> None:
     # Its own KV must be whole for that: prompts in chunks, a shared beginning, chains accepted to the end.
+    # And where requests sample, it must know the noise of their draws.
     engine = TinyEngine(chain(5), DraftModelDrafter(tiny_decoder()), **sizes)
-    results = engine.run(arrivals(PROMPTS))
+    results = engine.run(arrivals(PROMPTS, **sampling))
     for result in results.values():
         usage = result.outputs[-1].usage
         assert len(result.tokens) == LENGTH

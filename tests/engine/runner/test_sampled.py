@@ -69,7 +69,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def arrivals(sampling: dict[str, Any], **more: Any) -> list[Arrival]:
     return [
         Arrival(
-            str(i), prompt, params(LENGTH, **{"seed": 100 + i, "ignore_eos": True, **sampling, **more}), i
+            str(i), prompt, params(LENGTH, **{"seed": 300 + i, "ignore_eos": True, **sampling, **more}), i
         )
         for i, prompt in enumerate(PROMPTS)
     ]
