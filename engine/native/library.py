@@ -98,6 +98,11 @@ _FUNCTIONS = {
         ),
     ),
     "gorgon_noise": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64)),
+    "gorgon_draw_bytes": (c_int64, (c_int64, c_int64)),
+    "gorgon_draw": (
+        None,
+        (c_void_p, c_int64, c_int64, *(c_void_p,) * 5, c_void_p, c_int64, c_void_p),
+    ),
     "gorgon_argmax": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "gorgon_attend": (None, (POINTER(CPaging), c_int64, c_void_p, c_void_p)),
 }

@@ -1,6 +1,10 @@
-"""The noise of draws by our own kernels: `engine.runner.noise` is what they compute, up to rounding."""
+"""Draws and their noise by our own kernels: `engine.runner.sampling` and `engine.runner.noise` are what they
+compute, up to rounding."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.native.library import kernels
+from engine.native.matrix import LANES
+from engine.native.scratch import scratch
 
 
 def gumbel(
@@ -32,3 +38,42 @@ def gumbel(
         torch.get_num_threads(),
     )
     return out
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How each of some rows is drawn from; every field [num_rows]."""
+
+    keys: NDArray[np.uint64]
+    temperatures: NDArray[np.float32]
+    top_k: NDArray[np.int64]  # 0 is off
+    top_p: NDArray[np.float64]
+    min_p: NDArray[np.float32]
+
+
+def draw(parts: Sequence[Tensor], draws: Draws) -> Tensor | None:
+    """One token per row, [num_rows] int64; None where the kernels do not do it.
+
+    parts: one after the other all rows, each [some rows, vocab] float32. Nothing is copied.
+    """
+    library, vocab = kernels(), parts[0].shape[1]
+    takes = all(part.device.type == "cpu" and part.dtype == torch.float32 for part in parts)
+    if library is None or not takes or vocab % LANES or any(part.stride(1) != 1 for part in parts):
+        return None
+    rows = np.concatenate([part.data_ptr() + 4 * part.stride(0) * np.arange(len(part)) for part in parts])
+    tokens = torch.empty(len(rows), dtype=torch.int64)
+    threads = torch.get_num_threads()
+    library.gorgon_draw(
+        rows.ctypes.data,
+        len(rows),
+        vocab,
+        draws.keys.ctypes.data,
+        draws.temperatures.ctypes.data,
+        draws.top_k.ctypes.data,
+        draws.top_p.ctypes.data,
+        draws.min_p.ctypes.data,
+        tokens.data_ptr(),
+        threads,
+        scratch.pointer(library.gorgon_draw_bytes(vocab, threads)),
+    )
+    return tokens

@@ -7,12 +7,16 @@ its own rows in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.messages import SamplingParams, SpeculationParams, TokenLogprobs
+from engine.native import noise as native
+from engine.native.noise import Draws
 from engine.runner import sampling
 from engine.runner.noise import COLDEST, gumbel, make_keys
 from engine.runner.step_input import CommitRows
@@ -54,14 +58,15 @@ class Sampler:
         """
         targets = torch.zeros_like(trees.tokens)
         targets.view(-1)[commits.places] = sampling.argmax(logits)
-        special: list[tuple[int, Tensor]] = []  # (index among commits, its adjusted float32 rows)
+        special: list[tuple[int, Tensor]] = []  # (index among commits, its float32 rows, adjusted)
         for index, scheduled in enumerate(commits.scheduled):
             params = scheduled.request.sampling
             if params.temperature > 0.0 or _is_adjusted(params):
                 first, count = commits.offsets[index], scheduled.num_drafts + 1
-                # A copy even in float32: adjustments must not reach the logits that logprobs are taken from.
-                rows = logits[first : first + count].to(torch.float32, copy=True)
-                special.append((index, self._adjust(rows, scheduled.request, index, trees)))
+                rows = logits[first : first + count].float()
+                if _is_adjusted(params):
+                    rows = self._adjust(rows, scheduled.request, index, trees)
+                special.append((index, rows))
         typical = self._draw_special(special, commits, targets, trees)
         edges = exact_edges(targets, trees)
         for index, probs in typical:
@@ -75,6 +80,7 @@ class Sampler:
 
         rows: [num_nodes, vocab] float32; index: of the request among the trees.
         """
+        rows = rows.clone()  # adjustments must not reach the logits that logprobs are taken from
         params = request.sampling
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=rows.device)
@@ -125,52 +131,59 @@ class Sampler:
                 targets[index, : rows.shape[0]] = sampling.argmax(rows)
         if not sampled:
             return []
-        indices = [index for index, _ in sampled]
-        counts = [rows.shape[0] for _, rows in sampled]
-        requests = [commits.scheduled[index].request for index in indices]
-        params = [request.sampling for request in requests]
-        device = targets.device
-
-        def per_row(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.from_numpy(np.repeat(np.array(values), counts)).to(device=device, dtype=dtype)
-
-        temperature = per_row([max(p.temperature, COLDEST) for p in params], torch.float32)
-        scaled = torch.cat([rows for _, rows in sampled]) / temperature.unsqueeze(1)
-        probs = None
-        if any(p.top_k or p.top_p < 1.0 or p.min_p or p.speculation.acceptance == "typical" for p in params):
-            probs = sampling.truncate(
-                scaled,
-                per_row([p.top_k for p in params], torch.int64),
-                per_row([p.top_p for p in params], torch.float64),
-                per_row([p.min_p for p in params], torch.float32),
-            )
-        noise = self._noise(
-            requests, [trees.depths[i, :count] for i, count in zip(indices, counts, strict=True)]
-        )
-        drawn = sampling.draw(scaled, noise, probs)
-        for index, count, part in zip(indices, counts, torch.split(drawn, counts), strict=True):
-            targets[index, :count] = part
+        requests = [commits.scheduled[index].request for index, _ in sampled]
+        parts = [rows for _, rows in sampled]
+        depths = trees.depths.cpu().numpy()
+        draws = _draws(requests, [depths[index, : len(rows)] for index, rows in sampled])
+        is_typical = [request.sampling.speculation.acceptance == "typical" for request in requests]
+        drawn, probs = None if any(is_typical) else native.draw(parts, draws), None
+        if drawn is None:
+            drawn, probs = _draw(parts, draws, any(is_typical))
+        counts = [len(rows) for rows in parts]
+        for (index, rows), tokens in zip(sampled, torch.split(drawn, counts), strict=True):
+            targets[index, : len(rows)] = tokens
         if probs is None:
             return []
-        return [
-            (index, part)
-            for index, p, part in zip(indices, params, torch.split(probs, counts), strict=True)
-            if p.speculation.acceptance == "typical"
-        ]
+        of_requests = zip(sampled, torch.split(probs, counts), is_typical, strict=True)
+        return [(index, part) for (index, _), part, typical in of_requests if typical]
 
-    def _noise(self, requests: list[Request], depths: list[Tensor]) -> Tensor:
-        """Of all rows of these requests' trees, [num_rows, vocab]; nodes at one depth share theirs.
 
-        depths: of each request's nodes, [num_nodes].
-        """
-        counts = [len(depth) for depth in depths]
-        known = np.repeat(np.array([len(request.token_ids) for request in requests]), counts)
-        seeds = np.repeat(np.array([request.seed % 2**64 for request in requests], dtype=np.uint64), counts)
-        positions = known + torch.cat(depths).cpu().numpy()
-        keys, rows = np.unique(make_keys(seeds, positions.astype(np.uint64)), return_inverse=True)
-        scales = np.ones(len(keys), dtype=np.float32)
-        noise = gumbel(keys, scales, self._vocab_size, depths[0].device)
-        return noise[to_device(rows, noise.device)]
+def _draws(requests: list[Request], depths: list[NDArray[np.int64]]) -> Draws:
+    """How the rows of these requests' trees are drawn from. depths: of each request's nodes, [num_nodes]."""
+    counts, params = [len(depth) for depth in depths], [request.sampling for request in requests]
+
+    def per_row(values: list[float] | list[int], dtype: type[Any]) -> NDArray[Any]:
+        return np.repeat(np.array(values, dtype=dtype), counts)
+
+    seeds = per_row([request.seed % 2**64 for request in requests], np.uint64)
+    positions = per_row([len(request.token_ids) for request in requests], np.uint64)
+    return Draws(
+        keys=make_keys(seeds, positions + np.concatenate(depths).astype(np.uint64)),
+        temperatures=per_row([max(p.temperature, COLDEST) for p in params], np.float32),
+        top_k=per_row([p.top_k for p in params], np.int64),
+        top_p=per_row([p.top_p for p in params], np.float64),
+        min_p=per_row([p.min_p for p in params], np.float32),
+    )
+
+
+def _draw(parts: list[Tensor], draws: Draws, keeps_probs: bool) -> tuple[Tensor, Tensor | None]:
+    """Tokens [num_rows] int64 and the probabilities they are drawn from, [num_rows, vocab], where something
+    is cut off or they are to be kept.
+
+    parts: all rows, one after the other, [some rows, vocab] float32.
+    """
+    device = parts[0].device
+    scaled = torch.cat(parts) / to_device(draws.temperatures, device).unsqueeze(1)
+    probs = None
+    if keeps_probs or draws.top_k.any() or (draws.top_p < 1.0).any() or draws.min_p.any():
+        top_p = torch.from_numpy(draws.top_p).to(device)
+        probs = sampling.truncate(
+            scaled, to_device(draws.top_k, device), top_p, to_device(draws.min_p, device)
+        )
+    # Nodes at one depth of a tree share their noise.
+    keys, rows = np.unique(draws.keys, return_inverse=True)
+    noise = gumbel(keys, np.ones(len(keys), dtype=np.float32), scaled.shape[1], device)
+    return sampling.draw(scaled, noise[to_device(rows, device)], probs), probs
 
 
 def _typical_edges(probs: Tensor, speculation: SpeculationParams, tokens: Tensor, parents: Tensor) -> Tensor:

@@ -216,5 +216,6 @@ void gorgon_attend(const paging *p, int64_t index, const uint16_t *q, float *out
 }
 
 #include "noise.h"
+#include "draw.h"
 #include "hydra.h"
 #include "grow.h"

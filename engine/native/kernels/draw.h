@@ -1,0 +1,116 @@
+/* Sampled tokens: engine/runner/sampling.py says what temperature, top-k, top-p, min-p and a draw are, and this
+ * does the same, row by row and without copies. Included by kernels.c. */
+#pragma once
+#include <stdlib.h>
+
+enum { BINS = 0x3f800000 / (1 << 18) + 1 }; /* of shares 0 to 1, by exponent and five bits */
+
+typedef struct {
+    float *shares; /* [vocab], relative to the likeliest token */
+    float *inside; /* [vocab] */
+    int32_t counts[BINS];
+    double masses[BINS];
+} selection;
+
+static int falling(const void *a, const void *b) {
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+static inline int bin_of(float share) {
+    uint32_t bits;
+    memcpy(&bits, &share, 4);
+    return (int)(bits >> 18);
+}
+
+/* The smallest share among the largest ones: `count` of them, or those whose sum reaches `mass`, whichever comes
+ * first. 0 where all together are not enough. */
+static float least_of_largest(selection *s, int64_t vocab, int64_t count, double mass) {
+    memset(s->counts, 0, sizeof s->counts);
+    memset(s->masses, 0, sizeof s->masses);
+    for (int64_t i = 0; i < vocab; i++) {
+        const int bin = bin_of(s->shares[i]);
+        s->counts[bin]++;
+        s->masses[bin] += s->shares[i];
+    }
+    int bin = BINS - 1;
+    for (; bin >= 0 && s->counts[bin] < count && s->masses[bin] < mass; bin--)
+        count -= s->counts[bin], mass -= s->masses[bin];
+    if (bin < 0) return 0.0f;
+    int64_t found = 0;
+    for (int64_t i = 0; i < vocab; i++)
+        if (bin_of(s->shares[i]) == bin) s->inside[found++] = s->shares[i];
+    qsort(s->inside, (size_t)found, sizeof(float), falling);
+    int64_t last = 0;
+    for (; last + 1 < found && --count > 0 && (mass -= s->inside[last]) > 0.0; last++) continue;
+    return s->inside[last];
+}
+
+/* The share below which a token is not drawn. */
+static float least_share(selection *s, const float *logits, int64_t vocab, float factor, int64_t top_k,
+                         double top_p, float min_p) {
+    __m512 max = _mm512_loadu_ps(logits);
+    for (int64_t i = LANES; i < vocab; i += LANES) max = _mm512_max_ps(max, _mm512_loadu_ps(logits + i));
+    const __m512 best = _mm512_set1_ps(_mm512_reduce_max_ps(max)), scale = _mm512_set1_ps(factor);
+    for (int64_t i = 0; i < vocab; i += LANES) {
+        const __m512 below = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(logits + i), best), scale);
+        /* What is out of range is a NaN or forbidden: no share at all. */
+        const __mmask16 there = _mm512_cmp_ps_mask(below, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);
+        const __m512 share = _mm512_min_ps(exp_(below), _mm512_set1_ps(1.0f));
+        _mm512_storeu_ps(s->shares + i, _mm512_maskz_mov_ps(there, share));
+    }
+    float kth = 0.0f, last = 0.0f;
+    if (top_k > 0 && top_k < vocab) kth = least_of_largest(s, vocab, top_k, __builtin_inf());
+    if (top_p < 1.0) {
+        double total = 0.0;
+        for (int64_t i = 0; i < vocab; i++) total += s->shares[i] >= kth ? s->shares[i] : 0.0f;
+        last = least_of_largest(s, vocab, vocab + 1, top_p * total);
+    }
+    const float least = kth > last ? kth : last;
+    return least > min_p ? least : min_p;
+}
+
+/* One token per row. rows: [num_rows] pointers to [vocab] logits, vocab a multiple of 16; keys: of the noise;
+ * top_k: 0 is off, top_p: 1 is off, min_p: 0 is off; memory: gorgon_draw_bytes. A row that is no distribution
+ * gives token 0. */
+void gorgon_draw(const float *const *rows, int64_t num_rows, int64_t vocab, const uint64_t *keys,
+                 const float *temperatures, const int64_t *top_k, const double *top_p, const float *min_p,
+                 int64_t *tokens, int64_t num_threads, char *memory) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma omp parallel num_threads((int)num_threads)
+    {
+        const team t = this_team();
+        const size_t bytes = sizeof(selection) + 2 * (4 * (size_t)vocab + 64) + 64;
+        char *mine = memory + (size_t)t.thread * bytes;
+        selection *s = (selection *)take(&mine, sizeof(selection));
+        s->shares = (float *)take(&mine, 4 * (size_t)vocab);
+        s->inside = (float *)take(&mine, 4 * (size_t)vocab);
+        const range share_of_rows = share(num_rows, t);
+        for (int64_t r = share_of_rows.first; r < share_of_rows.end; r++) {
+            const float *x = rows[r], factor = 1.0f / temperatures[r];
+            const int whole = top_k[r] == 0 && top_p[r] >= 1.0 && min_p[r] <= 0.0f;
+            const __m512 least = _mm512_set1_ps(
+                whole ? 0.0f : least_share(s, x, vocab, factor, top_k[r], top_p[r], min_p[r]));
+            __m512 best = _mm512_set1_ps(-__builtin_inff());
+            __m512i where = _mm512_setzero_si512();
+            for (int64_t i = 0; i < vocab; i += LANES) {
+                const __mmask16 allowed =
+                    whole ? 0xffff : _mm512_cmp_ps_mask(_mm512_loadu_ps(s->shares + i), least, _CMP_GE_OQ);
+                if (!allowed) continue;
+                const __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
+                const __m512 noise = gumbel_(ids, keys[r]);
+                const __m512 score = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor), noise);
+                const __mmask16 better = _mm512_mask_cmp_ps_mask(allowed, score, best, _CMP_GT_OQ);
+                best = _mm512_mask_mov_ps(best, better, score);
+                where = _mm512_mask_mov_epi32(where, better, ids);
+            }
+            const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(best));
+            const __mmask16 equal = _mm512_cmp_ps_mask(best, largest, _CMP_EQ_OQ);
+            tokens[r] = _mm512_mask_reduce_min_epi32(equal, where);
+        }
+    }
+}
+
+int64_t gorgon_draw_bytes(int64_t vocab, int64_t num_threads) {
+    return num_threads * (int64_t)(sizeof(selection) + 2 * (4 * (size_t)vocab + 64) + 64) + 64;
+}
