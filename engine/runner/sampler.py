@@ -6,6 +6,7 @@ its own rows in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,19 +59,25 @@ class Sampler:
         """
         targets = torch.zeros_like(trees.tokens)
         targets.view(-1)[commits.places] = sampling.argmax(logits)
-        special: list[tuple[int, Tensor]] = []  # (index among commits, its float32 rows, adjusted)
+        sampled: list[tuple[int, Tensor]] = []  # (index among commits, its float32 rows, adjusted)
+        typical: list[tuple[int, Tensor]] = []
         for index, scheduled in enumerate(commits.scheduled):
             params = scheduled.request.sampling
-            if params.temperature > 0.0 or _is_adjusted(params):
-                first, count = commits.offsets[index], scheduled.num_drafts + 1
-                rows = logits[first : first + count].float()
-                if _is_adjusted(params):
-                    rows = self._adjust(rows, scheduled.request, index, trees)
-                special.append((index, rows))
-        typical = self._draw_special(special, commits, targets, trees)
+            if params.temperature == 0.0 and not _is_adjusted(params):
+                continue
+            first, count = commits.offsets[index], scheduled.num_drafts + 1
+            rows = logits[first : first + count].float()
+            if _is_adjusted(params):
+                rows = self._adjust(rows, scheduled.request, index, trees)
+            if params.temperature == 0.0:
+                targets[index, :count] = sampling.argmax(rows)
+            else:
+                (typical if params.speculation.acceptance == "typical" else sampled).append((index, rows))
+        _draw_targets(sampled, commits, targets, trees)
+        typical_probs = _draw_targets(typical, commits, targets, trees, keeps_probs=True)
         edges = exact_edges(targets, trees)
-        for index, probs in typical:
-            speculation, count = commits.scheduled[index].request.sampling.speculation, probs.shape[0]
+        for (index, rows), probs in zip(typical, typical_probs, strict=True):
+            speculation, count = commits.scheduled[index].request.sampling.speculation, len(rows)
             tokens, parents = trees.tokens[index, :count], trees.parents[index, :count]
             edges[index, :count] = _typical_edges(probs, speculation, tokens, parents)
         return Verdict(targets, edges)
@@ -115,37 +122,30 @@ class Sampler:
             params.presence_penalty,
         )
 
-    def _draw_special(
-        self, special: list[tuple[int, Tensor]], commits: CommitRows, targets: Tensor, trees: DraftTrees
-    ) -> list[tuple[int, Tensor]]:
-        """Overwrite the targets of adjusted and sampled requests, all sampled rows in one draw.
 
-        Returns the (index among commits, [num_nodes, vocab] probabilities as drawn from) of those of typical
-        acceptance.
-        """
-        sampled = []
-        for index, rows in special:
-            if commits.scheduled[index].request.sampling.temperature > 0.0:
-                sampled.append((index, rows))
-            else:
-                targets[index, : rows.shape[0]] = sampling.argmax(rows)
-        if not sampled:
-            return []
-        requests = [commits.scheduled[index].request for index, _ in sampled]
-        parts = [rows for _, rows in sampled]
-        depths = trees.depths.cpu().numpy()
-        draws = _draws(requests, [depths[index, : len(rows)] for index, rows in sampled])
-        is_typical = [request.sampling.speculation.acceptance == "typical" for request in requests]
-        drawn, probs = None if any(is_typical) else native.draw(parts, draws), None
-        if drawn is None:
-            drawn, probs = _draw(parts, draws, any(is_typical))
-        counts = [len(rows) for rows in parts]
-        for (index, rows), tokens in zip(sampled, torch.split(drawn, counts), strict=True):
-            targets[index, : len(rows)] = tokens
-        if probs is None:
-            return []
-        of_requests = zip(sampled, torch.split(probs, counts), is_typical, strict=True)
-        return [(index, part) for (index, _), part, typical in of_requests if typical]
+def _draw_targets(
+    sampled: list[tuple[int, Tensor]],
+    commits: CommitRows,
+    targets: Tensor,
+    trees: DraftTrees,
+    *,
+    keeps_probs: bool = False,
+) -> Sequence[Tensor]:
+    """Write the targets of these requests, all rows in one draw.
+
+    sampled: (index among commits, rows [num_nodes, vocab] float32). Returns the probabilities that each
+    request's rows are drawn from, [num_nodes, vocab], where they are to be kept.
+    """
+    if not sampled:
+        return []
+    depths = trees.depths.cpu().numpy()
+    requests = [commits.scheduled[index].request for index, _ in sampled]
+    draws = _draws(requests, [depths[index, : len(rows)] for index, rows in sampled])
+    drawn, probs = _draw([rows for _, rows in sampled], draws, keeps_probs)
+    counts = [len(rows) for _, rows in sampled]
+    for (index, rows), tokens in zip(sampled, torch.split(drawn, counts), strict=True):
+        targets[index, : len(rows)] = tokens
+    return [] if probs is None else torch.split(probs, counts)
 
 
 def _draws(requests: list[Request], depths: list[NDArray[np.int64]]) -> Draws:
@@ -167,11 +167,14 @@ def _draws(requests: list[Request], depths: list[NDArray[np.int64]]) -> Draws:
 
 
 def _draw(parts: list[Tensor], draws: Draws, keeps_probs: bool) -> tuple[Tensor, Tensor | None]:
-    """Tokens [num_rows] int64 and the probabilities they are drawn from, [num_rows, vocab], where something
-    is cut off or they are to be kept.
+    """Tokens [num_rows] int64 and, where they are to be kept, the probabilities that they are drawn from,
+    [num_rows, vocab].
 
     parts: all rows, one after the other, [some rows, vocab] float32.
     """
+    drawn = None if keeps_probs else native.draw(parts, draws)
+    if drawn is not None:
+        return drawn, None
     device = parts[0].device
     scaled = torch.cat(parts) / to_device(draws.temperatures, device).unsqueeze(1)
     probs = None
@@ -183,7 +186,8 @@ def _draw(parts: list[Tensor], draws: Draws, keeps_probs: bool) -> tuple[Tensor,
     # Nodes at one depth of a tree share their noise.
     keys, rows = np.unique(draws.keys, return_inverse=True)
     noise = gumbel(keys, np.ones(len(keys), dtype=np.float32), scaled.shape[1], device)
-    return sampling.draw(scaled, noise[to_device(rows, device)], probs), probs
+    drawn = sampling.draw(scaled, noise[to_device(rows, device)], probs)
+    return drawn, probs if keeps_probs else None
 
 
 def _typical_edges(probs: Tensor, speculation: SpeculationParams, tokens: Tensor, parents: Tensor) -> Tensor:
