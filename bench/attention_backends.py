@@ -39,16 +39,21 @@ def gathered_dot_products(problem: Problem) -> Attention:
     return PagedAttention(problem.step, problem.cache, problem.num_heads, problem.num_kv_heads)
 
 
+def import_flashinfer(device: torch.device) -> Any:
+    """Raises MissingBackendError where it is not installed or there is no GPU."""
+    if importlib.util.find_spec("flashinfer") is None:
+        raise MissingBackendError("not installed")
+    if device.type != "cuda":
+        raise MissingBackendError("needs a GPU")
+    return importlib.import_module("flashinfer")
+
+
 class FlashInfer:
-    """The library of that name: its decoding over pages where each request has one row, else its prompts over
-    pages with a mask. Raises MissingBackendError where it is not installed or there is no GPU."""
+    """The library of that name (https://arxiv.org/abs/2501.01005): its decoding over pages where each request
+    has one row, else its prompts over pages with a mask."""
 
     def __init__(self, problem: Problem) -> None:
-        if importlib.util.find_spec("flashinfer") is None:
-            raise MissingBackendError("not installed")
-        if problem.device.type != "cuda":
-            raise MissingBackendError("needs a GPU")
-        flashinfer: Any = importlib.import_module("flashinfer")
+        flashinfer = import_flashinfer(problem.device)
         self._problem = problem
         step, cache = problem.step, problem.cache
 
