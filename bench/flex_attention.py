@@ -128,11 +128,11 @@ class PagedFlexAttention(FlexAttention):
         places = np.full((num_requests, total), 2**30 // size, dtype=np.int64)
         indices = np.zeros((num_requests, 1, q_blocks, total), dtype=np.int32)
         counts = np.zeros((num_requests, 1, q_blocks), dtype=np.int32)
-        for request, count in enumerate(problem.num_blocks):
+        for request, (count, length) in enumerate(zip(problem.num_blocks, problem.lengths, strict=True)):
             table = problem.step.block_tables[request][:count]
             places[request, table] = np.arange(count)
             indices[request, ..., :count] = table
-            counts[request] = count
+            counts[request, 0, : -(-length // _Q_BLOCK)] = count  # none for padding
         return BlockMask.from_kv_blocks(
             self._to_device(counts),
             self._to_device(indices),
