@@ -1,4 +1,4 @@
-"""What the device itself does of a step: how long it is busy, and what attention alone takes."""
+"""What the device itself does of a step: how long it is busy, and what a run takes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,6 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-
-from engine.messages import SamplingParams
-from engine.model.config import DecoderConfig
-from engine.runner.attention import paged_attention
-from engine.runner.kv_cache import KVCache
-from engine.runner.step_input import build_rows
-from engine.scheduling.drafting import Acceptance
-from engine.scheduling.request import Request
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
@@ -58,46 +50,23 @@ def elapsed_seconds(device: torch.device, run: Callable[[], object]) -> float:
     return float(first.elapsed_time(last)) / 1000
 
 
-@torch.inference_mode()
-def attention_seconds(
-    config: DecoderConfig,
-    cache: KVCache,
-    num_requests: int,
-    context: int,
-    repeats: int,
-) -> list[float]:
-    """Seconds of the attention of all layers, for requests that decode one token over `context` positions.
-
-    cache: with room for them; their blocks lie scattered in it, as after hours of serving.
-    """
-    device, dtype = cache.k.device, cache.dtype
-    blocks_each = -(-context // cache.block_size)
-    order = torch.randperm(cache.num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
-    requests = [
-        Request(
-            request_id=str(index),
-            arrival=index,
-            token_ids=[0] * context,
-            num_prompt_tokens=context,
-            sampling=SamplingParams(max_tokens=1),
-            seed=0,
-            acceptance=Acceptance(),
-            num_computed=context - 1,
-            block_table=order[index * blocks_each : (index + 1) * blocks_each],
-            slot=index,
-        )
-        for index in range(num_requests)
-    ]
-    rows = build_rows(
-        requests, [context - 1] * num_requests, [context] * num_requests, cache.block_size, device
-    )
-    attention = paged_attention(rows, cache, config.num_heads, config.num_kv_heads)
-    q = torch.randn(num_requests, config.num_heads, config.head_dim, dtype=dtype, device=device)
-    kv = torch.randn(2, num_requests, config.num_kv_heads, config.head_dim, dtype=dtype, device=device)
-
-    def all_layers() -> None:
-        for layer in range(config.num_layers):
-            attention(layer, q, kv[0], kv[1])
-
-    all_layers()
-    return [elapsed_seconds(device, all_layers) for _ in range(repeats)]
+def repeatable(device: torch.device, run: Callable[[], object]) -> tuple[Callable[[], object], bool]:
+    """What does the same again at the least cost for the host: a CUDA graph where the device has them and the
+    run can be captured. And whether it is one."""
+    run()  # whatever is compiled or allocated the first time
+    if device.type != "cuda":
+        return run, False
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        run()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            run()
+        graph.replay()
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return run, False
+    return graph.replay, True

@@ -1,5 +1,5 @@
 """`gorgon bench gpu`, or `python -m bench.gpu`: the engine's step on a GPU beside the memory limit, for the
-default model and for Llama-shaped models with random weights.
+default model and for Llama-shaped models with random weights; and its attention beside other libraries'.
 
 The limit of a pass is the time to read every weight and the keys and values of every request's context once,
 at the bandwidth of copies measured in the same run. Nothing here needs a GPU but its clocks: with
@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from bench.facts import machine_facts
+from bench.gpu_targets import OWN, TARGETS, Row, sentence
 from bench.report import print_json, print_table
 from engine.config import MAX_TREE_NODES, Device, Dtype, KVCacheDtype, Quantization
 from engine.errors import ConfigError, GorgonError
 from heads.errors import HeadsError, RegistryError
 
 if TYPE_CHECKING:
+    from bench.attention import Attended
+    from bench.bandwidth import Bandwidth
     from bench.gpu_model import Found
     from trees.family import TreeFamily
 
-Row = dict[str, Any]
-
 SHAPES = ("default", "1b", "3b", "8b", "tiny")
+PARTS = ("steps", "attention")
 _REQUESTS, _NODES, _CONTEXTS = (1, 8, 64), (1, 2, 4, 8, 16, 32, 64), (128, 2000)
+_NOTE_WIDTH = 60  # characters of an error in the table; all of it is in the JSON
 _SIMULATED = (
     "Tokens per step, and what follows from them, are simulated: from the gains of the built-in head set of "
     "smollm2-135m-instruct (tree.json, its own held-out greedy answers), whatever the model. Shapes have "
@@ -38,6 +41,7 @@ _SIMULATED = (
 @dataclass(frozen=True, kw_only=True)
 class GpuBenchOptions:
     shapes: tuple[str, ...]
+    parts: tuple[str, ...]
     requests: tuple[int, ...]
     nodes: tuple[int, ...]  # of each request's tree, root included; 1 is plain decoding
     contexts: tuple[int, ...]
@@ -57,22 +61,6 @@ class GpuBenchOptions:
             raise ConfigError("nodes", f"must be at most {MAX_TREE_NODES}, the root included")
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a figure should be, and how it is found among the rows of one run."""
-
-    text: str
-    find: Callable[[list[Row]], float | None]
-    bound: float
-    at_least: bool = True
-
-    def judge(self, rows: list[Row]) -> dict[str, Any]:
-        """The figure, None where it was not measured, and whether it is within the bound."""
-        found = self.find(rows)
-        met = None if found is None else (found >= self.bound if self.at_least else found <= self.bound)
-        return {"target": self.text, "bound": self.bound, "measured": found, "met": met}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the command, here and in `gorgon bench gpu`."""
 
@@ -86,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SHAPES,
         default=list(SHAPES[:-1]),
         help="the default model, and Llama's shapes with random weights (default: all but tiny)",
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="whole steps; attention alone, beside torch's and FlashInfer's (default: both)",
     )
     numbers("--requests", _REQUESTS, "requests that decode at once")
     numbers("--nodes", _NODES, "nodes of each request's tree, root included; 1 is plain decoding")
@@ -103,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     options = GpuBenchOptions(
         shapes=tuple(dict.fromkeys(args.shapes)),
+        parts=tuple(args.parts),
         requests=tuple(sorted(set(args.requests))),
         nodes=tuple(sorted(set(args.nodes))),
         contexts=tuple(sorted(set(args.contexts))),
@@ -115,28 +111,34 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from bench.bandwidth import Bandwidth
-    from bench.gpu_model import measure_model, profile_family
+    from bench.gpu_model import measure_attention_of, measure_steps_of, profile_family
     from engine.runner.device import resolve_device, resolve_dtype
 
     device = resolve_device(options.device)
     bandwidth = Bandwidth(device)
-    found: list[Found] = []
+    steps: list[Found] = []
+    attended: list[Attended] = []
     failed: dict[str, str] = {}
-    for name in options.shapes:
-        try:
-            found += measure_model(name, options, bandwidth)
-        except (GorgonError, HeadsError, RegistryError, RuntimeError) as error:  # torch raises the last
-            failed[name] = str(error)
-            print(f"{name} was not measured to the end: {error}", file=sys.stderr)
-    rows = [one.row(bandwidth.copy) for one in found]
+    # All models' steps come first: what another library does wrong may leave the device unusable.
+    if "steps" in options.parts:
+        _measure(steps, measure_steps_of, options, bandwidth, failed)
+    if "attention" in options.parts:
+        _measure(attended, measure_attention_of, options, bandwidth, failed)
+    rows, attention = ([one.row(bandwidth.copy) for one in part] for part in (steps, attended))
+    for row in attention:
+        if row["kernel"] == OWN and row["note"]:
+            failed.setdefault(row["model"], f"attention, {row['pass']}: {row['note']}")
     family = profile_family()
     compare(rows, family)
-    verdicts = [target.judge(rows) for target in TARGETS]
+    verdicts = [target.judge([*rows, *attention]) for target in TARGETS]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     speeds = f"reads {bandwidth.read / 1e9:.1f} GB/s, copies {bandwidth.copy / 1e9:.1f} GB/s"
     print(f"{gpu or 'CPU'}: memory {speeds}\n{_SIMULATED}\n")
-    _print(rows)
-    print("\n".join(map(_sentence, verdicts)))
+    if rows:
+        _print(rows)
+    if attention:
+        _print_attention(attention)
+    print("\n".join(map(sentence, verdicts)))
     print_json(
         {
             "bench": "gpu",
@@ -151,11 +153,28 @@ def run(args: argparse.Namespace) -> int:
             "copy_bytes_per_second": round(bandwidth.copy),
             "simulated": {"note": _SIMULATED, "gains": family.gains},
             "rows": rows,
+            "attention": attention,
             "targets": verdicts,
             "not_measured": failed,
         }
     )
     return 1 if failed else 0
+
+
+def _measure(
+    found: list[Any],
+    measure: Callable[[str, GpuBenchOptions, Bandwidth], Iterable[Any]],
+    options: GpuBenchOptions,
+    bandwidth: Bandwidth,
+    failed: dict[str, str],
+) -> None:
+    """Measure one part of all models; why one failed goes into `failed`, and the next has its turn."""
+    for name in options.shapes:
+        try:
+            found.extend(measure(name, options, bandwidth))
+        except (GorgonError, HeadsError, RegistryError, RuntimeError) as error:  # torch raises the last
+            failed.setdefault(name, str(error))
+            print(f"{name} was not measured to the end: {error}", file=sys.stderr)
 
 
 def compare(rows: list[Row], family: TreeFamily) -> None:
@@ -177,51 +196,6 @@ def _place(row: Row) -> tuple[str, int, int]:
     return row["model"], row["requests"], row["context"]
 
 
-def _figure(
-    key: str, model: str, kind: str, requests: int | None = None
-) -> Callable[[list[Row]], float | None]:
-    """The figure of a model's first row of that kind, where it was measured."""
-
-    def find(rows: list[Row]) -> float | None:
-        found = [
-            row.get(key)
-            for row in rows
-            if row["model"] == model and row["kind"] == kind and requests in (None, row["requests"])
-        ]
-        return found[0] if found else None
-
-    return find
-
-
-# Of an H200-class GPU.
-TARGETS = (
-    Target(
-        "8B, one request, plain: share of the memory limit", _figure("share_of_limit", "8b", "plain", 1), 0.85
-    ),
-    Target(
-        "8B, one request: tree of 64 over one token", _figure("over_plain", "8b", "tree 64", 1), 1.15, False
-    ),
-    Target(
-        "8B, 64 requests: attention's share of bandwidth",
-        _figure("share_of_limit", "8b", "attention", 64),
-        0.70,
-    ),
-    Target(
-        "8B, one request: share of a step the device waits",
-        _figure("idle_share", "8b", "plain", 1),
-        0.05,
-        False,
-    ),
-)
-
-
-def _sentence(verdict: dict[str, Any]) -> str:
-    if verdict["measured"] is None:
-        return f"{verdict['target']}: not measured; on a GPU, gorgon bench gpu --shapes 8b does"
-    word = "met" if verdict["met"] else "missed"
-    return f"{verdict['target']}: {verdict['measured']:.3f}, the target of {verdict['bound']} is {word}"
-
-
 def _print(rows: list[Row]) -> None:
     print_table(
         [
@@ -233,6 +207,25 @@ def _print(rows: list[Row]) -> None:
                 row["model"], row["kind"], row["requests"], row["context"], row["ms_median"], row["ms_best"],
                 row["limit_ms"], f"{row['share_of_limit']:.0%}", row.get("over_plain"), row.get("idle_share"),
                 row.get("ms_drafting"), row.get("simulated_tokens_per_step"), row.get("simulated_speed_up"),
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def _print_attention(rows: list[Row]) -> None:
+    print("\nAttention of all layers, keys and values stored:")
+    print_table(
+        [
+            "model", "pass", "requests", "context", "kernel", "ms", "best ms", "limit ms", "of the limit",
+            "times ours", "",
+        ],
+        [
+            [
+                row["model"], row["pass"], row["requests"], row["context"], row["kernel"],
+                row.get("ms_median"), row.get("ms_best"), row.get("limit_ms"),
+                f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else None, row.get("over_own"),
+                (row["note"] or "").partition("\n")[0][:_NOTE_WIDTH],
             ]
             for row in rows
         ],

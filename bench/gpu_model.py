@@ -1,5 +1,5 @@
 """What `gorgon bench gpu` measures of one model: steps by tokens, requests and context, plain and with trees;
-attention alone; drafting alone; how long the device waits for the host."""
+drafting alone; how long the device waits for the host; attention alone, beside others'."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.attention import Attended, compare_attention
+from bench.attention_passes import num_blocks
 from bench.bandwidth import Bandwidth
-from bench.device_time import attention_seconds, busy_seconds
+from bench.device_time import busy_seconds
 from bench.gpu import GpuBenchOptions
 from bench.shapes import SHAPES, random_decoder, random_heads
 from bench.step import WARM_UP_STEPS, Measured, decoding, figures_of, measure_steps
@@ -90,15 +92,23 @@ class _Model:
         return bytes_per_token(self.decoder, self.stored)
 
 
-def measure_model(name: str, options: GpuBenchOptions, bandwidth: Bandwidth) -> Iterator[Found]:
-    """Everything of one model, the bandwidth in between. Raises GorgonError or HeadsError where it cannot be
+def measure_steps_of(name: str, options: GpuBenchOptions, bandwidth: Bandwidth) -> Iterator[Found]:
+    """All steps of one model, the bandwidth in between. Raises GorgonError or HeadsError where it cannot be
     had or does not fit, and OutOfMemoryError."""
     model = _resolve(name, options)
     drafting = _drafting_seconds(model, options)
     for part in (_plain(model, options, bandwidth), _trees(model, options, bandwidth, drafting)):
         yield from part
         gc.collect()  # the engine is gone, and its cache with it
-    yield _attention(model, options, bandwidth)
+
+
+def measure_attention_of(name: str, options: GpuBenchOptions, bandwidth: Bandwidth) -> Iterator[Attended]:
+    """Attention of one model's heads, by every backend. Raises as `measure_steps_of` does."""
+    model = _resolve(name, options)
+    blocks = num_blocks(options, _BLOCK_SIZE)
+    cache = KVCache(model.decoder, blocks, _BLOCK_SIZE, model.dtype, model.device, stored=model.stored)
+    for one in compare_attention(model.decoder, cache, options, profile_family(), bandwidth):
+        yield replace(one, facts={"model": name, **one.facts})
 
 
 def _resolve(name: str, options: GpuBenchOptions) -> _Model:
@@ -200,13 +210,3 @@ def _drafting_seconds(model: _Model, options: GpuBenchOptions) -> dict[int, floa
     levels = np.full(len(options.requests), drafter.num_levels)
     seconds = costs.guessing_seconds(np.array(options.requests), levels)
     return dict(zip(options.requests, map(float, seconds), strict=True))
-
-
-def _attention(model: _Model, options: GpuBenchOptions, bandwidth: Bandwidth) -> Found:
-    requests, context = max(options.requests), max(options.contexts)
-    num_blocks = requests * -(-context // _BLOCK_SIZE)
-    cache = KVCache(model.decoder, num_blocks, _BLOCK_SIZE, model.dtype, model.device, stored=model.stored)
-    bandwidth.measure()
-    seconds = attention_seconds(model.decoder, cache, requests, context, options.steps)
-    measured = Measured("attention", requests, requests, tuple(seconds), weight_bytes=0)
-    return _found(model, measured, context, nodes=1)

@@ -14,8 +14,8 @@ def register(commands: Subparsers[argparse.ArgumentParser]) -> None:
         "gpu",
         help="time of a step on a GPU, by model size, requests, context and tree",
         description="Times decoding steps of the default model and of Llama-shaped models with random "
-        "weights, attention alone and how long the device waits for the host, and says how far each is from "
-        "the memory limit. With --device cpu --shapes tiny it runs anywhere.",
+        "weights, attention alone beside other libraries' and how long the device waits for the host, and "
+        "says how far each is from the memory limit. With --device cpu --shapes tiny it runs anywhere.",
     )
     add_arguments(parser)
     parser.set_defaults(run=run)

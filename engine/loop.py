@@ -116,7 +116,8 @@ class Engine:
         )
         compile_kernels(self._runner)
         if is_fitted(config, device):
-            fit_cache(self._runner, limits, token_bytes, config.gpu_memory_utilization)
+            captures = not config.enforce_eager
+            fit_cache(self._runner, limits, token_bytes, config.gpu_memory_utilization, captures)
         if not config.enforce_eager:
             capture_graphs(self._runner, limits)
         self._policy = self._make_policy(family, fixed_drafts, limits)

@@ -53,7 +53,10 @@ def capture_graphs(runner: Runner, limits: SchedulerLimits) -> None:
     if runner.cache.k.device.type == "cuda" and runner.cache.has_triton:
         buckets = default_buckets(limits, runner.decoder.config.max_positions)
         make_attention = _triton_attention(runner, limits)
+        before, _ = torch.cuda.mem_get_info(runner.cache.k.device)
         runner.use_graphs(make_graphs(runner, buckets, make_attention, _CudaCapture()))
+        after, _ = torch.cuda.mem_get_info(runner.cache.k.device)
+        logger.info("CUDA graphs took %.2f GiB.", (before - after) / 2**30)
 
 
 def default_buckets(limits: SchedulerLimits, max_positions: int) -> list[Bucket]:
@@ -130,17 +133,18 @@ def _example(runner: Runner, bucket: Bucket) -> Batch | None:
 
 def _triton_attention(runner: Runner, limits: SchedulerLimits) -> MakeAttention:
     from engine.triton.attention import TritonAttention  # imports triton, which not every machine has
-    from engine.triton.plan import AttentionPlan, Capacity
+    from engine.triton.plan import AttentionPlan, Capacity, Scratch
     from engine.triton.tiles import PagedHeads
 
     cache, config = runner.cache, runner.decoder.config
     heads = PagedHeads.of(cache, config.num_heads, config.num_kv_heads)
+    scratch = Scratch(cache.k.device)
 
     def make(bucket: Bucket, slots: Tensor, ancestors: Tensor) -> FixedAttention:
         longest = limits.max_model_len + bucket.max_nodes
         blocks = min(cache.num_blocks, -(-longest // cache.block_size))
         capacity = Capacity(bucket.num_requests, bucket.num_tokens, bucket.max_nodes, blocks)
-        plan = AttentionPlan.reserve(capacity, heads, cache.k.device)
+        plan = AttentionPlan.reserve(capacity, heads, cache.k.device, scratch=scratch)
         return FixedAttention(TritonAttention(plan, cache, slots, ancestors), plan.update)
 
     return make

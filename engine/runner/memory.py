@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.messages import SamplingParams
 from engine.runner import device as hardware
+from engine.runner.drafter import Drafter
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.drafting import Acceptance, Allowance
@@ -25,6 +26,7 @@ _TREE_TOKENS = 512  # roots and drafts of the largest pass of trees that is reck
 _COSTLY = SamplingParams(
     max_tokens=64, temperature=1.0, top_p=0.95, min_p=0.05, frequency_penalty=0.1, repetition_penalty=1.1
 )
+_GREEDY = SamplingParams(max_tokens=64, temperature=0.0)  # what graphs do to the end
 
 
 def cache_memory(total: int, free: int, pass_bytes: int, utilization: float) -> int:
@@ -53,8 +55,11 @@ def is_fitted(config: EngineConfig, device: torch.device) -> bool:
     return device.type == "cuda" and config.kv_cache_memory is None
 
 
-def fit_cache(runner: Runner, limits: SchedulerLimits, token_bytes: int, utilization: float) -> None:
-    """Give the cache what the largest pass leaves free on the GPU. Run it before the first request.
+def fit_cache(
+    runner: Runner, limits: SchedulerLimits, token_bytes: int, utilization: float, captures: bool
+) -> None:
+    """Give the cache what the largest pass leaves free on the GPU, and CUDA graphs where they are captured.
+    Run it before the first request.
 
     token_bytes: of the cache, for each position. Raises ConfigError where too little is left.
     """
@@ -62,19 +67,26 @@ def fit_cache(runner: Runner, limits: SchedulerLimits, token_bytes: int, utiliza
     device = cache.k.device
     with allocating("max_num_batched_tokens", f"passes of {limits.max_num_batched_tokens} tokens"):
         pass_bytes = _measure_pass_bytes(runner, limits, device)
+        graph_bytes = _measure_graph_bytes(runner, limits, device) if captures and cache.has_triton else 0
     runner.resize_cache(0)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    memory = cache_memory(total, free, pass_bytes, utilization)
+    memory = cache_memory(total, free, pass_bytes + graph_bytes, utilization)
     needed = -(-limits.max_model_len // cache.block_size)
     num_blocks = _num_blocks(
         memory, token_bytes * cache.block_size, needed, limits.max_model_len, "gpu_memory_utilization"
     )
     logger.info(
-        "KV cache: %.2f GiB of a GPU's %.2f; other things take %.2f, passes up to %.2f.",
+        "KV cache: %.2f GiB of a GPU's %.2f; other things take %.2f, passes up to %.2f, graphs some %.2f.",
         *(
             size / 2**30
-            for size in (num_blocks * cache.block_size * token_bytes, total, total - free, pass_bytes)
+            for size in (
+                num_blocks * cache.block_size * token_bytes,
+                total,
+                total - free,
+                pass_bytes,
+                graph_bytes,
+            )
         ),
     )
     with allocating("gpu_memory_utilization", f"a KV cache of {num_blocks * cache.block_size} tokens"):
@@ -83,18 +95,41 @@ def fit_cache(runner: Runner, limits: SchedulerLimits, token_bytes: int, utiliza
 
 def _measure_pass_bytes(runner: Runner, limits: SchedulerLimits, device: torch.device) -> int:
     """Bytes that the largest passes took beyond what lay there before."""
+    # Without a drafter trees are as large as they are asked for: one that knows no guess leaves them out.
+    with _peak(device) as peak:
+        for drafter in (runner.drafter, None):
+            for batch in largest_passes(limits, runner.cache.num_blocks, runner.cache.block_size):
+                _execute(runner, batch, drafter)
+    return peak()
+
+
+def _measure_graph_bytes(runner: Runner, limits: SchedulerLimits, device: torch.device) -> int:
+    """Bytes that graphs will take: what the pass of the largest takes for a while, which is theirs alone and
+    shared among them, and what each of them keeps."""
+    from engine.runner.graph_memory import kept_bytes  # of the Triton kernels' plans, where they run
+
+    batch = largest_trees(limits, runner.cache.num_blocks, runner.cache.block_size, _GREEDY)
+    with _peak(device) as peak:
+        _execute(runner, batch, None)
+    return peak() + kept_bytes(runner, limits)
+
+
+@contextmanager
+def _peak(device: torch.device) -> Generator[Callable[[], int], None, None]:
+    """Gives what tells, afterwards, the most bytes that were taken inside beyond what lay there before."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    drafter = runner.drafter
-    try:
-        # Without a drafter trees are as large as they are asked for: one that knows no guess leaves them out.
-        for runner.drafter in (drafter, None):
-            for batch in largest_passes(limits, runner.cache.num_blocks, runner.cache.block_size):
-                runner.execute(batch)
-    finally:
-        runner.drafter = drafter
+    yield lambda: torch.cuda.max_memory_allocated(device) - before
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _execute(runner: Runner, batch: Batch, drafter: Drafter | None) -> None:
+    """Run it with this drafter."""
+    kept, runner.drafter = runner.drafter, drafter
+    try:
+        runner.execute(batch)
+    finally:
+        runner.drafter = kept
 
 
 def largest_passes(limits: SchedulerLimits, num_blocks: int, block_size: int) -> Iterator[Batch]:
@@ -105,13 +140,20 @@ def largest_passes(limits: SchedulerLimits, num_blocks: int, block_size: int) ->
     contexts of many requests at once where attention has to copy them, are left to preemption.
     """
     yield Batch(list(_prompts(limits, num_blocks * block_size, list(range(num_blocks)))))
+    yield largest_trees(limits, num_blocks, block_size, _COSTLY)
+
+
+def largest_trees(
+    limits: SchedulerLimits, num_blocks: int, block_size: int, sampling: SamplingParams
+) -> Batch:
+    """The second of them, by the sampling of its requests."""
     num_requests = min(limits.max_num_seqs, limits.max_num_batched_tokens)
     tokens = min(limits.max_num_batched_tokens, max(_TREE_TOKENS, num_requests))
     room = min(limits.max_model_len, num_blocks * block_size)
     drafts = min(tokens // num_requests - 1, limits.max_drafts, room - 1)
-    yield Batch(
+    return Batch(
         [
-            _scheduled(slot, room - drafts - 1, 1, drafts, list(range(num_blocks)))
+            _scheduled(slot, room - drafts - 1, 1, drafts, list(range(num_blocks)), sampling)
             for slot in range(num_requests)
         ]
     )
@@ -123,12 +165,17 @@ def _prompts(limits: SchedulerLimits, room: int, blocks: list[int]) -> Iterator[
         chunk = min(budget, length)
         if not chunk:
             return
-        yield _scheduled(slot, length - chunk, chunk, 0, blocks)
+        yield _scheduled(slot, length - chunk, chunk, 0, blocks, _COSTLY)
         budget -= chunk
 
 
 def _scheduled(
-    slot: int, num_computed: int, num_tokens: int, num_drafts: int, blocks: list[int]
+    slot: int,
+    num_computed: int,
+    num_tokens: int,
+    num_drafts: int,
+    blocks: list[int],
+    sampling: SamplingParams,
 ) -> ScheduledRequest:
     known = num_computed + num_tokens
     request = Request(
@@ -136,7 +183,7 @@ def _scheduled(
         arrival=slot,
         token_ids=[0] * known,
         num_prompt_tokens=known,
-        sampling=_COSTLY,
+        sampling=sampling,
         seed=slot,
         acceptance=Acceptance(),
         num_computed=num_computed,

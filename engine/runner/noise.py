@@ -24,6 +24,7 @@ from engine.scheduling.request import Request
 COLDEST = 1e-6  # a lower temperature draws the same tokens, until dividing by it overflows
 _LARGEST_SHARE = 1.0 - 2.0**-24  # below 1 in float32
 _LOW = 0xFFFFFFFF
+_MOST_AT_ONCE = 1 << 24  # numbers of 8 bytes, of which there are several for each of noise
 
 
 def make_keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -48,10 +49,14 @@ def gumbel(
         token_ids = torch.arange(num_tokens, device=device)
     halves = np.stack((keys & np.uint64(_LOW), keys >> np.uint64(32)), axis=1).astype(np.int64)
     low, high = to_device(halves, device).unsqueeze(2).unbind(1)  # [num_keys, 1]
-    mixed = _mix_32(_mix_32((token_ids + low) & _LOW) ^ high)
-    shares = ((mixed.float() + 0.5) * 2.0**-32).clamp_(max=_LARGEST_SHARE)
-    # Small shares are those that win: log1p tells them apart down to 2**-33.
-    return -torch.log(-torch.log1p(-shares)) * to_device(scales, device).unsqueeze(1)
+    out = torch.empty(len(keys), num_tokens, device=device)
+    at_once = max(1, _MOST_AT_ONCE // num_tokens)
+    for rows, a, b in zip(*(torch.split(x, at_once) for x in (out, low, high)), strict=True):
+        mixed = _mix_32(_mix_32((token_ids + a) & _LOW) ^ b)
+        shares = ((mixed.float() + 0.5) * 2.0**-32).clamp_(max=_LARGEST_SHARE)
+        # Small shares are those that win: log1p tells them apart down to 2**-33.
+        torch.log1p(shares.neg_(), out=rows).neg_().log_().neg_()
+    return out.mul_(to_device(scales, device).unsqueeze(1))
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,24 @@ class Capacity:
     max_blocks: int
 
 
+class Scratch:
+    """Memory for partial results, shared by plans of which no two run at once. It is as large as the largest
+    of them asked for; what was handed out before it grew stays valid."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, device=device)
+
+    def take(self, size: int) -> Tensor:
+        """[size] float32"""
+        if size > len(self._memory):
+            self._memory = self._memory.new_empty(size)
+        return self._memory[:size]
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
+
 @dataclass(frozen=True)
 class _Work:
     """One pass cut up."""
@@ -70,7 +88,7 @@ class AttentionPlan:
         """Only what both ways to make one share: `for_step` and `reserve`."""
         self.heads = heads
         self.tile = choose_tile(heads, max_queries)
-        programs = _programs_at_once(device) if num_programs is None else num_programs
+        programs = programs_at_once(device) if num_programs is None else num_programs
         self._num_runs = max(1, programs // heads.num_kv_heads)
         self._device = device
 
@@ -81,25 +99,38 @@ class AttentionPlan:
         """The plan of one pass. `num_programs`: how many run at once; None asks the device."""
         plan = cls(heads, int(np.diff(step.starts).max(initial=1)), device, num_programs)
         work = plan._cut(step)
-        plan._allocate(
-            len(work.items), len(work.merges), len(work.prefix_len), len(work.tables), work.num_partials
-        )
+        sizes = (len(work.items), len(work.merges), len(work.prefix_len), len(work.tables))
+        plan._allocate(*sizes, work.num_partials, Scratch(device))
         plan._load(work)
         return plan
 
     @classmethod
     def reserve(
-        cls, capacity: Capacity, heads: PagedHeads, device: torch.device, num_programs: int | None = None
+        cls,
+        capacity: Capacity,
+        heads: PagedHeads,
+        device: torch.device,
+        num_programs: int | None = None,
+        scratch: Scratch | None = None,
     ) -> AttentionPlan:
-        """A plan for any pass within the capacity, empty until `update`. Its tensors stay where they are."""
+        """A plan for any pass within the capacity, empty until `update`. Its tensors stay where they are.
+
+        scratch: on the device; None makes one for this plan alone.
+        """
         plan = cls(heads, capacity.max_queries, device, num_programs)
         tokens, runs = capacity.num_tokens, plan._num_runs
         tiles = min(tokens, tokens // plan.tile.queries + capacity.num_requests)
         # A run is as long as all tiles' keys over `runs`, or longer. So splitting adds no more items than
         # that, no more tiles than that exceed one run, and those become twice as many items at most.
         num_blocks = capacity.num_requests * capacity.max_blocks
-        plan._allocate(tiles + runs, min(tiles, runs), tokens, num_blocks, min(tiles + runs, 2 * runs))
+        sizes = (tiles + runs, min(tiles, runs), tokens, num_blocks)
+        plan._allocate(*sizes, min(tiles + runs, 2 * runs), scratch or Scratch(device))
         return plan
+
+    @property
+    def nbytes(self) -> int:
+        """Without the scratch."""
+        return self._buffer.nbytes
 
     def update(self, step: PassInput) -> None:
         """Plan another pass in the same place, after whatever the current stream still has to do.
@@ -109,7 +140,13 @@ class AttentionPlan:
         self._load(self._cut(step))
 
     def _allocate(
-        self, num_items: int, num_merges: int, num_tokens: int, num_blocks: int, num_partials: int
+        self,
+        num_items: int,
+        num_merges: int,
+        num_tokens: int,
+        num_blocks: int,
+        num_partials: int,
+        scratch: Scratch,
     ) -> None:
         shapes = ((num_items, ITEM_FIELDS), (num_merges, MERGE_FIELDS), (num_tokens,), (num_blocks,))
         sizes = [math.prod(shape) for shape in shapes]
@@ -121,9 +158,11 @@ class AttentionPlan:
             for place, size, shape in zip(self._places, sizes, shapes, strict=False)
         )
         per_head = (num_partials, self.heads.num_kv_heads, self.tile.rows)
+        num_rows, head_dim = math.prod(per_head), self.heads.head_dim
+        memory = scratch.take(num_rows * (head_dim + 1))
         # What each run of a split tile reads out by itself, and the logarithm of its share.
-        self.partials = torch.empty(*per_head, self.heads.head_dim, device=self._device)
-        self.shares = torch.empty(per_head, device=self._device)
+        self.partials = memory[: num_rows * head_dim].view(*per_head, head_dim)
+        self.shares = memory[num_rows * head_dim :].view(per_head)
 
     def _load(self, work: _Work) -> None:
         """One copy, up to the last block table's end."""
@@ -188,7 +227,8 @@ def _places_within(counts: IntArray) -> IntArray:
     return places
 
 
-def _programs_at_once(device: torch.device) -> int:
+def programs_at_once(device: torch.device) -> int:
+    """How many programs of a kernel run beside each other."""
     if device.type != "cuda":
         return 1  # Triton's interpreter runs one after the other
     return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_PROCESSOR

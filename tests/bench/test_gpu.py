@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench.device_time import attention_seconds, busy_seconds, covered, elapsed_seconds
-from bench.gpu import TARGETS, compare, main
+from bench.device_time import busy_seconds, covered, elapsed_seconds, repeatable
+from bench.gpu import compare, main
 from bench.gpu_model import profile_family
+from bench.gpu_targets import TARGETS
 from bench.shapes import SHAPES, random_decoder
 from cli.main import main as gorgon
 from engine.model.decoder import Decoder
 from engine.model.footprint import weight_bytes
-from engine.runner.kv_cache import FP8, KVCache, bytes_per_token
+from engine.runner.kv_cache import FP8, bytes_per_token
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--shapes", "tiny", "--steps", "2"]
@@ -36,33 +39,19 @@ def run(capsys: Any, *more: str) -> dict[str, Any]:
 
 
 def test_every_combination_has_a_row(capsys: Any) -> None:
-    document = run(
-        capsys,
-        "--dtype",
-        "float32",
-        "--requests",
-        "3",
-        "1",
-        "--nodes",
-        "1",
-        "2",
-        "64",
-        "--contexts",
-        "20",
-        "40",
-    )
+    flags = "--parts steps --dtype float32 --requests 3 1 --nodes 1 2 64 --contexts 20 40"
+    document = run(capsys, *flags.split())
     rows = document["rows"]
     found = [(r["kind"], r["requests"], r["context"], r["nodes"], r["tokens"]) for r in rows]
     plain = [("plain", n, context, 1, n) for context in (20, 40) for n in (1, 3)]
     trees = [(f"tree {k}", n, context, k, k * n) for context in (20, 40) for n in (1, 3) for k in (2, 64)]
-    assert found == [*plain, *trees, ("attention", 3, 40, 1, 3)]
+    assert found == [*plain, *trees] and document["attention"] == []
     kv = bytes_per_token(SHAPES["tiny"], torch.float32)
     with torch.device("meta"):
         weights = weight_bytes(Decoder(SHAPES["tiny"]))
     gains = document["simulated"]["gains"]
     for row in rows:
-        reads = 0 if row["kind"] == "attention" else weights
-        assert row["bytes"] == reads + row["requests"] * row["context"] * kv
+        assert row["bytes"] == weights + row["requests"] * row["context"] * kv
         limit = 1000 * row["bytes"] / document["copy_bytes_per_second"]
         assert row["limit_ms"] == pytest.approx(limit, abs=1e-3)
         assert 0 < row["ms_best"] <= row["ms_median"]
@@ -82,12 +71,16 @@ def test_every_combination_has_a_row(capsys: Any) -> None:
 @pytest.mark.parametrize("more", [["--kv-cache-dtype", "fp8"], ["--dtype", "bfloat16"]], ids=" ".join)
 def test_number_formats(more: list[str], capsys: Any) -> None:
     document = run(capsys, "--requests", "2", "--nodes", "1", "8", "--contexts", "30", *more)
+    assert len(document["rows"]) == 2
     stored = FP8 if "fp8" in more else torch.bfloat16
-    assert document["rows"][-1]["bytes"] == 2 * 30 * bytes_per_token(SHAPES["tiny"], stored)
+    own = [row for row in document["attention"] if row["kernel"] == "gorgon"]
+    assert [row["pass"] for row in own] == ["plain", "tree 8", "tree 8, prompt of 30"]
+    keys = bytes_per_token(SHAPES["tiny"], stored)
+    assert [row["bytes"] for row in own] == [2 * 30 * keys, 2 * 37 * keys, 3 * 37 * keys]
 
 
 def test_what_is_simulated_is_said_and_missing_figures_are_named(capsys: Any) -> None:
-    assert main([*TINY, "--requests", "1", "--nodes", "4", "--contexts", "20"]) == 0
+    assert main([*TINY, "--parts", "steps", "--requests", "1", "--nodes", "4", "--contexts", "20"]) == 0
     out = capsys.readouterr().out
     assert "are simulated: from the gains of the built-in head set" in out
     assert out.count("not measured; on a GPU, gorgon bench gpu") == len(TARGETS)
@@ -101,7 +94,7 @@ def test_a_model_that_cannot_be_had_does_not_stop_the_others(
         raise RuntimeError("no memory")
 
     monkeypatch.setattr("bench.shapes.allocate", fail)
-    assert main([*TINY]) == 1
+    assert main([*TINY, "--parts", "steps"]) == 1
     out, err = capsys.readouterr()
     assert "tiny was not measured to the end: --shapes: cpu has no memory for the weights of tiny" in err
     assert "tiny" in json.loads(out.splitlines()[-1])["not_measured"]
@@ -133,9 +126,12 @@ def test_targets_are_judged_by_their_rows() -> None:
         row("plain", 1, share_of_limit=0.86, idle_share=0.06),
         row("plain", 64, share_of_limit=0.1, idle_share=0.0),
         row("tree 64", 1, ms_median=11.0, ms_drafting=1.0),
-        row("attention", 64, share_of_limit=0.65),
+        row("attention", 64, share_of_limit=0.9) | {"kernel": "another"},
+        row("attention", 64, share_of_limit=0.5) | {"kernel": "gorgon"},
+        row("attention", 64, share_of_limit=0.65) | {"kernel": "gorgon", "context": 2000},
+        row("attention", 64, share_of_limit=0.2) | {"kernel": "gorgon", "context": 2000, "nodes": 64},
     ]
-    compare(rows, profile_family())
+    compare(rows[:3], profile_family())
     assert [(t["measured"], t["met"]) for t in (target.judge(rows) for target in TARGETS)] == [
         (0.86, True),
         (1.1, True),
@@ -162,14 +158,6 @@ def test_random_weights_are_the_same_every_time() -> None:
     assert torch.equal(first.embedding, second.embedding)
     assert first.embedding.std().item() == pytest.approx(0.02, rel=0.05)
     assert bool((first.norm.weight == 1).all()) and first.lm_head.weight is first.embedding
-
-
-def test_attention_reads_every_layer() -> None:
-    cache = KVCache(SHAPES["tiny"], 10, 16, torch.float32, CPU)
-    seconds = attention_seconds(SHAPES["tiny"], cache, 3, 40, repeats=4)
-    assert len(seconds) == 4 and min(seconds) > 0
-    written = cache.k.abs().sum(dim=(1, 3)) > 0  # [layers, slots]
-    assert written.sum(dim=1).tolist() == [3, 3]
 
 
 def test_time_is_counted_once_where_work_overlaps() -> None:
@@ -203,3 +191,36 @@ def test_busy_time_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert busy_seconds(torch.device("cuda"), lambda: ran.append(2)) == pytest.approx(300e-6)
     assert ran == [1, 2]
     assert elapsed_seconds(CPU, lambda: ran.append(3)) > 0 and ran == [1, 2, 3]
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_what_can_be_captured_is_replayed(captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a CUDA device, with streams and graphs made by hand."""
+    ran: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            ran.append("replay")
+
+    @contextmanager
+    def graph(graph: Graph, **options: object) -> Iterator[None]:
+        yield
+        if not captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"CUDAGraph": Graph, "graph": graph, "synchronize": lambda device: None}
+    streams = {"Stream": lambda device: stream, "current_stream": lambda device: stream}
+    for name, fake in {**fakes, **streams, "stream": nullcontext}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    again, is_graph = repeatable(torch.device("cuda"), lambda: ran.append("run"))
+    assert is_graph is captures and ran == ["run"] * 3 + ["replay"] * captures
+    again()
+    assert ran[-1] == ("replay" if captures else "run")
+
+
+def test_without_a_device_runs_are_repeated_as_they_are() -> None:
+    ran: list[int] = []
+    again, is_graph = repeatable(CPU, lambda: ran.append(4))
+    again()
+    assert ran == [4, 4] and not is_graph

@@ -15,6 +15,7 @@ from engine.loop import Engine
 from engine.runner import memory
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import Drafter
+from engine.runner.graph_memory import kept_bytes
 from engine.runner.memory import cache_memory, first_num_blocks, fit_cache, largest_passes
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import SchedulerLimits
@@ -112,7 +113,7 @@ def test_the_cache_is_fitted_and_whoever_reads_it_sees_it(
     engine = TinyEngine(family, DRAFTERS[drafter](), num_blocks=80, block_size=4)
     engine.runner.resize_cache(POSITIONS // 4)  # what one request takes, as the engine begins
     fake_gpu(monkeypatch, free=10_000, peaks=[500, 1500])
-    fit_cache(engine.runner, engine.scheduler.limits, 25, 0.925)
+    fit_cache(engine.runner, engine.scheduler.limits, 25, 0.925, captures=True)
     # 20,000 in all, 18,500 may be in use, 10,000 are and a pass takes 1,000: 7,500 for blocks of 4 times 25.
     assert engine.runner.cache.num_blocks == 75
     assert not engine.runner.cache.k.any() and not engine.runner.cache.v.any()
@@ -123,16 +124,42 @@ def test_the_cache_is_fitted_and_whoever_reads_it_sees_it(
     }
 
 
+def test_graphs_are_left_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TinyEngine(full(8, 3, 3), drafter_of(bound(hydra())), num_blocks=80, block_size=4)
+    runner, limits = engine.runner, engine.scheduler.limits
+    monkeypatch.setattr(runner.cache, "has_triton", True)  # of the cache on a GPU, which graphs go with
+    ran: list[tuple[int, bool, set[float]]] = []
+
+    def execute(batch: Batch) -> None:
+        temperatures = {s.request.sampling.temperature for s in batch.scheduled}
+        ran.append((batch.num_tokens, runner.drafter is not None, temperatures))
+
+    monkeypatch.setattr(runner, "execute", execute)
+    kept = kept_bytes(runner, limits)
+    assert kept > 0
+    blocks = []
+    for captures in (False, True):
+        runner.resize_cache(POSITIONS // 4)
+        fake_gpu(monkeypatch, free=10 * kept, peaks=[500, 1500])
+        fit_cache(runner, limits, 25, 0.9, captures)
+        blocks.append(runner.cache.num_blocks)
+    assert blocks == [(8 * kept - 1000) // 100, (7 * kept - 2000) // 100]
+    assert len(ran) == 4 + 5 and [drafts for _, drafts, _ in ran[:4]] == [True, True, False, False]
+    # As many trees as there can be, none smaller for want of guesses, and greedy as graphs are.
+    assert ran[-1] == (ran[1][0], False, {0.0})
+    assert runner.drafter is not None
+
+
 def test_too_little_is_said_with_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = TinyEngine(num_blocks=POSITIONS // 4, block_size=4)
     fake_gpu(monkeypatch, free=8_000, peaks=[500, 1500])
     with pytest.raises(
         ConfigError, match=r"--gpu-memory-utilization: .*one request of 256 tokens.*--max-model-len"
     ):
-        fit_cache(engine.runner, engine.scheduler.limits, 25, 0.9)
+        fit_cache(engine.runner, engine.scheduler.limits, 25, 0.9, captures=False)
     monkeypatch.setattr(engine.runner, "execute", lambda batch: torch.empty(1 << 60))
     with pytest.raises(ConfigError, match=r"--max-num-batched-tokens: .*passes of 256 tokens"):
-        fit_cache(engine.runner, engine.scheduler.limits, 25, 0.9)
+        fit_cache(engine.runner, engine.scheduler.limits, 25, 0.9, captures=False)
 
 
 def test_a_pass_that_fails_otherwise_is_no_matter_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +168,7 @@ def test_a_pass_that_fails_otherwise_is_no_matter_of_memory(monkeypatch: pytest.
     drafter = engine.runner.drafter = drafter_of(bound(hydra()))
     monkeypatch.setattr(engine.runner, "execute", lambda batch: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        fit_cache(engine.runner, engine.scheduler.limits, 25, 0.9)
+        fit_cache(engine.runner, engine.scheduler.limits, 25, 0.9, captures=False)
     assert engine.runner.drafter is drafter
 
 

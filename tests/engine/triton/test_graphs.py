@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from engine.runner.capture import _triton_attention, make_graphs
+import pytest
+import torch
+
+from engine.runner.capture import _triton_attention, default_buckets, make_graphs
+from engine.runner.graph_memory import kept_bytes
 from engine.runner.graphs import Bucket
+from engine.scheduling.scheduler import SchedulerLimits
+from engine.triton.plan import AttentionPlan
 from tests.engine.drafters import ScriptedDrafter
 from tests.engine.families import full
 from tests.engine.graphs import Repeating
@@ -40,3 +46,30 @@ def test_greedy_answers_by_buckets_with_padding(monkeypatch: pytest.MonkeyPatch)
         assert tuple(results[str(i)].tokens) == greedy(prompt, LENGTH)
     assert engine.num_accepted > 5
     assert capture.num_replays > 6
+
+
+def test_plans_share_their_scratch_and_what_they_keep_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[AttentionPlan] = []
+    reserve = AttentionPlan.reserve
+
+    def noting(*arguments: Any, **named: Any) -> AttentionPlan:
+        made.append(reserve(*arguments, **named))
+        return made[-1]
+
+    monkeypatch.setattr(AttentionPlan, "reserve", noting)
+    runner = TinyEngine(full(9), block_size=16, num_blocks=64).runner
+    limits = SchedulerLimits(max_num_seqs=5, max_num_batched_tokens=100, max_model_len=100, max_drafts=9)
+    buckets = sorted(default_buckets(limits, 256), reverse=True)
+    make = _triton_attention(runner, limits)
+    for bucket in buckets:
+        slots = torch.zeros(bucket.num_tokens, dtype=torch.int64)
+        make(bucket, slots, slots)
+    plans = list(made)
+    storages = {plan.partials.untyped_storage() for plan in plans}
+    largest = max(plan.partials.numel() + plan.shares.numel() for plan in plans)
+    assert len(plans) == len(buckets) > 5 and len({s.data_ptr() for s in storages}) == 1
+    for plan in plans:
+        ends = [x.storage_offset() + x.numel() for x in (plan.partials, plan.shares)]
+        assert plan.shares.storage_offset() == ends[0] and ends[1] <= largest
+    hidden = sum(bucket.num_tokens for bucket in buckets) * runner.decoder.config.hidden_size * 4
+    assert kept_bytes(runner, limits) == hidden + 4 * largest + sum(plan.nbytes for plan in plans)

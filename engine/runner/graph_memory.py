@@ -1,0 +1,29 @@
+"""What CUDA graphs keep of a GPU's memory beside the passes themselves, known before there is any."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.runner.capture import default_buckets
+from engine.runner.runner import Runner
+from engine.scheduling.scheduler import SchedulerLimits
+from engine.triton.plan import AttentionPlan, Capacity, Scratch, programs_at_once
+from engine.triton.tiles import PagedHeads
+
+
+def kept_bytes(runner: Runner, limits: SchedulerLimits) -> int:
+    """Bytes of the attention plans of all default graphs, with the scratch that they share, and of the hidden
+    rows that each leaves to whoever reads them.
+
+    What the driver takes for a graph itself is not among them.
+    """
+    cache, config = runner.cache, runner.decoder.config
+    heads = PagedHeads.of(cache, config.num_heads, config.num_kv_heads)
+    programs, nowhere = programs_at_once(cache.k.device), torch.device("meta")
+    scratch, total = Scratch(nowhere), 0
+    for bucket in default_buckets(limits, config.max_positions):
+        blocks = -(-(limits.max_model_len + bucket.max_nodes) // cache.block_size)
+        capacity = Capacity(bucket.num_requests, bucket.num_tokens, bucket.max_nodes, blocks)
+        total += AttentionPlan.reserve(capacity, heads, nowhere, programs, scratch).nbytes
+        total += bucket.num_tokens * config.hidden_size * runner.decoder.embedding.itemsize
+    return total + scratch.nbytes
