@@ -10,23 +10,25 @@ import torch
 from torch import Tensor
 
 from engine.runner.graphs import (
-    Bucket,
     Capture,
+    DraftGraphs,
     FixedAttention,
     MakeAttention,
     Run,
-    StepBuffers,
     StepGraph,
     StepGraphs,
 )
 from engine.runner.profile import decoding_batch, room
 from engine.runner.runner import Runner
+from engine.runner.step_buffers import Bucket, StepBuffers
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import SchedulerLimits
 
 logger = logging.getLogger(__name__)
 
 _MOST_TOKENS = 512  # of a captured pass: in a larger one the host is not what takes the time
+# Requests whose heads guess by a graph: of more, guessing takes longer than launching it, and much memory.
+_MOST_GUESSING = 64
 _MOST_SECONDS = 30.0  # for all of them, as far as they are done by then
 
 
@@ -111,10 +113,28 @@ def _make_graph(
 ) -> StepGraph:
     cache = runner.cache
     buffers = StepBuffers(bucket, runner.spare_slot, cache.k.device)
-    attention = make_attention(bucket, buffers.slots, buffers.ancestors)
-    graph = StepGraph(buffers, attention, runner, cache.block_size)
+    num_heads = runner.decoder.config.num_heads
+    attention = make_attention(bucket, num_heads, buffers.slots, buffers.ancestors)
+    drafting = _make_drafting(runner, buffers, make_attention)
+    graph = StepGraph(buffers, attention, drafting, runner, cache.block_size)
     graph.record(capture, example)
     return graph
+
+
+def _make_drafting(runner: Runner, buffers: StepBuffers, make_attention: MakeAttention) -> DraftGraphs | None:
+    """Where heads can guess by a graph and the bucket has trees for them."""
+    bucket, drafter = buffers.bucket, runner.drafter
+    if drafter is None or not drafter.can_grow():
+        return None
+    levels = min(drafter.num_levels, bucket.max_nodes - 1)
+    if not levels or bucket.num_requests > _MOST_GUESSING:
+        return None
+    attention = None
+    if drafter.root_heads is not None:
+        roots = Bucket.of(bucket.num_requests, bucket.num_requests, 1)
+        ancestors = torch.zeros_like(buffers.root_slots)
+        attention = make_attention(roots, drafter.root_heads, buffers.root_slots, ancestors)
+    return DraftGraphs(buffers, attention, runner, levels)
 
 
 def _example(runner: Runner, bucket: Bucket) -> Batch | None:
@@ -133,10 +153,10 @@ def _triton_attention(runner: Runner, limits: SchedulerLimits) -> MakeAttention:
     from engine.triton.plan import AttentionPlan, Capacity
     from engine.triton.tiles import PagedHeads
 
-    cache, config = runner.cache, runner.decoder.config
-    heads = PagedHeads.of(cache, config.num_heads, config.num_kv_heads)
+    cache, num_kv_heads = runner.cache, runner.decoder.config.num_kv_heads
 
-    def make(bucket: Bucket, slots: Tensor, ancestors: Tensor) -> FixedAttention:
+    def make(bucket: Bucket, num_heads: int, slots: Tensor, ancestors: Tensor) -> FixedAttention:
+        heads = PagedHeads.of(cache, num_heads, num_kv_heads)
         longest = limits.max_model_len + bucket.max_nodes
         blocks = min(cache.num_blocks, -(-longest // cache.block_size))
         capacity = Capacity(bucket.num_requests, bucket.num_tokens, bucket.max_nodes, blocks)

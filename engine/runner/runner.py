@@ -13,7 +13,7 @@ from engine.model.decoder import Attention, Decoder
 from engine.native.decoder import NativeDecoder
 from engine.runner.attention import paged_attention
 from engine.runner.commit import compact, pack, unpack
-from engine.runner.drafter import Drafter, DraftInput, Proposal
+from engine.runner.drafter import Drafter, DraftInput, Proposal, RootRows
 from engine.runner.graphs import StepGraph, StepGraphs
 from engine.runner.kv_cache import KVCache
 from engine.runner.per_request import PerRequest
@@ -22,6 +22,7 @@ from engine.runner.step_input import CommitRows, StepInput
 from engine.runner.step_layout import build_step
 from engine.runner.transfer import together
 from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
+from trees.select import Chains
 from trees.verify import DraftTrees, deepest_accepted
 
 
@@ -82,8 +83,7 @@ class Runner:
 
         Lowers `num_drafts` of requests that the drafter has fewer guesses for.
         """
-        proposal = self._draft(batch)
-        graph = self._graphs.find(batch)
+        graph, proposal = self._draft(batch)
         if graph is not None:
             return self._replay(graph, batch, proposal)
         step, trees = self._fill(batch, proposal)
@@ -100,13 +100,36 @@ class Runner:
 
     def _replay(self, graph: StepGraph, batch: Batch, proposal: Proposal | None) -> list[CommittedTokens]:
         """The same by a graph."""
-        step = graph.load(batch, proposal, self._before_slots(batch))
+        step = self._load(graph, batch, proposal)
         trees, hidden = graph.forward(step)
         if self.drafter is not None and not self.drafter.observes_tensors:
             self._observe(step, trees, hidden)
         if not all(is_plain(scheduled.request.sampling) for scheduled in batch.scheduled):
             return self._commit(batch, step, trees, hidden)
         return self._collect(batch, step.commits, graph.settle(step), None)
+
+    def _load(self, graph: StepGraph, batch: Batch, proposal: Proposal | None) -> StepInput:
+        levels = 0 if proposal is not None else min(self._levels(batch), graph.num_levels)
+        return graph.load(batch, proposal, self._before_slots(batch), levels)
+
+    def grow(
+        self, step: StepInput, chains: Chains, levels: int, attention: Attention | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `engine.runner.graphs.Work`."""
+        if self.drafter is None:
+            raise RuntimeError("there is nobody to guess")
+        commits = step.commits
+        rows = RootRows(
+            hidden=self._hidden[commits.state_slots],
+            roots=commits.roots,
+            positions=step.positions[step.first_rows],
+            num_nodes=commits.num_nodes,
+            max_nodes=commits.max_nodes,
+            levels=levels,
+            chains=chains,
+            attention=attention,
+        )
+        return self.drafter.grow(rows)
 
     def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
         """See `engine.runner.graphs.Work`."""
@@ -149,15 +172,34 @@ class Runner:
     @torch.inference_mode()
     def draft(self, batch: Batch) -> None:
         """Only the guesses of a pass, to measure what they cost."""
-        self._fill(batch, self._draft(batch))
+        graph, proposal = self._draft(batch)
+        if graph is None:
+            self._fill(batch, proposal)
+        else:
+            self._load(graph, batch, proposal)
 
-    def _draft(self, batch: Batch) -> Proposal | None:
-        """What the drafter guesses, and from then on how large trees are."""
+    def _draft(self, batch: Batch) -> tuple[StepGraph | None, Proposal | None]:
+        """The graph for a pass, and what the drafter guesses where the graph does not do it; from then on it
+        is known how large trees are."""
         if self.drafter is not None:
             for scheduled in batch.scheduled:
                 if scheduled.num_drafts:
                     scheduled.num_drafts = self.drafter.limit(scheduled)
-        return self._propose([s for s in batch.scheduled if s.num_drafts])
+        if self._levels(batch):
+            graph = self._graphs.find(batch)
+            if graph is not None and graph.num_levels:
+                return graph, None
+        proposal = self._propose([s for s in batch.scheduled if s.num_drafts])
+        return self._graphs.find(batch), proposal
+
+    def _levels(self, batch: Batch) -> int:
+        """How many levels of guesses a batch asks of heads that a graph may hold."""
+        if self.drafter is None or not self.drafter.can_grow():
+            return 0
+        drafting = [s for s in batch.scheduled if s.num_drafts]
+        if not any(s.guesses for s in drafting):
+            return 0
+        return min(self.drafter.num_levels, max(s.num_drafts for s in drafting))
 
     def _fill(self, batch: Batch, proposal: Proposal | None) -> tuple[StepInput, DraftTrees]:
         """The pass of a batch with its trees filled in."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.runner.capture import _triton_attention, make_graphs
-from engine.runner.graphs import Bucket
+from engine.runner.step_buffers import Bucket
 from tests.engine.drafters import ScriptedDrafter
 from tests.engine.families import full
 from tests.engine.graphs import Repeating
