@@ -112,11 +112,11 @@ def _make_graph(
     runner: Runner, bucket: Bucket, make_attention: MakeAttention, capture: Capture, example: Batch
 ) -> StepGraph:
     cache = runner.cache
-    buffers = StepBuffers(bucket, runner.spare_slot, cache.k.device)
+    buffers = StepBuffers(bucket, runner.spare_slot, cache.block_size, cache.k.device)
     num_heads = runner.decoder.config.num_heads
     attention = make_attention(bucket, num_heads, buffers.slots, buffers.ancestors)
     drafting = _make_drafting(runner, buffers, make_attention)
-    graph = StepGraph(buffers, attention, drafting, runner, cache.block_size)
+    graph = StepGraph(buffers, attention, drafting, runner)
     graph.record(capture, example)
     return graph
 
@@ -161,7 +161,8 @@ def _triton_attention(runner: Runner, limits: SchedulerLimits) -> MakeAttention:
         blocks = min(cache.num_blocks, -(-longest // cache.block_size))
         capacity = Capacity(bucket.num_requests, bucket.num_tokens, bucket.max_nodes, blocks)
         plan = AttentionPlan.reserve(capacity, heads, cache.k.device)
-        return FixedAttention(TritonAttention(plan, cache, slots, ancestors), plan.update)
+        attention = TritonAttention(plan, cache, slots, ancestors)
+        return FixedAttention(attention, plan.update, plan.prefix_len)
 
     return make
 

@@ -5,7 +5,7 @@ parts: the *drafting* part asks the heads, once for each number of levels they m
 part fills the trees in, runs the decoder and lets the drafter look; the *settling* part draws greedy targets,
 accepts, compacts and packs what was committed. Where nobody asks the heads, the first part is left out; where
 a request samples or is penalised, the third runs as it does without graphs. Everything that differs from step
-to step is copied into the same places on the device beforehand.
+to step is copied into the same places on the device beforehand, see `engine.runner.step_buffers`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ class Capture(Protocol):
 @dataclass(frozen=True)
 class FixedAttention:
     """Attention that is made once for a bucket. `load` tells it of a pass, without rows of padding; what
-    `attention` computes with lies in the same places ever after."""
+    `attention` computes with lies in the same places ever after. Rows may see less than `load` was told:
+    what is in `prefix_len` when it computes."""
 
     attention: Attention
     load: Callable[[PassShape], None]
+    prefix_len: Tensor  # [num_tokens] integers
 
 
 class Work(Protocol):
@@ -84,32 +86,33 @@ class DraftGraphs:
     def num_levels(self) -> int:
         return len(self._runs)
 
-    def rehearse(self, capture: Capture, step: PassShape) -> None:
-        """On a pass that has been loaded."""
-        self._load(step)
+    def rehearse(self, capture: Capture) -> None:
+        """On a pass that has been prepared and completed."""
         capture.rehearse(self._runs[-1])
 
     def record(self, capture: Capture) -> None:
         self._runs = [capture.record(run) for run in self._runs]
 
-    def guess(self, step: PassShape, levels: int) -> None:
-        """Guess for a pass that has been loaded."""
-        self._load(step)
+    def prepare(self, shape: PassShape) -> None:
+        if self._attention is not None:
+            self._attention.load(shape.roots())
+
+    def guess(self, levels: int) -> None:
+        """Guess for a pass that has been prepared and completed."""
         self._runs[levels - 1]()
 
-    def _load(self, step: PassShape) -> None:
-        if self._attention is not None:
-            self._attention.load(step.roots())
-
     def _run(self, levels: int) -> None:
-        buffers = self._buffers
-        attention = None if self._attention is None else self._attention.attention
-        buffers.guess(*self._work.grow(buffers.step, buffers.chains(), levels, attention))
+        buffers, fixed = self._buffers, self._attention
+        buffers.place_roots(None if fixed is None else fixed.prefix_len)
+        attention = None if fixed is None else fixed.attention
+        buffers.guess(*self._work.grow(buffers.step(), buffers.chains(), levels, attention))
 
 
 class StepGraph:
     """The graphs of one bucket; until they are recorded, their work is done as it is written."""
 
+    _shape: PassShape  # of the pass that was prepared
+    _levels: int
     _trees: DraftTrees
     _hidden: Tensor
     _packed: Tensor
@@ -120,13 +123,11 @@ class StepGraph:
         attention: FixedAttention,
         drafting: DraftGraphs | None,
         work: Work,
-        block_size: int,
     ) -> None:
         self._buffers = buffers
         self._attention = attention
         self._drafting = drafting
         self._work = work
-        self._block_size = block_size
         self._forward: Run = self._run_forward
         self._settle: Run = self._run_settle
 
@@ -142,9 +143,10 @@ class StepGraph:
     def record(self, capture: Capture, example: Batch) -> None:
         """From now on run what is captured of all parts. example: a pass that the bucket holds."""
         for _ in range(_REHEARSALS):
-            step = self.load(example, None, [self._buffers.spare_slot] * len(example.scheduled))
+            self.prepare(example, self.num_levels)
+            self._buffers.complete(example, None, [self._buffers.spare_slot] * len(example.scheduled))
             if self._drafting is not None:
-                self._drafting.rehearse(capture, step)
+                self._drafting.rehearse(capture)
             capture.rehearse(self._run_forward)
             capture.rehearse(self._run_settle)
         if self._drafting is not None:
@@ -152,21 +154,27 @@ class StepGraph:
         self._forward = capture.record(self._run_forward)
         self._settle = capture.record(self._run_settle)
 
-    def load(
-        self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int], levels: int = 0
-    ) -> StepInput:
-        """Tell the graphs of a pass that the bucket holds; returns it without padding.
+    def prepare(self, batch: Batch, levels: int) -> None:
+        """Tell the graphs of a pass that the bucket holds, as far as it does not depend on the pass before,
+        which need not have ended.
 
-        levels: of guesses that are made here, in the place of a proposal; at most `num_levels`.
+        levels: of guesses that are to be made here, in the place of a proposal; at most `num_levels`.
         """
-        step = self._buffers.load(batch, proposal, self._block_size, before_slots)
+        self._levels = levels
+        self._shape = self._buffers.prepare(batch)
         if self._drafting is not None and levels:
-            self._drafting.guess(step, levels)
-        self._attention.load(step)  # while the heads guess
-        return step
+            self._drafting.prepare(self._shape)
+        self._attention.load(self._shape)
+
+    def complete(self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int]) -> StepInput:
+        """Tell them the rest, and guess; returns the pass without padding."""
+        self._buffers.complete(batch, proposal, before_slots)
+        if self._drafting is not None and self._levels:
+            self._drafting.guess(self._levels)
+        return self._buffers.step(batch, self._shape)
 
     def forward(self, step: StepInput) -> tuple[DraftTrees, Tensor]:
-        """Run what was loaded: its trees, and its hidden rows [num_tokens, hidden]. Both are gone with the
+        """Run what was completed: its trees, and its hidden rows [num_tokens, hidden]. Both are gone with the
         next step."""
         self._forward()
         num_requests = len(step.scheduled)
@@ -178,12 +186,12 @@ class StepGraph:
         return self._packed[: len(step.scheduled)]
 
     def _run_forward(self) -> None:
-        step = self._buffers.step
+        self._buffers.place(self._attention.prefix_len)
         self._trees = self._buffers.trees()
-        self._hidden = self._work.forward(step, self._trees, self._attention.attention)
+        self._hidden = self._work.forward(self._buffers.step(), self._trees, self._attention.attention)
 
     def _run_settle(self) -> None:
-        self._packed = self._work.settle(self._buffers.step, self._trees, self._hidden)
+        self._packed = self._work.settle(self._buffers.step(), self._trees, self._hidden)
 
 
 class StepGraphs:
