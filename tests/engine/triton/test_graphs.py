@@ -10,6 +10,8 @@ from tests.engine.drafters import ScriptedDrafter
 from tests.engine.families import full
 from tests.engine.graphs import Repeating
 from tests.engine.helpers import params
+from tests.engine.runner.test_draft_graphs import Observed
+from tests.engine.runner.test_heads_drafter import bound, hydra
 from tests.engine.tiny import Arrival, TinyEngine, greedy
 from tests.engine.triton.cases import DEVICE
 
@@ -17,9 +19,11 @@ LENGTH = 8
 PROMPTS = [tuple((11 * i + 3 * p) % 128 for p in range(length)) for i, length in enumerate((1, 19, 45))]
 
 
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     DEVICE.type != "cpu", reason="the tiny engine runs on the CPU, so only interpreted kernels do"
 )
+
+
 def test_greedy_answers_by_buckets_with_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     def script(request_id: str) -> tuple[int, ...]:
         prompt = PROMPTS[int(request_id)]
@@ -40,3 +44,30 @@ def test_greedy_answers_by_buckets_with_padding(monkeypatch: pytest.MonkeyPatch)
         assert tuple(results[str(i)].tokens) == greedy(prompt, LENGTH)
     assert engine.num_accepted > 5
     assert capture.num_replays > 6
+
+
+def test_heads_guess_and_passes_are_prepared_by_kernels_that_were_told_of_the_longest_outcome(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = TinyEngine(full(5), Observed(bound(hydra())), block_size=16, budget=70)
+    runner, capture = engine.runner, Repeating()
+    monkeypatch.setattr(runner.cache, "has_triton", True)
+    attention = _triton_attention(runner, engine.scheduler.limits)
+    runner.use_graphs(make_graphs(runner, [Bucket.of(3, 18, 6)], attention, capture))
+    for i, prompt in enumerate(PROMPTS):
+        engine.scheduler.add(str(i), list(prompt), params(LENGTH, ignore_eos=True))
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
+    ahead, num_prepared = None, 0
+    while engine.scheduler.has_work():
+        confirmed = ahead is not None and engine.scheduler.confirm(ahead)
+        batch = ahead if ahead is not None and confirmed else engine.scheduler.schedule()
+        num_prepared += runner._prepared is not None and runner._prepared.batch is batch
+        collect = runner.launch(batch)
+        ahead = engine.scheduler.plan_ahead(batch)
+        if ahead is not None:
+            runner.prepare(ahead)
+        for output in engine.scheduler.update(batch, collect()):
+            tokens[output.request_id] += output.token_ids
+    for i, prompt in enumerate(PROMPTS):
+        assert tuple(tokens[str(i)]) == greedy(prompt, LENGTH)
+    assert num_prepared > 1
