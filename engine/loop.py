@@ -26,7 +26,7 @@ from engine.runner.memory import allocating, first_num_blocks, fit_cache, is_fit
 from engine.runner.ngram_drafter import NgramDrafter
 from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
-from engine.scheduling.batch import Batch
+from engine.scheduling.batch import Batch, CommittedTokens
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.drafting import StepCost
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -126,6 +126,8 @@ class Engine:
             limits, pool, self._policy, model.eos_token_ids, config.seed, ngrams=ngrams and takes_chains
         )
         self._containment = Containment(self.scheduler)
+        self._plans_ahead = self._runner.works_by_itself
+        self._ahead: Batch | None = None  # the next batch, as far as it could be planned
         self.info = ModelInfo(
             architecture=model.architecture,
             vocab_size=model.vocab_size,
@@ -180,8 +182,9 @@ class Engine:
         also for EngineBrokenError.
         """
         start = time.perf_counter()
-        batch = self.scheduler.schedule()
-        passed = self._containment.execute(self._runner.execute, batch)
+        ahead, self._ahead = self._ahead, None
+        batch = ahead if ahead is not None and self.scheduler.confirm(ahead) else self.scheduler.schedule()
+        passed = self._containment.execute(self._run, batch)
         outputs = passed.failed + self.scheduler.update(batch, passed.committed)
         # What a step costs is all the time since the one before: planning and sending, too.
         began, ended = self._ended or start, time.perf_counter()
@@ -199,12 +202,25 @@ class Engine:
                     num_guessing=len(guessed),
                     depth=max(guessed, default=0),
                     seconds=ended - began,
+                    probing=batch.speculation.state == "probing",
                 )
             )
         return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))
 
+    def _run(self, batch: Batch) -> list[CommittedTokens]:
+        """Run a pass and meanwhile plan the next, where the device works by itself. Between steps nothing
+        runs."""
+        self._ahead = None
+        if not self._plans_ahead:
+            return self._runner.execute(batch)
+        collect = self._runner.launch(batch)
+        self._ahead = self.scheduler.plan_ahead(batch)
+        if self._ahead is not None:
+            self._runner.prepare(self._ahead)
+        return collect()
+
     def _stats(self, batch: Batch, duration: float) -> StepStats:
-        report = self._policy.report()
+        decided, report = batch.speculation, self._policy.report()
         levels = range(max((s.draft_depth for s in batch.scheduled), default=0))
         drafted_by_depth = [sum(s.draft_depth > level for s in batch.scheduled) for level in levels]
         accepted_by_depth = [sum(s.num_accepted > level for s in batch.scheduled) for level in levels]
@@ -222,8 +238,8 @@ class Engine:
             out_of_memory=batch.num_out_of_memory,
             prefix_queries=batch.prefix_queries,
             prefix_hits=batch.prefix_hits,
-            speculation=report.state,
-            estimated_speed_up=report.estimated,
+            speculation=decided.state,
+            estimated_speed_up=decided.estimated,
             measured_speed_up=report.measured,
         )
 

@@ -66,9 +66,10 @@ def grow_trees(
 
     roots: [num_requests] int64; num_nodes: [num_requests] int64, root included; max_nodes: the largest;
     max_depth: levels that can be guessed; least: [num_requests] float32, the log-probability below which a
-    node is left out. Returns tokens and parents, both [num_requests, max_nodes] int64 or as wide as the
-    largest tree, each node after its parent, and the number of nodes of each. What lies past them repeats the
-    root.
+    node is left out. Without it no shape depends on what is guessed, and the host waits for nothing.
+
+    Returns tokens and parents, both [num_requests, max_nodes] int64 or as wide as the largest tree, each node
+    after its parent, and the number of nodes of each. What lies past them repeats the root.
     """
     num_drafts = max_nodes - 1
     # Offered nodes: the root, its chain (at depth i node i), then level by level what is guessed.
@@ -100,7 +101,7 @@ def grow_trees(
         offered_sure = torch.cat((offered_sure, offered), dim=1)
         num_paths = min(_MOST_PATHS, num_drafts, children.shape[1])
         sure, places = children.topk(num_paths, dim=1)
-        if roots.device.type == "cpu":  # elsewhere, to look would cost more than to guess in vain
+        if least is not None:
             num_paths = _worth_following(sure, offered_sure, max_nodes, least)
             if num_paths == 0:
                 break
@@ -126,14 +127,12 @@ def most_drafts(num_drafts: int, max_depth: int, num_tokens: int) -> int:
     return offered
 
 
-def _worth_following(sure: Tensor, offered: Tensor, max_nodes: int, least: Tensor | None) -> int:
+def _worth_following(sure: Tensor, offered: Tensor, max_nodes: int, least: Tensor) -> int:
     """How many of these paths could have children among the `max_nodes` likeliest nodes.
 
     sure: [num_requests, num_paths], falling; offered: [num_requests, num_offered], the paths included.
     """
-    if least is None and offered.shape[1] <= max_nodes:
-        return sure.shape[1]
-    bound = sure.new_full((len(sure), 1), -torch.inf) if least is None else least.unsqueeze(1)
+    bound = least.unsqueeze(1)
     if offered.shape[1] > max_nodes:
         bound = torch.maximum(bound, offered.topk(max_nodes, dim=1).values[:, -1:])
     return int((sure > bound).sum(dim=1).max())

@@ -10,23 +10,25 @@ import torch
 from torch import Tensor
 
 from engine.runner.graphs import (
-    Bucket,
     Capture,
+    DraftGraphs,
     FixedAttention,
     MakeAttention,
     Run,
-    StepBuffers,
     StepGraph,
     StepGraphs,
 )
 from engine.runner.profile import decoding_batch, room
 from engine.runner.runner import Runner
+from engine.runner.step_buffers import Bucket, StepBuffers
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import SchedulerLimits
 
 logger = logging.getLogger(__name__)
 
 _MOST_TOKENS = 512  # of a captured pass: in a larger one the host is not what takes the time
+# Requests whose heads guess by a graph: of more, guessing takes longer than launching it, and much memory.
+_MOST_GUESSING = 64
 _MOST_SECONDS = 30.0  # for all of them, as far as they are done by then
 
 
@@ -113,11 +115,33 @@ def _make_graph(
     runner: Runner, bucket: Bucket, make_attention: MakeAttention, capture: Capture, example: Batch
 ) -> StepGraph:
     cache = runner.cache
-    buffers = StepBuffers(bucket, runner.spare_slot, cache.k.device)
-    attention = make_attention(bucket, buffers.slots, buffers.ancestors)
-    graph = StepGraph(buffers, attention, runner, cache.block_size)
+    buffers = StepBuffers(bucket, runner.spare_slot, cache.block_size, cache.k.device)
+    num_heads = runner.decoder.config.num_heads
+    attention = make_attention(bucket, num_heads, buffers.slots, buffers.ancestors)
+    drafting = _make_drafting(runner, buffers, make_attention)
+    graph = StepGraph(buffers, attention, drafting, runner)
     graph.record(capture, example)
     return graph
+
+
+def _make_drafting(runner: Runner, buffers: StepBuffers, make_attention: MakeAttention) -> DraftGraphs | None:
+    drafter, levels = runner.drafter, num_guessed_levels(runner, buffers.bucket)
+    if drafter is None or not levels:
+        return None
+    attention = None
+    if drafter.root_heads is not None:
+        ancestors = torch.zeros_like(buffers.root_slots)
+        roots = buffers.bucket.roots()
+        attention = make_attention(roots, drafter.root_heads, buffers.root_slots, ancestors)
+    return DraftGraphs(buffers, attention, runner, levels)
+
+
+def num_guessed_levels(runner: Runner, bucket: Bucket) -> int:
+    """How many levels heads guess by the bucket's own graphs."""
+    drafter = runner.drafter
+    if drafter is None or not drafter.can_grow() or bucket.num_requests > _MOST_GUESSING:
+        return 0
+    return min(drafter.num_levels, bucket.max_nodes - 1)
 
 
 def _example(runner: Runner, bucket: Bucket) -> Batch | None:
@@ -136,16 +160,17 @@ def _triton_attention(runner: Runner, limits: SchedulerLimits) -> MakeAttention:
     from engine.triton.plan import AttentionPlan, Capacity, Scratch
     from engine.triton.tiles import PagedHeads
 
-    cache, config = runner.cache, runner.decoder.config
-    heads = PagedHeads.of(cache, config.num_heads, config.num_kv_heads)
+    cache, num_kv_heads = runner.cache, runner.decoder.config.num_kv_heads
     scratch = Scratch(cache.k.device)
 
-    def make(bucket: Bucket, slots: Tensor, ancestors: Tensor) -> FixedAttention:
+    def make(bucket: Bucket, num_heads: int, slots: Tensor, ancestors: Tensor) -> FixedAttention:
+        heads = PagedHeads.of(cache, num_heads, num_kv_heads)
         longest = limits.max_model_len + bucket.max_nodes
         blocks = min(cache.num_blocks, -(-longest // cache.block_size))
         capacity = Capacity(bucket.num_requests, bucket.num_tokens, bucket.max_nodes, blocks)
         plan = AttentionPlan.reserve(capacity, heads, cache.k.device, scratch=scratch)
-        return FixedAttention(TritonAttention(plan, cache, slots, ancestors), plan.update)
+        attention = TritonAttention(plan, cache, slots, ancestors)
+        return FixedAttention(attention, plan.update, plan.prefix_len)
 
     return make
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from engine.model.config import DecoderConfig
+from engine.model.decoder import Attention
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import StepInput
 from engine.scheduling.batch import ScheduledRequest
 from engine.scheduling.ngrams import Chain
 from engine.scheduling.request import Request
+from trees.select import Chains
 from trees.verify import DraftTrees
 
 
@@ -52,6 +54,21 @@ class Proposal:
     num_nodes: Sequence[int] | None = None  # root included, where some trees are smaller than their budgets
 
 
+@dataclass(frozen=True)
+class RootRows:
+    """What a drafter may go by where nothing but tensors tells: all requests of a pass that decodes, those
+    without drafts and padding among them. What is guessed for these nobody reads."""
+
+    hidden: Tensor  # [num_requests, hidden], the base's row that each root was drawn from
+    roots: Tensor  # [num_requests] int64 token ids
+    positions: Tensor  # [num_requests] int64, the roots'
+    num_nodes: Tensor  # [num_requests] int64, of each tree, root included
+    max_nodes: int  # of any tree
+    levels: int  # of guesses
+    chains: Chains
+    attention: Attention | None  # of the roots, where the drafter asks for one
+
+
 class Drafter(Protocol):
     """Fills trees with guesses. It sees the committed root, so a guess may depend on the path before it.
 
@@ -78,6 +95,20 @@ class Drafter(Protocol):
         """How many of the draft tokens it has guesses for. Asked before a pass is laid out: what has no guess
         takes no row of it."""
         return scheduled.num_drafts
+
+    def can_grow(self) -> bool:
+        """Whether `grow` may take the place of `propose` where `DraftInput.chain_only` is not set, so that a
+        CUDA graph may hold it: it reads nothing but tensors, and waits for none of them."""
+        return False
+
+    @property
+    def root_heads(self) -> int | None:
+        """Query heads of the attention that `grow` has read at the roots; None where it needs none."""
+        return None
+
+    def grow(self, rows: RootRows) -> tuple[Tensor, Tensor]:
+        """`propose` on tensors alone: tokens and parents as in `Proposal`. Only where `can_grow` says so."""
+        raise TypeError(f"{type(self).__name__} guesses by propose() alone")
 
     @abstractmethod
     def propose(self, draft: DraftInput) -> Proposal:

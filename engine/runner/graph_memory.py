@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.runner.capture import default_buckets
+from engine.runner.capture import default_buckets, num_guessed_levels
 from engine.runner.runner import Runner
 from engine.scheduling.scheduler import SchedulerLimits
 from engine.triton.plan import AttentionPlan, Capacity, Scratch, programs_at_once
@@ -17,13 +17,17 @@ def kept_bytes(runner: Runner, limits: SchedulerLimits) -> int:
 
     What the driver takes for a graph itself is not among them.
     """
-    cache, config = runner.cache, runner.decoder.config
-    heads = PagedHeads.of(cache, config.num_heads, config.num_kv_heads)
+    cache, config, drafter = runner.cache, runner.decoder.config, runner.drafter
     programs, nowhere = programs_at_once(cache.k.device), torch.device("meta")
     scratch, total = Scratch(nowhere), 0
     for bucket in default_buckets(limits, config.max_positions):
-        blocks = -(-(limits.max_model_len + bucket.max_nodes) // cache.block_size)
-        capacity = Capacity(bucket.num_requests, bucket.num_tokens, bucket.max_nodes, blocks)
-        total += AttentionPlan.reserve(capacity, heads, nowhere, programs, scratch).nbytes
+        plans = [(bucket, config.num_heads)]
+        if drafter is not None and drafter.root_heads is not None and num_guessed_levels(runner, bucket):
+            plans.append((bucket.roots(), drafter.root_heads))
+        for size, num_heads in plans:
+            heads = PagedHeads.of(cache, num_heads, config.num_kv_heads)
+            blocks = -(-(limits.max_model_len + size.max_nodes) // cache.block_size)
+            capacity = Capacity(size.num_requests, size.num_tokens, size.max_nodes, blocks)
+            total += AttentionPlan.reserve(capacity, heads, nowhere, programs, scratch).nbytes
         total += bucket.num_tokens * config.hidden_size * runner.decoder.embedding.itemsize
     return total + scratch.nbytes

@@ -1,27 +1,28 @@
-"""CUDA graphs of decoding passes: one for each of a few sizes, which smaller passes are padded to.
+"""CUDA graphs of decoding passes: some for each of a few sizes, which smaller passes are padded to.
 
-A pass whose requests each bring their root and a tree, no prompts, has few shapes. It is captured in two
-parts: the *forward* part fills the trees in, runs the decoder and lets the drafter look; the *settling* part
-draws greedy targets, accepts, compacts and packs what was committed. Where a request samples or is penalised,
-the second part runs as it does without graphs. Everything that differs from step to step is copied into the
-same places on the device beforehand.
+A pass whose requests each bring their root and a tree, no prompts, has few shapes. It is captured in three
+parts: the *drafting* part asks the heads, once for each number of levels they may be asked for; the *forward*
+part fills the trees in, runs the decoder and lets the drafter look; the *settling* part draws greedy targets,
+accepts, compacts and packs what was committed. Where nobody asks the heads, the first part is left out; where
+a request samples or is penalised, the third runs as it does without graphs. Everything that differs from step
+to step is copied into the same places on the device beforehand, see `engine.runner.step_buffers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from engine.model.decoder import Attention
 from engine.runner.drafter import Proposal
-from engine.runner.step_input import IntArray, PassInput, StepInput
-from engine.runner.step_layout import StepLayout, lay_out_step
+from engine.runner.step_buffers import Bucket, StepBuffers
+from engine.runner.step_input import PassShape, StepInput
 from engine.scheduling.batch import Batch
+from trees.select import Chains
 from trees.verify import DraftTrees
 
 _REHEARSALS = 2  # the second finds kernels compiled and workspaces in place
@@ -39,41 +40,24 @@ class Capture(Protocol):
         """What does the same again. It need not have run when this returns."""
 
 
-@dataclass(frozen=True, order=True)
-class Bucket:
-    """The largest pass that a graph serves: the tokens in it, its requests, the nodes of one tree."""
-
-    num_tokens: int
-    num_requests: int
-    max_nodes: int
-
-    @classmethod
-    def of(cls, num_requests: int, num_tokens: int, max_nodes: int) -> Bucket:
-        """max_nodes: of any tree. Where each request has its root, one tree has what tokens are left."""
-        num_tokens = min(num_tokens, num_requests * max_nodes)
-        return cls(num_tokens, num_requests, min(max_nodes, num_tokens - num_requests + 1))
-
-    def holds(self, batch: Batch) -> bool:
-        """Whether a batch fits, by size."""
-        widest = max((s.num_drafts + 1 for s in batch.scheduled), default=0)
-        return (
-            batch.num_tokens <= self.num_tokens
-            and len(batch.scheduled) <= self.num_requests
-            and widest <= self.max_nodes
-        )
-
-
 @dataclass(frozen=True)
 class FixedAttention:
     """Attention that is made once for a bucket. `load` tells it of a pass, without rows of padding; what
-    `attention` computes with lies in the same places ever after."""
+    `attention` computes with lies in the same places ever after. Rows may see less than `load` was told:
+    what is in `prefix_len` when it computes."""
 
     attention: Attention
-    load: Callable[[PassInput], None]
+    load: Callable[[PassShape], None]
+    prefix_len: Tensor  # [num_tokens] integers
 
 
 class Work(Protocol):
     """What the graphs hold, on tensors alone."""
+
+    def grow(
+        self, step: StepInput, chains: Chains, levels: int, attention: Attention | None
+    ) -> tuple[Tensor, Tensor]:
+        """Ask the heads about every request: as `engine.runner.drafter.Drafter.grow`."""
 
     def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
         """Fill the step in and run it: the hidden rows, [num_tokens, hidden]."""
@@ -82,107 +66,68 @@ class Work(Protocol):
         """Commit what greedy requests gain; as `engine.runner.commit.pack` returns it."""
 
 
-MakeAttention = Callable[[Bucket, Tensor, Tensor], FixedAttention]  # from slots and ancestors, [num_tokens]
+# From a bucket, the number of query heads, and slots and ancestors, both [num_tokens]
+MakeAttention = Callable[[Bucket, int, Tensor, Tensor], FixedAttention]
 
 
-class StepBuffers:
-    """The places on the device of all that a pass of one bucket is told.
+class DraftGraphs:
+    """The graphs by which heads guess for one bucket, one for each number of levels.
 
-    spare_slot: a row of the runner's per-request state that belongs to nobody, for requests of padding.
+    attention: of the roots, where the heads need one.
     """
 
-    def __init__(self, bucket: Bucket, spare_slot: int, device: torch.device) -> None:
-        self.bucket = bucket
-        self.spare_slot = spare_slot
-        self._device = device
-        tokens, requests, nodes = bucket.num_tokens, bucket.num_requests, bucket.max_nodes
-        per_token = ("token_ids", "positions", "slots", "rows", "places")
-        per_request = (
-            *("num_nodes", "roots", "first_row", "drafting", "state_slots", "first_rows", "before_slots"),
-        )
-        self._shapes: dict[str, tuple[int, ...]] = {
-            **dict.fromkeys(per_token, (tokens,)),
-            **dict.fromkeys(per_request, (requests,)),
-            "node_slots": (requests, nodes),
-        }
-        sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
-        self._buffer = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        parts = torch.split(self._buffer, sizes)
-        self._tensors = {
-            name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
-        }
-        self.ancestors = self._buffer.new_zeros(tokens)
-        # Guesses and their parents; those of earlier steps that remain past a tree's nodes are valid, too.
-        self._guesses = self._buffer.new_zeros(requests, nodes - 1)
-        self._parents = self._buffer.new_zeros(requests, nodes - 1)
-        nothing = np.zeros(0, dtype=np.int64)
-        empty = StepLayout([], {"first_row": nothing}, nothing, nothing, [], nothing, nodes)
-        self.step = empty.step(self._tensors, self.ancestors, is_padded=True)  # the whole bucket
+    def __init__(
+        self, buffers: StepBuffers, attention: FixedAttention | None, work: Work, num_levels: int
+    ) -> None:
+        self._buffers, self._attention, self._work = buffers, attention, work
+        self._runs: list[Run] = [partial(self._run, levels) for levels in range(1, num_levels + 1)]
 
     @property
-    def slots(self) -> Tensor:
-        return self._tensors["slots"]
+    def num_levels(self) -> int:
+        return len(self._runs)
 
-    def trees(self) -> DraftTrees:
-        """Of the whole bucket, from what was loaded."""
-        tokens = torch.cat((self._tensors["roots"].unsqueeze(1), self._guesses), dim=1)
-        parents = torch.nn.functional.pad(self._parents, (1, 0))
-        return DraftTrees.build(tokens, parents, self._tensors["num_nodes"], self.bucket.max_nodes - 1)
+    def rehearse(self, capture: Capture) -> None:
+        """On a pass that has been prepared and completed."""
+        capture.rehearse(self._runs[-1])
 
-    def load(
-        self, batch: Batch, proposal: Proposal | None, block_size: int, before_slots: Sequence[int]
-    ) -> StepInput:
-        """Copy a pass into the places, and return it without its padding."""
-        layout = lay_out_step(batch, block_size, before_slots, self.bucket.max_nodes)
-        packed = torch.empty(len(self._buffer), dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        self._pad(layout, packed.numpy())
-        self._buffer.copy_(packed, non_blocking=True)
-        real = {name: self._tensors[name][: len(values)] for name, values in layout.arrays.items()}
-        if proposal is not None:
-            columns = slice(1, min(self.bucket.max_nodes, proposal.tokens.shape[1]))
-            width = columns.stop - 1
-            self._guesses[real["drafting"], :width] = proposal.tokens[:, columns]
-            self._parents[real["drafting"], :width] = proposal.parents[:, columns]
-        return layout.step(real, self.ancestors[: batch.num_tokens])
+    def record(self, capture: Capture) -> None:
+        self._runs = [capture.record(run) for run in self._runs]
 
-    def _pad(self, layout: StepLayout, packed: IntArray) -> None:
-        """Write all arrays, longer by what belongs to nobody."""
-        arrays, bucket = layout.arrays, self.bucket
-        num_requests = len(layout.scheduled)
-        fill = {name: 0 for name in arrays}
-        fill["slots"] = -1
-        fill["num_nodes"] = 1
-        fill["state_slots"] = self.spare_slot
-        # The first request again: whatever is written for it is written twice, the same.
-        fill["before_slots"] = arrays["before_slots"][0]
-        fill["node_slots"] = arrays["node_slots"][0, 0]
-        # A node that no tree has: what is read there is valid, what is written there nobody reads.
-        fill["places"] = num_requests * bucket.max_nodes
-        if num_requests == bucket.num_requests:
-            narrow = int(np.argmin(arrays["num_nodes"]))
-            fill["places"] = narrow * bucket.max_nodes + int(arrays["num_nodes"][narrow])
-        start = 0
-        for name, shape in self._shapes.items():
-            values, stop = arrays[name].reshape(-1), start + int(np.prod(shape))
-            packed[start : start + len(values)] = values
-            packed[start + len(values) : stop] = fill[name]
-            if name == "rows":
-                packed[start:stop] = np.arange(shape[0])
-            start = stop
+    def prepare(self, shape: PassShape) -> None:
+        if self._attention is not None:
+            self._attention.load(shape.roots())
+
+    def guess(self, levels: int) -> None:
+        """Guess for a pass that has been prepared and completed."""
+        self._runs[levels - 1]()
+
+    def _run(self, levels: int) -> None:
+        buffers, fixed = self._buffers, self._attention
+        buffers.place_roots(None if fixed is None else fixed.prefix_len)
+        attention = None if fixed is None else fixed.attention
+        buffers.guess(*self._work.grow(buffers.step(), buffers.chains(), levels, attention))
 
 
 class StepGraph:
     """The graphs of one bucket; until they are recorded, their work is done as it is written."""
 
+    _shape: PassShape  # of the pass that was prepared
+    _levels: int
     _trees: DraftTrees
     _hidden: Tensor
     _packed: Tensor
 
-    def __init__(self, buffers: StepBuffers, attention: FixedAttention, work: Work, block_size: int) -> None:
+    def __init__(
+        self,
+        buffers: StepBuffers,
+        attention: FixedAttention,
+        drafting: DraftGraphs | None,
+        work: Work,
+    ) -> None:
         self._buffers = buffers
         self._attention = attention
+        self._drafting = drafting
         self._work = work
-        self._block_size = block_size
         self._forward: Run = self._run_forward
         self._settle: Run = self._run_settle
 
@@ -190,23 +135,46 @@ class StepGraph:
     def bucket(self) -> Bucket:
         return self._buffers.bucket
 
+    @property
+    def num_levels(self) -> int:
+        """Of guesses that it can make itself."""
+        return 0 if self._drafting is None else self._drafting.num_levels
+
     def record(self, capture: Capture, example: Batch) -> None:
-        """From now on run what is captured of both parts. example: a pass that the bucket holds."""
+        """From now on run what is captured of all parts. example: a pass that the bucket holds."""
         for _ in range(_REHEARSALS):
-            self.load(example, None, [self._buffers.spare_slot] * len(example.scheduled))
+            self.prepare(example, self.num_levels)
+            self._buffers.complete(example, None, [self._buffers.spare_slot] * len(example.scheduled))
+            if self._drafting is not None:
+                self._drafting.rehearse(capture)
             capture.rehearse(self._run_forward)
             capture.rehearse(self._run_settle)
+        if self._drafting is not None:
+            self._drafting.record(capture)
         self._forward = capture.record(self._run_forward)
         self._settle = capture.record(self._run_settle)
 
-    def load(self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int]) -> StepInput:
-        """Tell the graphs of a pass that the bucket holds; returns it without padding."""
-        step = self._buffers.load(batch, proposal, self._block_size, before_slots)
-        self._attention.load(step)
-        return step
+    def prepare(self, batch: Batch, levels: int) -> None:
+        """Tell the graphs of a pass that the bucket holds, as far as it does not depend on the pass before,
+        which need not have ended.
+
+        levels: of guesses that are to be made here, in the place of a proposal; at most `num_levels`.
+        """
+        self._levels = levels
+        self._shape = self._buffers.prepare(batch)
+        if self._drafting is not None and levels:
+            self._drafting.prepare(self._shape)
+        self._attention.load(self._shape)
+
+    def complete(self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int]) -> StepInput:
+        """Tell them the rest, and guess; returns the pass without padding."""
+        self._buffers.complete(batch, proposal, before_slots)
+        if self._drafting is not None and self._levels:
+            self._drafting.guess(self._levels)
+        return self._buffers.step(batch, self._shape)
 
     def forward(self, step: StepInput) -> tuple[DraftTrees, Tensor]:
-        """Run what was loaded: its trees, and its hidden rows [num_tokens, hidden]. Both are gone with the
+        """Run what was completed: its trees, and its hidden rows [num_tokens, hidden]. Both are gone with the
         next step."""
         self._forward()
         num_requests = len(step.scheduled)
@@ -218,12 +186,12 @@ class StepGraph:
         return self._packed[: len(step.scheduled)]
 
     def _run_forward(self) -> None:
-        step = self._buffers.step
+        self._buffers.place(self._attention.prefix_len)
         self._trees = self._buffers.trees()
-        self._hidden = self._work.forward(step, self._trees, self._attention.attention)
+        self._hidden = self._work.forward(self._buffers.step(), self._trees, self._attention.attention)
 
     def _run_settle(self) -> None:
-        self._packed = self._work.settle(self._buffers.step, self._trees, self._hidden)
+        self._packed = self._work.settle(self._buffers.step(), self._trees, self._hidden)
 
 
 class StepGraphs:

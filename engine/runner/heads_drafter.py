@@ -14,11 +14,12 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
+from engine.model.decoder import Attention
 from engine.native.attention import NativeAttention
 from engine.native.hydra import NativeHydra, NativePrefix, can_take_heads, can_take_prefix
 from engine.native.precision import draft_linear
 from engine.runner.attention import paged_attention
-from engine.runner.drafter import Drafter, DraftInput, Proposal
+from engine.runner.drafter import Drafter, DraftInput, Proposal, RootRows
 from engine.runner.kv_cache import KVCache
 from engine.runner.ngram_drafter import propose_chains
 from engine.runner.noise import Noise
@@ -29,7 +30,7 @@ from heads.base import DraftHeads, plain_linear
 from heads.checkpoint import HeadSet
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
-from trees.select import grow_trees, make_chains, most_drafts
+from trees.select import Guess, grow_trees, make_chains, most_drafts
 from trees.verify import DraftTrees
 
 
@@ -105,18 +106,8 @@ class HeadsDrafter(Drafter):
                 hidden, draft.roots, num_nodes, max_depth, chains.token_ids, chains.sure, least, noise
             )
             return Proposal(tokens, parents, max(max_depth, chains.length), num_nodes.tolist())
-        state = self._heads.begin(hidden, draft.roots, max_depth)
-
-        def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
-            nonlocal state
-            added = None
-            if noise is not None:
-                added = noise.of_level(level, self._heads.num_tokens, hidden.device, self._heads.token_map)
-            guesses, log_probs, state = self._heads.guess(level, state, tokens, origins, num_guesses, added)
-            return guesses, log_probs
-
         tokens, parents, num_nodes = grow_trees(
-            guess,
+            self._guess_from(hidden, draft.roots, max_depth, noise),
             draft.roots,
             num_nodes,
             draft.max_nodes,
@@ -126,6 +117,40 @@ class HeadsDrafter(Drafter):
         )
         grown = num_nodes.tolist() if self.trims else None
         return Proposal(tokens, parents, max(max_depth, chains.length), grown)
+
+    def can_grow(self) -> bool:
+        return not self.trims
+
+    @property
+    def root_heads(self) -> int | None:
+        return None if self._heads.prefix_layer is None else self._heads.prefix_layer.num_heads
+
+    def grow(self, rows: RootRows) -> tuple[Tensor, Tensor]:
+        hidden = rows.hidden
+        if isinstance(self._prefix, _CachedPrefix) and rows.attention is not None:
+            hidden = self._prefix.start_rows(hidden, rows.roots, rows.positions, rows.attention)
+        guess = self._guess_from(hidden, rows.roots, rows.levels)
+        tokens, parents, _ = grow_trees(
+            guess, rows.roots, rows.num_nodes, rows.max_nodes, rows.levels, rows.chains
+        )
+        return tokens, parents
+
+    def _guess_from(self, hidden: Tensor, roots: Tensor, levels: int, noise: Noise | None = None) -> Guess:
+        """The heads as `grow_trees` asks them.
+
+        hidden: [num_requests, hidden], what they start from; noise: of the draws to guess.
+        """
+        state = self._heads.begin(hidden, roots, levels)
+
+        def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
+            nonlocal state
+            added = None
+            if noise is not None:
+                added = noise.of_level(level, self._heads.num_tokens, hidden.device, self._heads.token_map)
+            guesses, log_probs, state = self._heads.guess(level, state, tokens, origins, num_guesses, added)
+            return guesses, log_probs
+
+        return guess
 
     def observe(
         self, step: StepInput, trees: DraftTrees, hidden: Tensor, rows_before: Callable[[], Tensor]
@@ -161,10 +186,14 @@ class _CachedPrefix:
         """What heads start from at each root, [num_requests, hidden]."""
         rows = _rows_of_roots(draft, self._cache.block_size)
         attention = paged_attention(rows, self._cache, self._layer.num_heads, self._layer.num_kv_heads)
-        entries = self._layer.entries(draft.hidden, F.embedding(draft.roots, self._embedding))
-        q = self._layer.queries(entries, rows.positions)
-        read = attention(self._number, q, *self._layer.keys_values(entries, rows.positions))
-        return self._layer.finish(draft.hidden, read)
+        return self.start_rows(draft.hidden, draft.roots, rows.positions, attention)
+
+    def start_rows(self, hidden: Tensor, roots: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """The same from tensors; see RootRows."""
+        entries = self._layer.entries(hidden, F.embedding(roots, self._embedding))
+        q = self._layer.queries(entries, positions)
+        read = attention(self._number, q, *self._layer.keys_values(entries, positions))
+        return self._layer.finish(hidden, read)
 
     def write(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
         """Entries of all tokens of a pass, drafts included. hidden: [num_tokens, hidden], the base's rows;

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,16 +13,20 @@ from engine.model.decoder import Attention, Decoder
 from engine.native.decoder import NativeDecoder
 from engine.runner.attention import paged_attention
 from engine.runner.commit import compact, pack, unpack
-from engine.runner.drafter import Drafter, DraftInput, Proposal
+from engine.runner.drafter import Drafter, Proposal, RootRows
+from engine.runner.drafting import levels_of, limit_drafts, make_trees, propose
 from engine.runner.graphs import StepGraph, StepGraphs
 from engine.runner.kv_cache import KVCache
 from engine.runner.per_request import PerRequest
 from engine.runner.sampler import Sampler, is_plain, token_logprobs
 from engine.runner.step_input import CommitRows, StepInput
 from engine.runner.step_layout import build_step
-from engine.runner.transfer import together
-from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
+from engine.runner.transfer import to_host
+from engine.scheduling.batch import Batch, CommittedTokens
+from trees.select import Chains
 from trees.verify import DraftTrees, deepest_accepted
+
+Collect = Callable[[], list[CommittedTokens]]
 
 
 @dataclass
@@ -30,6 +34,14 @@ class _Behind:
     """`length`: how many positions a request had computed when its hidden row was kept."""
 
     length: int = 0
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A pass that a graph has been told of before it is known where its requests stand."""
+
+    batch: Batch
+    graph: StepGraph
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Runner:
         self._hidden = decoder.embedding.new_zeros(max_num_seqs + 2, config.hidden_size)
         self.spare_slot, self._zero_slot = max_num_seqs, max_num_seqs + 1
         self._graphs = StepGraphs()
+        self._prepared: _Prepared | None = None
         self._behind: PerRequest[_Behind] = PerRequest(lambda _: _Behind())
         if drafter is not None:
             drafter.attach(config, cache)
@@ -76,16 +89,49 @@ class Runner:
         if self.drafter is not None:
             self.drafter.attach(self.decoder.config, self.cache)
 
-    @torch.inference_mode()
+    @property
+    def works_by_itself(self) -> bool:
+        """Whether passes go on while the host does something else."""
+        return self._device.type == "cuda" and len(self._graphs) > 0
+
     def execute(self, batch: Batch) -> list[CommittedTokens]:
         """Run one pass; entry i of the result belongs to `batch.scheduled[i]`.
 
         Lowers `num_drafts` of requests that the drafter has fewer guesses for.
         """
-        proposal = self._draft(batch)
-        graph = self._graphs.find(batch)
+        return self.launch(batch)()
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Collect:
+        """The same in two parts: what is returned waits for the result. Until it has been called, no other
+        pass may be launched, but one may be prepared."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared.batch is batch:
+            return self._replay(prepared.graph, batch, None)
+        graph, proposal = self._draft(batch)
         if graph is not None:
+            graph.prepare(batch, min(levels_of(self.drafter, batch), graph.num_levels))
             return self._replay(graph, batch, proposal)
+        results = self._run(batch, proposal)
+        return lambda: results
+
+    @torch.inference_mode()
+    def prepare(self, batch: Batch) -> None:
+        """Lay out a pass that will be launched next, unless another is, while the one before it runs. Its
+        requests all decode, and gain `most_gained` tokens at most before."""
+        self._prepared = None
+        if self.drafter is not None and not self.drafter.observes_tensors:
+            return
+        limit_drafts(self.drafter, batch)
+        levels = levels_of(self.drafter, batch)
+        graph = self._graphs.find(batch)
+        guessed = levels > 0 or not any(s.num_drafts for s in batch.scheduled)
+        if graph is not None and guessed and levels <= graph.num_levels:
+            graph.prepare(batch, levels)
+            self._prepared = _Prepared(batch, graph)
+
+    def _run(self, batch: Batch, proposal: Proposal | None) -> list[CommittedTokens]:
+        """Without a graph."""
         step, trees = self._fill(batch, proposal)
         config = self.decoder.config
         attention = paged_attention(step, self.cache, config.num_heads, config.num_kv_heads)
@@ -98,15 +144,36 @@ class Runner:
             self._keep_chunk_rows(step, hidden)
         return results
 
-    def _replay(self, graph: StepGraph, batch: Batch, proposal: Proposal | None) -> list[CommittedTokens]:
-        """The same by a graph."""
-        step = graph.load(batch, proposal, self._before_slots(batch))
+    def _replay(self, graph: StepGraph, batch: Batch, proposal: Proposal | None) -> Collect:
+        """By a graph that has been prepared."""
+        step = graph.complete(batch, proposal, self._before_slots(batch))
         trees, hidden = graph.forward(step)
         if self.drafter is not None and not self.drafter.observes_tensors:
             self._observe(step, trees, hidden)
         if not all(is_plain(scheduled.request.sampling) for scheduled in batch.scheduled):
-            return self._commit(batch, step, trees, hidden)
-        return self._collect(batch, step.commits, graph.settle(step), None)
+            results = self._commit(batch, step, trees, hidden)
+            return lambda: results
+        packed = to_host(graph.settle(step))
+        return lambda: self._collect(batch, step.commits, packed(), None)
+
+    def grow(
+        self, step: StepInput, chains: Chains, levels: int, attention: Attention | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `engine.runner.graphs.Work`."""
+        if self.drafter is None:
+            raise RuntimeError("there is nobody to guess")
+        commits = step.commits
+        rows = RootRows(
+            hidden=self._hidden[commits.state_slots],
+            roots=commits.roots,
+            positions=step.positions[step.first_rows],
+            num_nodes=commits.num_nodes,
+            max_nodes=commits.max_nodes,
+            levels=levels,
+            chains=chains,
+            attention=attention,
+        )
+        return self.drafter.grow(rows)
 
     def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
         """See `engine.runner.graphs.Work`."""
@@ -149,20 +216,28 @@ class Runner:
     @torch.inference_mode()
     def draft(self, batch: Batch) -> None:
         """Only the guesses of a pass, to measure what they cost."""
-        self._fill(batch, self._draft(batch))
+        graph, proposal = self._draft(batch)
+        if graph is None:
+            self._fill(batch, proposal)
+        else:
+            graph.prepare(batch, min(levels_of(self.drafter, batch), graph.num_levels))
+            graph.complete(batch, proposal, self._before_slots(batch))
 
-    def _draft(self, batch: Batch) -> Proposal | None:
-        """What the drafter guesses, and from then on how large trees are."""
-        if self.drafter is not None:
-            for scheduled in batch.scheduled:
-                if scheduled.num_drafts:
-                    scheduled.num_drafts = self.drafter.limit(scheduled)
-        return self._propose([s for s in batch.scheduled if s.num_drafts])
+    def _draft(self, batch: Batch) -> tuple[StepGraph | None, Proposal | None]:
+        """The graph for a pass, and what the drafter guesses where the graph does not do it; from then on it
+        is known how large trees are."""
+        limit_drafts(self.drafter, batch)
+        if levels_of(self.drafter, batch):
+            graph = self._graphs.find(batch)
+            if graph is not None and graph.num_levels:
+                return graph, None
+        proposal = propose(self.drafter, batch, self._hidden)
+        return self._graphs.find(batch), proposal
 
     def _fill(self, batch: Batch, proposal: Proposal | None) -> tuple[StepInput, DraftTrees]:
         """The pass of a batch with its trees filled in."""
         step = build_step(batch, self.cache.block_size, self._device, self._before_slots(batch))
-        trees = self._trees(step.commits, proposal)
+        trees = make_trees(step.commits, proposal)
         step.fill(trees)
         return step, trees
 
@@ -183,50 +258,6 @@ class Runner:
                 request = scheduled.request
                 self._hidden[request.slot] = hidden[int(end) - 1]
                 self._behind[request].length = request.num_computed + scheduled.num_tokens
-
-    def _propose(self, drafting: list[ScheduledRequest]) -> Proposal | None:
-        """Guesses for these requests; lowers the number of drafts of those that get fewer."""
-        if not drafting or self.drafter is None:
-            return None
-        requests = [scheduled.request for scheduled in drafting]
-        known = {
-            "slots": np.array([request.slot for request in requests], dtype=np.int64),
-            "roots": np.array([request.token_ids[-1] for request in requests], dtype=np.int64),
-        }
-        known_there = together(known, self._device)
-        draft = DraftInput(
-            requests=requests,
-            chains=[scheduled.chain for scheduled in drafting],
-            budgets=[scheduled.num_drafts + 1 for scheduled in drafting],
-            least=[scheduled.allowance.least for scheduled in drafting],
-            chain_only=not any(scheduled.guesses for scheduled in drafting),
-            hidden=self._hidden[known_there["slots"]],
-            roots=known_there["roots"],
-        )
-        proposal = self.drafter.propose(draft)
-        if proposal.num_nodes is not None:
-            for scheduled, num_nodes in zip(drafting, proposal.num_nodes, strict=True):
-                scheduled.num_drafts = num_nodes - 1
-            grown = [index for index, num_nodes in enumerate(proposal.num_nodes) if num_nodes > 1]
-            if len(grown) < len(drafting):
-                proposal = replace(proposal, tokens=proposal.tokens[grown], parents=proposal.parents[grown])
-        return proposal
-
-    def _trees(self, commits: CommitRows, proposal: Proposal | None) -> DraftTrees:
-        """Trees of all that commit, [num_commits, max_nodes]: of most, or of many, the root alone."""
-        tokens = torch.nn.functional.pad(commits.roots.unsqueeze(1), (0, commits.max_nodes - 1))
-        parents, max_depth = torch.zeros_like(tokens), 0
-        if len(commits.drafting) and proposal is None:  # only when costs are measured: all guess token 0
-            max_depth = 1
-        elif proposal is not None:
-            all_draft = len(commits.drafting) == len(commits.scheduled)
-            members = slice(None) if all_draft else commits.drafting
-            # The roots are known, whatever a drafter makes of them.
-            inner = slice(1, commits.max_nodes)
-            tokens[members, 1:] = proposal.tokens[:, inner]
-            parents[members, 1:] = proposal.parents[:, inner]
-            max_depth = proposal.max_depth
-        return DraftTrees.build(tokens, parents, commits.num_nodes, max_depth)
 
     def _collect(
         self, batch: Batch, commits: CommitRows, packed: Tensor, logits: Tensor | None

@@ -30,7 +30,7 @@ class StepLayout:
     context_lens: IntArray
     max_nodes: int
 
-    def step(self, tensors: Mapping[str, Tensor], ancestors: Tensor, *, is_padded: bool = False) -> StepInput:
+    def step(self, tensors: Mapping[str, Tensor], ancestors: Tensor) -> StepInput:
         """The pass with its arrays on the device. ancestors: [num_tokens] int64, zeros where no tree is."""
         t, offsets = tensors, self.arrays["first_row"].tolist()
         commits = CommitRows(
@@ -59,17 +59,11 @@ class StepLayout:
             commits=commits,
             first_rows=t["first_rows"],
             before_slots=t["before_slots"],
-            is_padded=is_padded,
         )
 
 
-def lay_out_step(
-    batch: Batch, block_size: int, before_slots: Sequence[int], max_nodes: int | None = None
-) -> StepLayout:
-    """The pass that a batch asks for.
-
-    before_slots: see StepInput; max_nodes: columns of the trees, of the largest where None.
-    """
+def lay_out_step(batch: Batch, block_size: int, before_slots: Sequence[int]) -> StepLayout:
+    """The pass that a batch asks for. before_slots: see StepInput."""
     scheduled = batch.scheduled
     known = [s.request.num_computed + s.num_tokens for s in scheduled]
     rows = lay_out_rows(
@@ -87,7 +81,7 @@ def lay_out_step(
             first_nodes.append(first)
     committing = [s for s in scheduled if s.commits]
     num_nodes = np.array([s.num_drafts + 1 for s in committing], dtype=np.int64)
-    max_nodes = max_nodes or int(num_nodes.max(initial=1))
+    max_nodes = int(num_nodes.max(initial=1))
     return StepLayout(
         scheduled=scheduled,
         arrays={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,22 @@ def to_device(values: NDArray[np.int64] | NDArray[np.float32], device: torch.dev
         return tensor
     # Pinned, so that the copy is the device's work; torch keeps the memory until it is done.
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Set off a copy to the host; the call that is returned waits for it."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return wait
 
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.messages import TokenLogprobs
-from engine.scheduling.drafting import NOTHING, Allowance
+from engine.scheduling.drafting import NOTHING, Allowance, SpeculationReport
 from engine.scheduling.ngrams import NO_CHAIN, Chain
 from engine.scheduling.request import Request
 
@@ -37,6 +37,7 @@ class ScheduledRequest:
     num_drafts: int = 0
     chain: Chain = NO_CHAIN  # what followed its last tokens before, for the drafter to weigh
     base: int = 0  # positions its request had computed before the pass
+    most_gained: int = 0  # tokens that a pass still under way may bring before this one
     allowance: Allowance = NOTHING  # what it may draft; `num_drafts` is what it does
     num_committed: int = 0  # what the step brought, once it is known
     num_accepted: int = 0
@@ -60,6 +61,7 @@ class Batch:
     num_out_of_memory: int = 0  # attempts at its pass that memory was short for
     prefix_queries: int = 0
     prefix_hits: int = 0
+    speculation: SpeculationReport = SpeculationReport("off")  # what was decided of it for this batch
 
     @property
     def num_tokens(self) -> int:

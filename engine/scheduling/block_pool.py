@@ -50,6 +50,15 @@ class BlockPool:
     def num_held(self) -> int:
         return self.num_blocks - self.num_available
 
+    def extend(self, block_table: list[int], num_positions: int) -> bool:
+        """Make a block table as long as so many logical positions need; False where blocks are short."""
+        missing = -(-num_positions // self.block_size) - len(block_table)
+        if missing > self.num_available:
+            return False
+        if missing > 0:
+            block_table.extend(self.allocate(missing))
+        return True
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks with one reference each. Raises OutOfBlocks, then nothing has changed."""
         if count > self.num_available:

@@ -88,6 +88,7 @@ class StepCost:
     num_guessing: int  # requests that heads guessed for
     depth: int  # levels that heads were asked for, 0 where they were not
     seconds: float
+    probing: bool = False  # whether it went without drafts to learn what they cost
 
     @property
     def drafts(self) -> Drafts:

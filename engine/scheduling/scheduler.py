@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from engine.messages import RequestOutput, SamplingParams
 from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.drafting import Acceptance, Candidate, Load
+from engine.scheduling.draft_planner import DraftPlanner
+from engine.scheduling.drafting import Acceptance
 from engine.scheduling.request import Request
 from engine.scheduling.speculation import SpeculationPolicy
 
@@ -58,6 +59,7 @@ class Scheduler:
         self._running: list[Request] = []  # oldest first
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_short = 0  # steps to go without admitting anybody, because passes had no memory
+        self._drafts = DraftPlanner(pool, policy, limits.max_drafts, limits.max_model_len, ngrams)
 
     @property
     def num_running(self) -> int:
@@ -115,8 +117,51 @@ class Scheduler:
         self._num_short = max(self._num_short - 1, 0) if self._running else 0
         budget = self._schedule_running(batch)
         budget = self._admit_waiting(batch, budget)
-        self._add_drafts(batch, budget)
+        self._drafts.plan(batch, budget)
+        self._drafts.settle()
         return batch
+
+    def plan_ahead(self, batch: Batch) -> Batch | None:
+        """The batch after one whose result is not known yet, None where it depends on that: who takes part,
+        and how large trees are, does not where all decode. Blocks are taken for the longest outcome.
+
+        It counts once it is confirmed, and until then nobody else is scheduled.
+        """
+        if self._is_due(batch):
+            return None
+        ahead = Batch()
+        for scheduled in batch.scheduled:
+            request, most_gained = scheduled.request, scheduled.num_drafts + 1
+            goes_on = scheduled.commits and request.has_hidden and request.num_remaining > 1
+            longest = len(request.token_ids) + most_gained
+            if not (
+                goes_on
+                and longest <= self.limits.max_model_len
+                and self.pool.extend(request.block_table, longest)
+            ):
+                return None
+            ahead.scheduled.append(
+                ScheduledRequest(request, 1, base=request.num_computed, most_gained=most_gained)
+            )
+        self._drafts.plan(ahead, self.limits.max_num_batched_tokens - len(ahead.scheduled))
+        return ahead
+
+    def confirm(self, ahead: Batch) -> bool:
+        """Whether a batch that was planned ahead is the next, now that the one before has been taken in. If
+        not, nothing has come of it but blocks that are held for longer, and `schedule` goes its way."""
+        if self._is_due(ahead) or any(s.request.num_pending != 1 for s in ahead.scheduled):
+            return False
+        for scheduled in ahead.scheduled:
+            scheduled.base, scheduled.most_gained = scheduled.request.num_computed, 0
+        if not self._drafts.join_chains(ahead):
+            return False
+        self._drafts.settle()
+        return True
+
+    def _is_due(self, batch: Batch) -> bool:
+        """Whether others than these requests are to be scheduled."""
+        may_join = bool(self._waiting and self._slots) or self._num_short > 0
+        return may_join or [s.request for s in batch.scheduled] != self._running
 
     def _schedule_running(self, batch: Batch) -> int:
         """Give every running request its pending tokens, preempting the youngest where blocks run out."""
@@ -125,7 +170,7 @@ class Scheduler:
         while position < len(self._running) and budget > 0:
             request = self._running[position]
             num_tokens = min(request.num_pending, budget)
-            while not self._reserve(request, request.num_computed + num_tokens):
+            while not self.pool.extend(request.block_table, request.num_computed + num_tokens):
                 if self._reclaim():
                     continue
                 self._preempt(self._running[-1])
@@ -148,8 +193,8 @@ class Scheduler:
             self.pool.share(prefix)
             request.block_table = list(prefix)
             # All its known tokens must fit, not only the first chunk: half a prompt helps nobody.
-            if not self._reserve(request, len(request.token_ids)) and not (
-                self._reclaim() and self._reserve(request, len(request.token_ids))
+            if not self.pool.extend(request.block_table, len(request.token_ids)) and not (
+                self._reclaim() and self.pool.extend(request.block_table, len(request.token_ids))
             ):
                 self.pool.release(prefix)
                 request.block_table = []
@@ -167,51 +212,6 @@ class Scheduler:
             batch.scheduled.append(ScheduledRequest(request, num_tokens, base=request.num_computed))
             budget -= num_tokens
         return budget
-
-    def _add_drafts(self, batch: Batch, budget: int) -> None:
-        committing = [scheduled for scheduled in batch.scheduled if scheduled.commits]
-        limits = [(scheduled, self._draft_limit(scheduled.request)) for scheduled in committing]
-        drafting = [scheduled for scheduled, limit in limits if limit > 0]
-        if not committing or (drafting and self._policy.rests(len(committing))):
-            return
-        candidates = [self._candidate(scheduled, limit) for scheduled, limit in limits if limit > 0]
-        num_keys = sum(scheduled.base for scheduled in committing)
-        allowances = self._policy.plan(Load(len(committing), batch.num_tokens, num_keys), candidates)
-        for scheduled, allowance in zip(drafting, allowances, strict=True):
-            request = scheduled.request
-            scheduled.allowance = allowance
-            size = min(allowance.most, budget)
-            if not self._reserve(request, len(request.token_ids) + size):
-                # Drafts never push another request out: they make do with the room there is.
-                size = len(request.block_table) * self.pool.block_size - len(request.token_ids)
-            scheduled.num_drafts = size
-            budget -= size
-
-    def _candidate(self, scheduled: ScheduledRequest, limit: int) -> Candidate:
-        request = scheduled.request
-        if self._ngrams:
-            request.ngrams.extend(request.token_ids)
-            scheduled.chain = request.ngrams.guess(request.token_ids, min(limit, request.num_remaining - 1))
-        return Candidate(request.acceptance, limit, scheduled.chain.gains, scheduled.base)
-
-    def _draft_limit(self, request: Request) -> int:
-        speculation = request.sampling.speculation
-        if not (speculation.enabled and request.has_hidden):
-            return 0
-        if request.num_remaining <= 1:  # the one token left comes without a draft
-            return 0
-        positions = self.limits.max_model_len - len(request.token_ids)  # a draft needs a logical position
-        limit = max(0, min(self.limits.max_drafts, positions))
-        return limit if speculation.max_nodes is None else min(limit, speculation.max_nodes)
-
-    def _reserve(self, request: Request, num_positions: int) -> bool:
-        """Grow the block table to `num_positions` logical positions; False where blocks are short."""
-        missing = -(-num_positions // self.pool.block_size) - len(request.block_table)
-        if missing > self.pool.num_available:
-            return False
-        if missing > 0:
-            request.block_table.extend(self.pool.allocate(missing))
-        return True
 
     def _reclaim(self) -> bool:
         """Take back the blocks that past drafts left empty; whether there were any. They are not given back

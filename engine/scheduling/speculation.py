@@ -207,7 +207,7 @@ class AdaptiveSpeculation:
     def observe_step(self, step: StepCost) -> None:
         base = self._cost.base_seconds(step.num_known, step.num_known, step.num_keys)
         added = self._added_seconds(step.num_known, step.drafts)
-        if self._state == "probing":
+        if step.probing:
             surprise = abs(step.seconds / self._correction.base_seconds(base) - 1.0)
             self._probe_after = _SOON if surprise > _SURPRISE else min(2 * self._probe_after, _LATE)
         self._correction.observe(base, float(added[0]), step.seconds)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.runner.step_input import IntArray, PassInput
+from engine.runner.step_input import IntArray, PassShape
 from engine.triton.tiles import PagedHeads, choose_tile
 from trees.family import MAX_DRAFT_NODES
 
@@ -94,7 +94,7 @@ class AttentionPlan:
 
     @classmethod
     def for_step(
-        cls, step: PassInput, heads: PagedHeads, device: torch.device, num_programs: int | None = None
+        cls, step: PassShape, heads: PagedHeads, device: torch.device, num_programs: int | None = None
     ) -> AttentionPlan:
         """The plan of one pass. `num_programs`: how many run at once; None asks the device."""
         plan = cls(heads, int(np.diff(step.starts).max(initial=1)), device, num_programs)
@@ -132,7 +132,7 @@ class AttentionPlan:
         """Without the scratch."""
         return self._buffer.nbytes
 
-    def update(self, step: PassInput) -> None:
+    def update(self, step: PassShape) -> None:
         """Plan another pass in the same place, after whatever the current stream still has to do.
 
         Raises ValueError where the pass is larger than what was reserved.
@@ -178,7 +178,7 @@ class AttentionPlan:
             packed.numpy()[place : place + values.size] = values.reshape(-1)
         self._buffer[:used].copy_(packed, non_blocking=True)
 
-    def _cut(self, step: PassInput) -> _Work:
+    def _cut(self, step: PassShape) -> _Work:
         """Tiles of queries, and runs of keys where there are fewer tiles than programs."""
         starts, queries = step.starts, self.tile.queries
         blocks = -(-step.context_lens // self.heads.block_size)

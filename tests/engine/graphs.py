@@ -11,16 +11,17 @@ from torch import Tensor
 
 from engine.runner.attention import visibility
 from engine.runner.capture import make_graphs
-from engine.runner.graphs import Bucket, FixedAttention, MakeAttention, Run
+from engine.runner.graphs import FixedAttention, MakeAttention, Run
 from engine.runner.kv_cache import KVCache
 from engine.runner.runner import Runner
-from engine.runner.step_input import PassInput
+from engine.runner.step_buffers import Bucket
+from engine.runner.step_input import PassShape
 
 MAX_CONTEXT = 144  # positions that a request may have in these tests
 
 
 class Repeating:
-    """What is captured is run again by replaying it. `num_replays` counts both parts of a step."""
+    """What is captured is run again by replaying it. `num_replays` counts each part of a step."""
 
     def __init__(self) -> None:
         self.num_replays = 0
@@ -43,13 +44,13 @@ class GatheredAttention:
         self._cache = cache
         self._slots, self._ancestors = slots, ancestors
         self._num_keys = min(cache.num_blocks * cache.block_size, MAX_CONTEXT)
-        self._prefix_len = torch.zeros(bucket.num_tokens, dtype=torch.int64)
+        self.prefix_len = torch.zeros(bucket.num_tokens, dtype=torch.int64)
         self._keys = torch.zeros(bucket.num_tokens, self._num_keys, dtype=torch.int64)  # slots
 
-    def load(self, step: PassInput) -> None:
+    def load(self, step: PassShape) -> None:
         size = self._cache.block_size
-        self._prefix_len.zero_()
-        self._prefix_len[: len(step.prefix_len)] = torch.from_numpy(step.prefix_len)
+        self.prefix_len.zero_()
+        self.prefix_len[: len(step.prefix_len)] = torch.from_numpy(step.prefix_len)
         self._keys.zero_()
         for table, start, stop in zip(step.block_tables, step.starts, step.starts[1:], strict=False):
             slots = (np.array(table)[:, None] * size + np.arange(size)).reshape(-1)
@@ -63,7 +64,7 @@ class GatheredAttention:
             x[layer].index_select(1, flat).unflatten(1, self._keys.shape).transpose(0, 1)
             for x in (self._cache.k, self._cache.v)
         )  # [num_tokens, kv_heads, num_keys, head_dim]
-        visible = visibility(self._prefix_len, self._ancestors, self._num_keys)
+        visible = visibility(self.prefix_len, self._ancestors, self._num_keys)
         out = F.scaled_dot_product_attention(
             q.unsqueeze(2), k, v, attn_mask=visible[:, None, None], enable_gqa=True
         )
@@ -71,9 +72,9 @@ class GatheredAttention:
 
 
 def gathered_attention(cache: KVCache) -> MakeAttention:
-    def make(bucket: Bucket, slots: Tensor, ancestors: Tensor) -> FixedAttention:
+    def make(bucket: Bucket, num_heads: int, slots: Tensor, ancestors: Tensor) -> FixedAttention:
         attention = GatheredAttention(bucket, cache, slots, ancestors)
-        return FixedAttention(attention, attention.load)
+        return FixedAttention(attention, attention.load, attention.prefix_len)
 
     return make
 

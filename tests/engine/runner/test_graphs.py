@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from engine.runner.capture import default_buckets, make_graphs
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import Drafter
-from engine.runner.graphs import Bucket, Run
+from engine.runner.graphs import Run
 from engine.runner.ngram_drafter import NgramDrafter
+from engine.runner.step_buffers import Bucket
 from engine.scheduling.scheduler import SchedulerLimits
 from tests.engine.families import chain, families, full
 from tests.engine.graphs import Repeating, add_graphs, gathered_attention

@@ -109,7 +109,10 @@ class Simulation:
             if num_drafting:
                 duration += self.machine.drafting_seconds(num_drafting)
             policy.observe_step(
-                StepCost(count, 0, committed, sum(sizes), 0, num_drafting, max(sizes), duration)
+                StepCost(
+                    *(count, 0, committed, sum(sizes), 0, num_drafting, max(sizes), duration),
+                    probing=policy.report().state == "probing",
+                )
             )
             self.drafts.append(sum(sizes))
             if step >= warm_up:

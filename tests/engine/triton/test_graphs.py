@@ -9,13 +9,15 @@ import torch
 
 from engine.runner.capture import _triton_attention, default_buckets, make_graphs
 from engine.runner.graph_memory import kept_bytes
-from engine.runner.graphs import Bucket
+from engine.runner.step_buffers import Bucket
 from engine.scheduling.scheduler import SchedulerLimits
 from engine.triton.plan import AttentionPlan
 from tests.engine.drafters import ScriptedDrafter
 from tests.engine.families import full
 from tests.engine.graphs import Repeating
 from tests.engine.helpers import params
+from tests.engine.runner.test_draft_graphs import Observed
+from tests.engine.runner.test_heads_drafter import bound, hydra
 from tests.engine.tiny import Arrival, TinyEngine, greedy
 from tests.engine.triton.cases import DEVICE
 
@@ -23,9 +25,11 @@ LENGTH = 8
 PROMPTS = [tuple((11 * i + 3 * p) % 128 for p in range(length)) for i, length in enumerate((1, 19, 45))]
 
 
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     DEVICE.type != "cpu", reason="the tiny engine runs on the CPU, so only interpreted kernels do"
 )
+
+
 def test_greedy_answers_by_buckets_with_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     def script(request_id: str) -> tuple[int, ...]:
         prompt = PROMPTS[int(request_id)]
@@ -63,7 +67,7 @@ def test_plans_share_their_scratch_and_what_they_keep_is_known(monkeypatch: pyte
     make = _triton_attention(runner, limits)
     for bucket in buckets:
         slots = torch.zeros(bucket.num_tokens, dtype=torch.int64)
-        make(bucket, slots, slots)
+        make(bucket, runner.decoder.config.num_heads, slots, slots)
     plans = list(made)
     storages = {plan.partials.untyped_storage() for plan in plans}
     largest = max(plan.partials.numel() + plan.shares.numel() for plan in plans)
@@ -73,3 +77,30 @@ def test_plans_share_their_scratch_and_what_they_keep_is_known(monkeypatch: pyte
         assert plan.shares.storage_offset() == ends[0] and ends[1] <= largest
     hidden = sum(bucket.num_tokens for bucket in buckets) * runner.decoder.config.hidden_size * 4
     assert kept_bytes(runner, limits) == hidden + 4 * largest + sum(plan.nbytes for plan in plans)
+
+
+def test_heads_guess_and_passes_are_prepared_by_kernels_that_were_told_of_the_longest_outcome(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = TinyEngine(full(5), Observed(bound(hydra())), block_size=16, budget=70)
+    runner, capture = engine.runner, Repeating()
+    monkeypatch.setattr(runner.cache, "has_triton", True)
+    attention = _triton_attention(runner, engine.scheduler.limits)
+    runner.use_graphs(make_graphs(runner, [Bucket.of(3, 18, 6)], attention, capture))
+    for i, prompt in enumerate(PROMPTS):
+        engine.scheduler.add(str(i), list(prompt), params(LENGTH, ignore_eos=True))
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
+    ahead, num_prepared = None, 0
+    while engine.scheduler.has_work():
+        confirmed = ahead is not None and engine.scheduler.confirm(ahead)
+        batch = ahead if ahead is not None and confirmed else engine.scheduler.schedule()
+        num_prepared += runner._prepared is not None and runner._prepared.batch is batch
+        collect = runner.launch(batch)
+        ahead = engine.scheduler.plan_ahead(batch)
+        if ahead is not None:
+            runner.prepare(ahead)
+        for output in engine.scheduler.update(batch, collect()):
+            tokens[output.request_id] += output.token_ids
+    for i, prompt in enumerate(PROMPTS):
+        assert tuple(tokens[str(i)]) == greedy(prompt, LENGTH)
+    assert num_prepared > 1
