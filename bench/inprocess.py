@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bench.facts import machine_facts
 from bench.modes import EngineMode, Mode, Run
 from bench.prompts import Prompt, read_prompts, sample
 from bench.report import print_json, print_table, quartiles
 from bench.summary import compare, print_modes, print_ratios, print_tasks, summarize
-from engine.config import EngineConfig
+from engine.config import EngineConfig, Speculation
 from engine.errors import ConfigError
 
 
@@ -31,6 +31,7 @@ class EngineBenchOptions:
     prompts: Path
     num_prompts: int
     max_tokens: int
+    temperature: float
     seed: int
     tree_nodes: tuple[int, ...]
     transformers: bool
@@ -70,6 +71,7 @@ def run(options: EngineBenchOptions) -> int:
         "quantization": info.quantization,
         "device": info.device,
         "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
         "concurrency": options.concurrency,
         "prompts": len(prompts),
         "prompt_file": options.prompts.name,
@@ -91,12 +93,10 @@ def load_modes(
     from bench.modes import TransformersMode
     from engine.loop import Engine
 
-    engines = [
-        EngineMode("auto", Engine(replace(config, speculation="auto"))),
-        EngineMode("off", Engine(replace(config, speculation="off"))),
-    ]
+    loaded = [(name, Engine(replace(config, speculation=name))) for name in get_args(Speculation)]
     for nodes in options.tree_nodes:
-        engines.append(EngineMode(f"tree:{nodes}", Engine(config, fixed_drafts=nodes, ngrams=False)))
+        loaded.append((f"tree:{nodes}", Engine(config, fixed_drafts=nodes, ngrams=False)))
+    engines = [EngineMode(name, engine, options.temperature) for name, engine in loaded]
     others: list[Mode] = []
     if options.transformers:
         others.append(TransformersMode(model_dir, engines[0].engine.info))

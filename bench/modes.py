@@ -67,18 +67,21 @@ class Mode(Protocol):
 
 
 class EngineMode:
-    """An engine in this process, so that nothing but the engine is measured."""
+    """An engine in this process, so that nothing but the engine is measured.
 
-    def __init__(self, name: str, engine: Engine) -> None:
+    What is drawn at a temperature depends on seed and position alone: it is the same in every mode.
+    """
+
+    def __init__(self, name: str, engine: Engine, temperature: float = 0.0) -> None:
         self.name = name
         self.engine = engine
+        self.temperature = temperature  # where a run does not say
         self._num_requests = 0
 
     def run(self, prompt: list[int], max_tokens: int) -> Run:
         return self.run_many([prompt], max_tokens, concurrency=1)
 
     def run_sampled(self, prompt: list[int], max_tokens: int, temperature: float, seed: int) -> Run:
-        """The same answer in every mode: what is drawn depends on seed and position alone."""
         return self.run_many([prompt], max_tokens, 1, temperature, seed)
 
     def run_many(
@@ -86,8 +89,8 @@ class EngineMode:
         prompts: Sequence[list[int]],
         max_tokens: int,
         concurrency: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
     ) -> Run:
         """Answer all prompts, `concurrency` at a time: a new one starts when one is done.
 
@@ -96,6 +99,7 @@ class EngineMode:
         run = Run(outputs={index: [] for index in range(len(prompts))})
         waiting = deque(enumerate(prompts))
         index_of: dict[str, int] = {}
+        temperature = self.temperature if temperature is None else temperature
         sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
         start = time.perf_counter()
         while waiting or index_of:

@@ -33,7 +33,7 @@ def _register_engine(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "engine",
         help="speculation on against off in this process",
-        description="Answers the same prompts greedily with speculation auto and off, taking turns prompt by "
+        description="Answers the same prompts with speculation auto and off, taking turns prompt by "
         "prompt (or, with --concurrency, round by round), and prints ratios.",
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help="(default: %(default)s)")
@@ -49,6 +49,9 @@ def _register_engine(commands: Subparsers[argparse.ArgumentParser]) -> None:
         default=[],
         metavar="N",
         help="also measure a tree of always N draft tokens; may be repeated",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="of all answers; 0 is greedy (default: 0)"
     )
     parser.add_argument(
         "--transformers", action="store_true", help="also measure transformers, one request at a time"
@@ -86,6 +89,10 @@ def run_engine(args: argparse.Namespace) -> int:
     check_positive(args, "num_prompts", "max_tokens", "concurrency", "tree_nodes", *rounds)
     if args.concurrency > 1 and args.transformers:
         raise ConfigError("transformers", "answers one request at a time; leave out --concurrency")
+    if not 0.0 <= args.temperature <= 2.0:
+        raise ConfigError("temperature", f"must be 0 to 2, not {args.temperature}")
+    if args.temperature and args.transformers:
+        raise ConfigError("transformers", "draws other tokens; leave out --temperature")
     if args.concurrency == 1 and rounds:
         raise ConfigError("rounds", "one request at a time has no rounds; give --concurrency 2 or more")
     return run(
@@ -96,6 +103,7 @@ def run_engine(args: argparse.Namespace) -> int:
             prompts=args.prompts or BUILTIN,
             num_prompts=args.num_prompts,
             max_tokens=args.max_tokens,
+            temperature=args.temperature,
             seed=args.prompt_seed,
             tree_nodes=tuple(args.tree_nodes),
             transformers=args.transformers,

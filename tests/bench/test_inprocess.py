@@ -91,6 +91,20 @@ def test_a_closed_loop_keeps_the_number_running() -> None:
     assert run.num_tokens == 35
 
 
+def test_a_modes_temperature_is_that_of_its_requests() -> None:
+    class Noting(CountingEngine):
+        def add_request(self, request: AddRequest) -> None:
+            super().add_request(request)
+            asked.append((request.sampling.temperature, request.sampling.seed))
+
+    asked: list[tuple[float, int | None]] = []
+    mode = EngineMode("auto", Noting(3), temperature=0.7)
+    mode.run([5], max_tokens=2)
+    mode.run_many([[5], [6]], max_tokens=2, concurrency=2)
+    mode.run_sampled([5], 2, temperature=1.0, seed=9)
+    assert asked == [(0.7, 0), (0.7, 0), (0.7, 0), (1.0, 9)]
+
+
 def test_every_mode_answers_every_prompt(capsys: Any) -> None:
     both = modes()
     prompts = [Prompt(str(i), "ab"[i % 2], "text") for i in range(4)]
