@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
-from engine.scheduling.drafting import Acceptance, Allowance, Candidate, Load, StepCost
+from engine.scheduling.drafting import Acceptance, Allowance, Candidate, Load, SpeculationReport, StepCost
 from tests.engine.helpers import FakeRunner, continuation, make_scheduler, params, random_accept, run_step
 
 MODEL_LEN = 40
@@ -41,6 +41,9 @@ class RandomSpeculation:
 
     def observe_step(self, step: StepCost) -> None:
         pass
+
+    def report(self) -> SpeculationReport:
+        return SpeculationReport("fixed")
 
 
 # Few different tokens and a few common beginnings, so that prefixes are shared often.
