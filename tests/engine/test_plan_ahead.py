@@ -71,7 +71,7 @@ class Ahead:
         """The outputs of each request; aborted: before which step."""
         outputs: list[list[RequestOutput]] = [[] for _ in sampling]
         for index, more in enumerate(sampling):
-            asked = params(LENGTH, **{"ignore_eos": True, **more})
+            asked = params(**{"max_tokens": LENGTH, "ignore_eos": True, **more})
             self.engine.add_request(AddRequest(str(index), PROMPTS[index], asked))
         step = 0
         while self.engine.has_work():
@@ -111,7 +111,7 @@ def test_answers_are_those_without(
         assert ahead.num_prepared == (ahead.num_confirmed if graphs else 0)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, LENGTH), min_size=1, max_size=4),
     aborted=st.dictionaries(st.integers(0, 3), st.integers(1, 8)),
