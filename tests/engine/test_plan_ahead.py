@@ -112,7 +112,7 @@ def test_answers_are_those_without(tiny_model_dir: Path, drafter: str, kind: str
         assert ahead.num_prepared == most or (kind == "mixed" and ahead.num_prepared < most)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, LENGTH), min_size=1, max_size=4),
     aborted=st.dictionaries(st.integers(0, 3), st.integers(1, 8)),
