@@ -19,9 +19,7 @@ from trees.family import MAX_DRAFT_NODES
 
 _Q_BLOCK = 128  # rows of a block mask
 _SHORT = 128  # queries below which its kernels split the context, for groups that are a power of two
-_MOST_ROWS = (
-    64  # of a program that does: by itself it would take all rows of a tree, more than a mask's block
-)
+_MOST_ROWS = 64  # of a program that does: it would take all rows of a tree, more than a mask's block
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # request, head, query, key
 

@@ -1,6 +1,6 @@
 """The things that `gorgon bench engine` compares: engines set up differently, and transformers' generate.
 
-A mode answers one prompt greedily and reports when tokens came. An engine mode can also keep several
+A mode answers one prompt and reports when tokens came. An engine mode can also keep several
 requests running.
 """
 

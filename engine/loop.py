@@ -214,9 +214,13 @@ class Engine:
         if not self._plans_ahead:
             return self._runner.execute(batch)
         collect = self._runner.launch(batch)
-        self._ahead = self.scheduler.plan_ahead(batch)
-        if self._ahead is not None:
-            self._runner.prepare(self._ahead)
+        try:
+            self._ahead = self.scheduler.plan_ahead(batch)
+            if self._ahead is not None:
+                self._runner.prepare(self._ahead)
+        except Exception:  # this pass is well under way, and the next will be planned as ever
+            logger.exception("The next step could not be planned ahead.")
+            self._ahead = None
         return collect()
 
     def _stats(self, batch: Batch, duration: float) -> StepStats:

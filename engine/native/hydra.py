@@ -174,7 +174,7 @@ class NativeHydra:
         [num_requests, length]. noise: of the requests' draws, at least max_depth levels, where any samples.
         """
         requests, size = hidden.shape
-        start = hidden.float().contiguous()
+        start, roots = hidden.float().contiguous(), roots.contiguous()
         max_nodes, length = int(num_nodes.max()), chain_tokens.shape[1]
         tokens = torch.empty(requests, max_nodes, dtype=torch.int64)
         parents = torch.empty_like(tokens)
@@ -193,7 +193,7 @@ class NativeHydra:
             _EPS,
             None if self._token_map is None else self._token_map.data_ptr(),
             requests,
-            roots.contiguous().data_ptr(),
+            roots.data_ptr(),
             start.data_ptr(),
             num_nodes.data_ptr(),
             least.data_ptr(),

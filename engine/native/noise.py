@@ -54,7 +54,7 @@ class Draws:
 def draw(parts: Sequence[Tensor], draws: Draws) -> Tensor | None:
     """One token per row, [num_rows] int64; None where the kernels do not do it.
 
-    parts: one after the other all rows, each [some rows, vocab] float32. Nothing is copied.
+    parts: one after the other all rows, each [some rows, vocab] float32, which are not copied.
     """
     library, vocab = kernels(), parts[0].shape[1]
     takes = all(part.device.type == "cpu" and part.dtype == torch.float32 for part in parts)

@@ -24,8 +24,8 @@ def limit_drafts(drafter: Drafter | None, batch: Batch) -> None:
 
 
 def levels_of(drafter: Drafter | None, batch: Batch) -> int:
-    """How many levels of guesses a batch asks of heads that a graph may hold. Draws are guessed without: a
-    graph knows no noise."""
+    """How many levels of guesses a batch asks of heads that a graph may hold. None where one of its requests
+    samples: a graph knows no noise, and all are guessed for without."""
     if drafter is None or not drafter.can_grow():
         return 0
     drafting = [s for s in batch.scheduled if s.num_drafts]

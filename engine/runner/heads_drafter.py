@@ -95,6 +95,8 @@ class HeadsDrafter(Drafter):
         max_depth = min(self._heads.num_heads, draft.max_nodes - 1)
         if self._prefix is not None:
             hidden = self._prefix.start(draft)
+            if self._native is None:  # heads that the kernels do not take, behind a prefix layer that they do
+                hidden = hidden.to(draft.hidden.dtype)
         chains = make_chains(
             [(c.token_ids, c.gains) for c in draft.chains], draft.max_nodes - 1, hidden.device
         )

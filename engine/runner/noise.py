@@ -72,8 +72,9 @@ class Noise:
 
     @classmethod
     def ahead(cls, requests: Sequence[Request], num_levels: int) -> Noise | None:
-        """None where all requests are greedy."""
-        temperatures = np.array([request.sampling.temperature for request in requests], dtype=np.float32)
+        """None where all requests are greedy, by their temperature or because one token is all they leave."""
+        params = [request.sampling for request in requests]
+        temperatures = np.array([0.0 if p.top_k == 1 else p.temperature for p in params], dtype=np.float32)
         if not temperatures.any():
             return None
         seeds = np.array([request.seed % 2**64 for request in requests], dtype=np.uint64)

@@ -203,7 +203,8 @@ class Runner:
     ) -> list[CommittedTokens]:
         judged = self._judge(step.commits, trees, hidden)
         results = self._collect(batch, step.commits, judged.packed, judged.logits)
-        # Last of all, as are the rows of chunks: a pass that fails before is repeated from the same rows.
+        # Last of all, as are the rows of chunks: a pass that fails before is repeated from the same rows. One
+        # that settles by a graph has replaced them by then: its guesses may be worse.
         self._hidden[step.commits.state_slots] = judged.rows
         return results
 

@@ -175,8 +175,10 @@ def _draw(parts: list[Tensor], draws: Draws, keeps_probs: bool) -> tuple[Tensor,
     drawn = None if keeps_probs else native.draw(parts, draws)
     if drawn is not None:
         return drawn, None
-    device = parts[0].device
-    scaled = torch.cat(parts) / to_device(draws.temperatures, device).unsqueeze(1)
+    device, rows, bounds = parts[0].device, torch.cat(parts), torch.finfo(torch.float32)
+    # From the largest down: where temperatures are low, scores are large, and noise would be lost.
+    rows = rows - rows.amax(dim=1, keepdim=True).clamp(bounds.min, bounds.max)
+    scaled = rows / to_device(draws.temperatures, device).unsqueeze(1)
     probs = None
     if keeps_probs or draws.top_k.any() or (draws.top_p < 1.0).any() or draws.min_p.any():
         top_p = torch.from_numpy(draws.top_p).to(device)
@@ -184,9 +186,9 @@ def _draw(parts: list[Tensor], draws: Draws, keeps_probs: bool) -> tuple[Tensor,
             scaled, to_device(draws.top_k, device), top_p, to_device(draws.min_p, device)
         )
     # Nodes at one depth of a tree share their noise.
-    keys, rows = np.unique(draws.keys, return_inverse=True)
+    keys, places = np.unique(draws.keys, return_inverse=True)
     noise = gumbel(keys, np.ones(len(keys), dtype=np.float32), scaled.shape[1], device)
-    drawn = sampling.draw(scaled, noise[to_device(rows, device)], probs)
+    drawn = sampling.draw(scaled, noise[to_device(places, device)], probs)
     return drawn, probs if keeps_probs else None
 
 

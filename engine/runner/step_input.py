@@ -56,9 +56,7 @@ class CommitRows:
     scheduled: list[ScheduledRequest]
     num_nodes: Tensor  # [num_commits] int64, root included
     rows: Tensor  # [num_nodes_total] int64: flat row of each root and draft node, request by request
-    places: (
-        Tensor  # [num_nodes_total] int64: request * max_nodes + node, its place in [num_commits, max_nodes]
-    )
+    places: Tensor  # [num_nodes_total] int64: the same row's place in [num_commits, max_nodes], flat
     roots: Tensor  # [num_commits] int64: root token ids
     offsets: list[int]  # [num_commits]: index of each root in `rows`
     first_row: Tensor  # [num_commits] int64: the same on the device

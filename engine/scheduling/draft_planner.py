@@ -47,6 +47,8 @@ class DraftPlanner:
         num_left_out = 0
         for scheduled in batch.scheduled:
             limit = scheduled.num_drafts or self._limit(scheduled)
+            if not limit:
+                continue
             scheduled.chain = chain = self._chain(scheduled.request, limit)
             if chain.gains and (scheduled.num_drafts == 0 or chain.gains[0] >= _SURE):
                 num_left_out += 1

@@ -1,5 +1,5 @@
 /* Sampled tokens: engine/runner/sampling.py says what temperature, top-k, top-p, min-p and a draw are, and this
- * does the same, row by row and without copies. Included by kernels.c. */
+ * does the same, row by row and without copies, of rows that are numbers. Included by kernels.c. */
 #pragma once
 #include <stdlib.h>
 
@@ -12,7 +12,7 @@ typedef struct {
     double masses[BINS];
 } selection;
 
-static int falling(const void *a, const void *b) {
+static int by_falling_value(const void *a, const void *b) {
     const float x = *(const float *)a, y = *(const float *)b;
     return (x < y) - (x > y);
 }
@@ -36,22 +36,28 @@ static float least_of_largest(selection *s, int64_t vocab, int64_t count, double
     int bin = BINS - 1;
     for (; bin >= 0 && s->counts[bin] < count && s->masses[bin] < mass; bin--)
         count -= s->counts[bin], mass -= s->masses[bin];
-    if (bin < 0) return 0.0f;
     int64_t found = 0;
     for (int64_t i = 0; i < vocab; i++)
         if (bin_of(s->shares[i]) == bin) s->inside[found++] = s->shares[i];
-    qsort(s->inside, (size_t)found, sizeof(float), falling);
+    if (!found) return 0.0f;
+    qsort(s->inside, (size_t)found, sizeof(float), by_falling_value);
     int64_t last = 0;
     for (; last + 1 < found && --count > 0 && (mass -= s->inside[last]) > 0.0; last++) continue;
     return s->inside[last];
 }
 
-/* The share below which a token is not drawn. */
-static float least_share(selection *s, const float *logits, int64_t vocab, float factor, int64_t top_k,
-                         double top_p, float min_p) {
-    __m512 max = _mm512_loadu_ps(logits);
-    for (int64_t i = LANES; i < vocab; i += LANES) max = _mm512_max_ps(max, _mm512_loadu_ps(logits + i));
-    const __m512 best = _mm512_set1_ps(_mm512_reduce_max_ps(max)), scale = _mm512_set1_ps(factor);
+/* The largest of a row, NaNs aside; finite, whatever the row holds. */
+static float largest_logit(const float *logits, int64_t vocab) {
+    __m512 max = _mm512_set1_ps(-__FLT_MAX__);
+    for (int64_t i = 0; i < vocab; i += LANES) max = _mm512_max_ps(_mm512_loadu_ps(logits + i), max);
+    const float found = _mm512_reduce_max_ps(max);
+    return found < __FLT_MAX__ ? found : __FLT_MAX__;
+}
+
+/* The share below which a token is not drawn. largest: of the logits. */
+static float least_share(selection *s, const float *logits, float largest, int64_t vocab, float factor,
+                         int64_t top_k, double top_p, float min_p) {
+    const __m512 best = _mm512_set1_ps(largest), scale = _mm512_set1_ps(factor);
     for (int64_t i = 0; i < vocab; i += LANES) {
         const __m512 below = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(logits + i), best), scale);
         /* What is out of range is a NaN or forbidden: no share at all. */
@@ -87,10 +93,10 @@ void gorgon_draw(const float *const *rows, int64_t num_rows, int64_t vocab, cons
         s->inside = (float *)take(&mine, 4 * (size_t)vocab);
         const range share_of_rows = share(num_rows, t);
         for (int64_t r = share_of_rows.first; r < share_of_rows.end; r++) {
-            const float *x = rows[r], factor = 1.0f / temperatures[r];
+            const float *x = rows[r], factor = 1.0f / temperatures[r], largest = largest_logit(x, vocab);
             const int whole = top_k[r] == 0 && top_p[r] >= 1.0 && min_p[r] <= 0.0f;
             const __m512 least = _mm512_set1_ps(
-                whole ? 0.0f : least_share(s, x, vocab, factor, top_k[r], top_p[r], min_p[r]));
+                whole ? 0.0f : least_share(s, x, largest, vocab, factor, top_k[r], top_p[r], min_p[r]));
             __m512 best = _mm512_set1_ps(-__builtin_inff());
             __m512i where = _mm512_setzero_si512();
             for (int64_t i = 0; i < vocab; i += LANES) {
@@ -99,13 +105,15 @@ void gorgon_draw(const float *const *rows, int64_t num_rows, int64_t vocab, cons
                 if (!allowed) continue;
                 const __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
                 const __m512 noise = gumbel_(ids, keys[r]);
-                const __m512 score = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor), noise);
+                /* From the largest down: where temperatures are low, scores are large, and noise would be lost. */
+                const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(largest));
+                const __m512 score = _mm512_fmadd_ps(below, _mm512_set1_ps(factor), noise);
                 const __mmask16 better = _mm512_mask_cmp_ps_mask(allowed, score, best, _CMP_GT_OQ);
                 best = _mm512_mask_mov_ps(best, better, score);
                 where = _mm512_mask_mov_epi32(where, better, ids);
             }
-            const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(best));
-            const __mmask16 equal = _mm512_cmp_ps_mask(best, largest, _CMP_EQ_OQ);
+            const __m512 drawn = _mm512_set1_ps(_mm512_reduce_max_ps(best));
+            const __mmask16 equal = _mm512_cmp_ps_mask(best, drawn, _CMP_EQ_OQ);
             tokens[r] = _mm512_mask_reduce_min_epi32(equal, where);
         }
     }

@@ -100,8 +100,8 @@ int64_t gorgon_grow_bytes(int64_t hidden, int64_t num_tokens, int64_t requests, 
 /* Trees of all requests. mixes: of `depth` heads; roots: [requests]; start: [requests, hidden] float; num_nodes,
  * least: [requests], what a tree may have at most, root included, and the log-probability of its least likely
  * node; noise_keys: [requests, depth], of the noise that logits are added, temperatures: [requests] its scale,
- * both NULL where nobody samples; chain_tokens, chain_sure: [requests, chain_length]; tokens, parents: [requests, max_nodes]; grown:
- * [requests], nodes of each tree. */
+ * both NULL where nobody samples; chain_tokens, chain_sure: [requests, chain_length]; tokens, parents:
+ * [requests, max_nodes]; grown: [requests], nodes of each tree. */
 void gorgon_grow(const matrix *mixes, int64_t depth, const matrix *projection, const uint16_t *embedding,
                  double eps, const int64_t *token_map, int64_t requests, const int64_t *roots,
                  const float *start, const int64_t *num_nodes, const float *least,

@@ -44,7 +44,8 @@ static inline __m512 gumbel_(__m512i tokens, uint64_t key) {
     return _mm512_sub_ps(_mm512_setzero_ps(), log_(waiting));
 }
 
-/* Noise of one key, times `scale`, zeros where that is 0. token_ids: [num_tokens], 0 to num_tokens - 1 where NULL; out: [num_tokens]. */
+/* Noise of one key, times `scale`, zeros where that is 0. token_ids: [num_tokens], 0 to num_tokens - 1 where NULL;
+ * out: [num_tokens]. */
 static void fill_noise(uint64_t key, float scale, const int64_t *token_ids, int64_t num_tokens, float *out) {
     if (scale == 0.0f) {
         memset(out, 0, 4 * (size_t)num_tokens);

@@ -98,6 +98,15 @@ def test_a_row_that_is_no_distribution_gives_a_token(value: float, cuts: tuple[i
     assert found[1] == by_torch(logits, draws)[1]  # and leaves its neighbour alone
 
 
+def test_tied_tokens_share_at_any_temperature() -> None:
+    logits = torch.full((2000, 16), -3.0)
+    logits[:, 4] = logits[:, 9] = 30.0
+    for temperature in (1.0, 1e-3, 1e-6):
+        found = draw([logits], draws_of(3, 2000, temperature, 0, 1.0, 0.0))
+        assert found is not None and set(found.tolist()) == {4, 9}
+        assert 800 < int((found == 4).sum()) < 1200
+
+
 @pytest.mark.parametrize(
     "logits", [torch.zeros(2, 17), torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(16, 32).t()]
 )

@@ -11,11 +11,16 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from bench.modes import EngineMode
+from engine.config import EngineConfig
+from engine.loop import Engine
 from engine.native.hydra import NativeHydra
 from engine.native.library import kernels
+from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.noise import Noise
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
+from tests.engine.families import full
 from tests.engine.native import levels
 from tests.engine.native.decoders import WIDE, random_decoder
 from tests.engine.tiny import CPU
@@ -54,6 +59,41 @@ def test_hydra_heads_guess_what_the_module_guesses(mapped: bool) -> None:
         if token_map is not None:
             assert set(found.flatten().tolist()) <= set(token_map.tolist())
         tokens, origins = expected[:, 0, :4], torch.zeros(3, 4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("kind", ["whole", "odd map", "low rank", "own"])
+def test_whatever_part_of_the_heads_the_kernels_take_the_answers_stay(kind: str, temperature: float) -> None:
+    prefix = PrefixLayer(64, 4, 2, 32, 64)
+    heads = {
+        "whole": lambda: HydraHeads(3, 128, prefix),
+        "odd map": lambda: HydraHeads(3, 128, prefix, torch.randperm(128)[:50]),
+        "low rank": lambda: HydraHeads(3, 128, prefix, None, "low_rank", 16),
+        "own": lambda: HydraHeads(3, 128, prefix, None, "own"),
+    }[kind]().requires_grad_(False)
+    torch.manual_seed(1)
+    for parameter in heads.parameters():
+        parameter.data.normal_(std=0.1)
+    answers = []
+    for drafts in (0, 9):
+        decoder = random_decoder(WIDE)
+        heads.bind(decoder.lm_head.weight, decoder.embedding)
+        drafter = HeadsDrafter(heads, decoder.lm_head.weight)
+        config = EngineConfig(
+            model_dir="",
+            device="cpu",
+            dtype="bfloat16",
+            quantization="none",
+            kv_cache_memory=1 << 22,
+            max_num_seqs=2,
+            max_num_batched_tokens=64,
+        )
+        engine = Engine(config, loaded=decoder, drafter=drafter, family=full(9, 3, 3), fixed_drafts=drafts)
+        run = EngineMode("", engine).run_many([[5, 6, 7], list(range(40))], 24, 2, temperature)
+        answers.append(run.outputs)
+        assert (run.drafted > 0) == (drafts > 0)
+    assert answers[0] == answers[1]
+    assert [len(tokens) for tokens in answers[0].values()] == [24, 24]
 
 
 def test_guesses_that_are_no_numbers_are_no_guesses() -> None:

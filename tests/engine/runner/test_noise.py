@@ -100,13 +100,13 @@ def test_a_tokens_noise_is_the_same_among_others_and_by_torch(
         torch.testing.assert_close(gumbel(keys, scales, num_tokens, CPU), whole, rtol=1e-5, atol=2e-6)
 
 
-def request_of(temperature: float, length: int, seed: int) -> Request:
+def request_of(temperature: float, length: int, seed: int, top_k: int = 0) -> Request:
     return Request(
         request_id="0",
         arrival=0,
         token_ids=[0] * length,
         num_prompt_tokens=length,
-        sampling=params(9, temperature=temperature),
+        sampling=params(9, temperature=temperature, top_k=top_k),
         seed=seed,
         acceptance=Acceptance(),
     )
@@ -126,3 +126,4 @@ def test_noise_ahead_is_that_of_the_next_positions() -> None:
 
 def test_greedy_requests_have_none() -> None:
     assert Noise.ahead([request_of(0.0, 9, 1), request_of(0.0, 3, 2)], 4) is None
+    assert Noise.ahead([request_of(0.9, 9, 1, top_k=1)], 4) is None
