@@ -23,7 +23,7 @@ from engine.runner.drafter import Drafter, DraftInput, Proposal, RootRows
 from engine.runner.kv_cache import KVCache
 from engine.runner.ngram_drafter import propose_chains
 from engine.runner.noise import Noise
-from engine.runner.step_input import PassInput, StepInput, build_rows
+from engine.runner.step_input import CommitRows, PassInput, StepInput, build_rows
 from engine.runner.transfer import integers, to_device
 from engine.scheduling.batch import ScheduledRequest
 from heads.base import DraftHeads, plain_linear
@@ -167,13 +167,12 @@ def _rows_of_roots(draft: DraftInput, block_size: int) -> PassInput:
     return build_rows(draft.requests, bases, [base + 1 for base in bases], block_size, draft.roots.device)
 
 
-def _parents_of_drafts(step: StepInput, trees: DraftTrees) -> tuple[Tensor, Tensor]:
-    """Flat rows of all draft nodes of a pass, and of the node above each; both [num_drafts] int64."""
-    commits = step.commits
+def _rows_above(commits: CommitRows, trees: DraftTrees) -> tuple[Tensor, Tensor]:
+    """For each node of a pass the flat row of the node above it (padding: anything), [num_nodes_total] int64,
+    and whether it is a draft, [num_nodes_total] bool."""
     roots = commits.rows[commits.first_row].unsqueeze(1)
     above = (roots + trees.parents).reshape(-1)[commits.places]
-    drafts = commits.places % commits.max_nodes > 0
-    return commits.rows[drafts], above[drafts]
+    return above, commits.places % commits.max_nodes > 0
 
 
 class _CachedPrefix:
@@ -204,12 +203,9 @@ class _CachedPrefix:
         rows_before[step.first_rows] = before
         commits = step.commits
         if commits.max_nodes > 1:
-            roots = commits.rows[commits.first_row].unsqueeze(1)
-            above = (roots + trees.parents).reshape(-1)[commits.places]
-            # What is padding has a node above it that may lie anywhere.
-            above = hidden[above.clamp_(max=len(hidden) - 1)]
-            is_draft = (commits.places % commits.max_nodes > 0).unsqueeze(1)
-            rows_before[commits.rows] = torch.where(is_draft, above, rows_before[commits.rows])
+            above, is_draft = _rows_above(commits, trees)
+            rows = hidden[above.clamp_(max=len(hidden) - 1)]
+            rows_before[commits.rows] = torch.where(is_draft.unsqueeze(1), rows, rows_before[commits.rows])
         entries = self._layer.entries(rows_before, F.embedding(step.token_ids, self._embedding))
         write = self._cache.write_padded if step.is_padded else self._cache.write
         write(self._number, step.slots, *self._layer.keys_values(entries, step.positions))
@@ -232,8 +228,8 @@ class _NativeCachedPrefix:
         firsts = (step.starts[:-1], before, np.arange(len(before)))
         drafts = []
         if len(step.commits.drafting):
-            rows, above = _parents_of_drafts(step, trees)
-            drafts.append((rows.numpy(), hidden, above.numpy()))
+            above, is_draft = _rows_above(step.commits, trees)
+            drafts.append((step.commits.rows[is_draft].numpy(), hidden, above[is_draft].numpy()))
         attention = self._attention(step)
         self._native.write(attention, self._number, step.token_ids, step.positions, hidden, [firsts, *drafts])
 

@@ -32,6 +32,15 @@ def make_keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArr
     return _mix(_mix(seeds) + positions * np.uint64(0x9E3779B97F4A7C15))
 
 
+def keys_of_draws(requests: Sequence[Request], offsets: Sequence[NDArray[np.int64]]) -> NDArray[np.uint64]:
+    """Of draws so many tokens after each request's known ones, one request's after the other's."""
+    counts = [len(offset) for offset in offsets]
+    seeds = np.array([request.seed % 2**64 for request in requests], dtype=np.uint64)
+    known = np.array([len(request.token_ids) for request in requests], dtype=np.int64)
+    positions = np.repeat(known, counts) + np.concatenate(offsets)
+    return make_keys(np.repeat(seeds, counts), positions.astype(np.uint64))
+
+
 def gumbel(
     keys: NDArray[np.uint64],
     scales: NDArray[np.float32],
@@ -77,10 +86,8 @@ class Noise:
         temperatures = np.array([0.0 if p.top_k == 1 else p.temperature for p in params], dtype=np.float32)
         if not temperatures.any():
             return None
-        seeds = np.array([request.seed % 2**64 for request in requests], dtype=np.uint64)
-        known = np.array([len(request.token_ids) for request in requests], dtype=np.uint64)
-        positions = np.add.outer(known, np.arange(num_levels, dtype=np.uint64))
-        return cls(make_keys(seeds[:, None], positions.astype(np.uint64)), temperatures)
+        keys = keys_of_draws(requests, [np.arange(num_levels)] * len(requests))
+        return cls(keys.reshape(len(requests), num_levels), temperatures)
 
     def rows(self, indices: Sequence[int]) -> Noise:
         """Of some of the requests."""

@@ -19,7 +19,7 @@ from engine.messages import SamplingParams, SpeculationParams, TokenLogprobs
 from engine.native import noise as native
 from engine.native.noise import Draws
 from engine.runner import sampling
-from engine.runner.noise import COLDEST, gumbel, make_keys
+from engine.runner.noise import COLDEST, gumbel, keys_of_draws
 from engine.runner.step_input import CommitRows
 from engine.runner.transfer import to_device
 from engine.scheduling.request import Request
@@ -155,10 +155,8 @@ def _draws(requests: list[Request], depths: list[NDArray[np.int64]]) -> Draws:
     def per_row(values: list[float] | list[int], dtype: type[Any]) -> NDArray[Any]:
         return np.repeat(np.array(values, dtype=dtype), counts)
 
-    seeds = per_row([request.seed % 2**64 for request in requests], np.uint64)
-    positions = per_row([len(request.token_ids) for request in requests], np.uint64)
     return Draws(
-        keys=make_keys(seeds, positions + np.concatenate(depths).astype(np.uint64)),
+        keys=keys_of_draws(requests, depths),
         temperatures=per_row([max(p.temperature, COLDEST) for p in params], np.float32),
         top_k=per_row([p.top_k for p in params], np.int64),
         top_p=per_row([p.top_p for p in params], np.float64),
