@@ -38,7 +38,7 @@ def register(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 def run_quality(args: argparse.Namespace) -> int:
     from bench.prompts import BUILTIN
-    from bench.quality import QualityOptions, run
+    from evaluation.quality import QualityOptions, run
 
     check_positive(args, "num_prompts", "max_tokens")
     return run(

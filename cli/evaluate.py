@@ -91,11 +91,11 @@ def _engine_settings() -> list[Setting]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bench.evaluate.run import EvaluateOptions
-    from bench.evaluate.run import run as evaluate
     from bench.prompts import BUILTIN
     from engine.config import EngineConfig
     from engine.errors import ConfigError
+    from evaluation.run import EvaluateOptions
+    from evaluation.run import run as evaluate
 
     if args.max_tokens < 1:
         raise ConfigError("max_tokens", "must be at least 1")

@@ -19,9 +19,10 @@ FORBIDDEN = re.compile(r"/[w]ork/|/[r]oot/|/[h]ome/(?!gorgon)\w|pypi[.]org|pytho
 
 # What each package may import of ours, besides itself.
 ALLOWED = {
-    "cli": {"server", "training", "bench", "engine", "heads", "trees"},
+    "cli": {"server", "training", "evaluation", "bench", "engine", "heads", "trees"},
     "server": {"engine", "heads", "trees"},
     "training": {"engine", "heads", "trees"},
+    "evaluation": {"bench", "engine", "heads", "trees"},
     "bench": {"engine", "heads", "trees"},
     "engine": {"heads", "trees"},
     "heads": set(),

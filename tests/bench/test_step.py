@@ -17,8 +17,8 @@ from engine.loop import Engine
 from engine.model.decoder import Decoder
 from engine.model.footprint import weight_bytes
 from engine.model.packing import pack_linears
-from tests.bench.evaluate.tiny import save_head_set, save_model
 from tests.engine.tiny import CONFIG, tiny_decoder
+from tests.evaluation.tiny import save_head_set, save_model
 
 
 @pytest.fixture(autouse=True)

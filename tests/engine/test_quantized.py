@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.evaluate.exactness import compare_answers
 from bench.modes import EngineMode
 from engine.config import EngineConfig, Quantization
 from engine.errors import ConfigError
 from engine.loop import Engine
 from engine.model.loader import load_decoder
+from evaluation.exactness import compare_answers
 from heads.checkpoint import save_heads
 from heads.medusa import MedusaHeads
 from tests.engine.families import full

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.evaluate.exactness import compare_answers
 from bench.modes import EngineMode
 from engine.config import EngineConfig
 from engine.loop import Engine
@@ -17,6 +16,7 @@ from engine.runner.kv_cache import FP8, KVCache, bytes_per_token
 from engine.runner.step_input import build_rows
 from engine.scheduling.drafting import Acceptance
 from engine.scheduling.request import Request
+from evaluation.exactness import compare_answers
 from heads.checkpoint import save_heads
 from tests.engine.families import full
 from tests.engine.helpers import params

@@ -15,15 +15,6 @@ from typing import Any
 
 import msgspec
 
-from bench.evaluate.answers import ANSWERS, Answered, EvaluateError, Journal
-from bench.evaluate.baselines import Baseline, baseline_modes, plan_baselines
-from bench.evaluate.card import CARD, update_card
-from bench.evaluate.document import Table, to_html, to_markdown
-from bench.evaluate.figures import figures_of
-from bench.evaluate.measure import measure
-from bench.evaluate.modes import make_modes, tree_sizes
-from bench.evaluate.plots import check_matplotlib, draw
-from bench.evaluate.report import main_table, report_blocks
 from bench.facts import machine_facts
 from bench.inprocess import warm_up
 from bench.prompts import read_prompts, sample
@@ -31,6 +22,15 @@ from bench.report import print_table
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.messages import ModelInfo
+from evaluation.answers import ANSWERS, Answered, EvaluateError, Journal
+from evaluation.baselines import Baseline, baseline_modes, plan_baselines
+from evaluation.card import CARD, update_card
+from evaluation.document import Table, to_html, to_markdown
+from evaluation.figures import figures_of
+from evaluation.measure import measure
+from evaluation.modes import make_modes, tree_sizes
+from evaluation.plots import check_matplotlib, draw
+from evaluation.report import main_table, report_blocks
 from trees.family import TreeFamily
 
 RESULTS = "results.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.evaluate.tiny import save_head_set, save_model
+from tests.evaluation.tiny import save_head_set, save_model
 
 
 @pytest.fixture(scope="session")

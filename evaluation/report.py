@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.evaluate.document import Block, Heading, Image, Paragraph, Table
-from bench.evaluate.figures import ALL, MANY, shares
+from evaluation.document import Block, Heading, Image, Paragraph, Table
+from evaluation.figures import ALL, MANY, shares
 
 MAX_PLACES = 20
 

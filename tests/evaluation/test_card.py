@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.evaluate.answers import EvaluateError
-from bench.evaluate.card import CARD, update_card
+from evaluation.answers import EvaluateError
+from evaluation.card import CARD, update_card
 
 DOCUMENT = {
     "heads": "mine",

@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from bench.modes import Run
-from bench.quality import QualityOptions, Text, common_prefix, compare_runs, compare_texts, read_texts, run
 from engine.config import EngineConfig
-from tests.bench.evaluate.tiny import save_head_set, save_model, write_prompts
+from evaluation.quality import (
+    QualityOptions,
+    Text,
+    common_prefix,
+    compare_runs,
+    compare_texts,
+    read_texts,
+    run,
+)
+from tests.evaluation.tiny import save_head_set, save_model, write_prompts
 
 
 @pytest.fixture(scope="module")

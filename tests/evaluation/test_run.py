@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-import bench.evaluate.run
 from cli.main import main
-from tests.bench.evaluate.tiny import write_prompts
+from tests.evaluation.tiny import write_prompts
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PROMPTS = 4
@@ -40,7 +39,7 @@ def evaluation(
     model_dir: Path, heads_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Evaluation:
     """Without plots, which take longer than the rest."""
-    monkeypatch.setattr(bench.evaluate.run, "draw", lambda figures, folder: [])
+    monkeypatch.setattr("evaluation.run.draw", lambda figures, folder: [])
     return Evaluation(model_dir, heads_dir, tmp_path)
 
 
@@ -136,9 +135,7 @@ def test_a_stopped_evaluation_goes_on(
         for name in ("off", "tree:3"):
             run, earlier = row["turns"][0]["runs"][name], before["turns"][0]["runs"][name]
             assert (run["tokens"], run["committed"]) == (earlier["tokens"], earlier["committed"])
-    monkeypatch.setattr(
-        bench.evaluate.run, "machine_facts", lambda: {"cpu": "new", "cores": 1, "gorgon": "1"}
-    )
+    monkeypatch.setattr("evaluation.run.machine_facts", lambda: {"cpu": "new", "cores": 1, "gorgon": "1"})
     assert main(evaluation.argv) == 2
     assert "--out" in (message := capsys.readouterr().err) and "cores, cpu, gorgon" in message
 
@@ -197,7 +194,7 @@ def test_what_cannot_be_measured_is_refused(
 def test_without_matplotlib_nothing_is_measured(
     evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("bench.evaluate.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("evaluation.plots.find_spec", lambda name: None)
     assert main(evaluation.argv) == 1
     assert "pip install 'gorgon-serve[report]'" in capsys.readouterr().err
     assert not evaluation.out.exists()

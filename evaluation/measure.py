@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Sequence
 
-from bench.evaluate.answers import Answered, Journal, Turn
-from bench.evaluate.exactness import compare_answers
-from bench.evaluate.modes import OFF
 from bench.modes import EngineMode, Run
 from bench.prompts import Prompt
 from engine.errors import RequestError
 from engine.model.tokenizer import ChatTokenizer
+from evaluation.answers import Answered, Journal, Turn
+from evaluation.exactness import compare_answers
+from evaluation.modes import OFF
 
 
 def measure(

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.evaluate.answers import EvaluateError
-from bench.evaluate.document import Block, Heading, Paragraph, to_markdown
-from bench.evaluate.report import main_table
+from evaluation.answers import EvaluateError
+from evaluation.document import Block, Heading, Paragraph, to_markdown
+from evaluation.report import main_table
 
 CARD = "README.md"
 _SECTION = re.compile(r"^## Evaluation\n.*?(?=^#{1,2} |\Z)", re.MULTILINE | re.DOTALL)

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.evaluate.answers import Answered, Turn
-from bench.evaluate.exactness import NEAR_TIE, compare_answers, first_difference, scores_of
-from bench.evaluate.figures import exactness
-from bench.evaluate.measure import converse
 from bench.modes import EngineMode
 from engine.config import EngineConfig
 from engine.loop import Engine
 from engine.messages import AddRequest, StepOutput
 from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
-from tests.bench.evaluate.tiny import words
+from evaluation.answers import Answered, Turn
+from evaluation.exactness import NEAR_TIE, compare_answers, first_difference, scores_of
+from evaluation.figures import exactness
+from evaluation.measure import converse
+from tests.evaluation.tiny import words
 from tests.fakes import DenseCausalAttention
 
 PLACE = 4
@@ -101,7 +101,7 @@ def test_rounding_may_decide_below_the_threshold_only(
 ) -> None:
     logprobs = np.log(np.full(128, 0.001))
     logprobs[7], logprobs[8] = -0.7, -0.7 - gap
-    monkeypatch.setattr("bench.evaluate.exactness.distribution", lambda *_: logprobs)
+    monkeypatch.setattr("evaluation.exactness.distribution", lambda *_: logprobs)
     difference = compare_answers(off, [3], [7], [8], 0.0, SEED)
     assert difference is not None and difference.near_tie is near_tie
     far = compare_answers(off, [3], [7], [9], 0.0, SEED)  # at a tie, but neither of its tokens

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.evaluate.answers import Answered
-from bench.evaluate.modes import OFF
 from bench.modes import Run
 from bench.summary import compare, summarize
+from evaluation.answers import Answered
+from evaluation.modes import OFF
 
 ALL = "all tasks"
 MANY = 10  # tokens of a step, or levels of a tree, beyond which reports do not tell them apart

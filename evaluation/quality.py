@@ -13,12 +13,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.evaluate.exactness import compare_answers
 from bench.facts import machine_facts
 from bench.modes import EngineMode, Run
 from bench.prompts import read_prompts, sample
 from bench.report import print_json, print_table
 from engine.config import EngineConfig, Quantization
+from evaluation.exactness import compare_answers
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.evaluate.baselines import DRAFT_TOKENS, baseline_modes, chain, plan_baselines
 from bench.modes import Run
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from evaluation.baselines import DRAFT_TOKENS, baseline_modes, chain, plan_baselines
 from tests.engine.tiny import VOCAB
 
 PROMPT = [(7 * place + place * place) % VOCAB for place in range(12)]

@@ -8,9 +8,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from bench.evaluate.answers import EvaluateError
-from bench.evaluate.figures import ALL, MANY, shares
-from bench.evaluate.modes import OFF, nodes_of
+from evaluation.answers import EvaluateError
+from evaluation.figures import ALL, MANY, shares
+from evaluation.modes import OFF, nodes_of
 
 GRID_COLUMNS = 3
 _LINES = ("--", ":", "-.", (0, (1, 4)))  # colours are the tasks'

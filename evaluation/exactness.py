@@ -12,9 +12,9 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.evaluate.answers import Difference
 from bench.modes import Engine
 from engine.messages import AddRequest, SamplingParams
+from evaluation.answers import Difference
 
 # Distance of two logits below which rounding may turn them around. In bfloat16, neighbouring numbers from 16
 # to 32 lie 0.125 apart, and two passes may each be off by one or two.
