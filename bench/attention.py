@@ -19,7 +19,7 @@ from bench.attention_backends import BACKENDS, MissingBackendError
 from bench.attention_passes import Problem, cases, fill, pass_of
 from bench.bandwidth import Bandwidth
 from bench.device_time import elapsed_seconds, repeatable
-from bench.gpu import GpuBenchOptions
+from bench.gpu_options import GpuBenchOptions
 from bench.gpu_targets import OWN
 from bench.step import Measured, figures_of
 from engine.model.config import DecoderConfig

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.gpu import GpuBenchOptions
+from bench.gpu_options import GpuBenchOptions
 from engine.messages import SamplingParams
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import PassInput, build_rows

@@ -18,7 +18,7 @@ from bench.attention import Attended, compare_attention
 from bench.attention_passes import num_blocks
 from bench.bandwidth import Bandwidth
 from bench.device_time import busy_seconds
-from bench.gpu import GpuBenchOptions
+from bench.gpu_options import GpuBenchOptions
 from bench.shapes import SHAPES, random_decoder, random_heads
 from bench.step import WARM_UP_STEPS, Measured, decoding, figures_of, measure_steps
 from engine.config import EngineConfig

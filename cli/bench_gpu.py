@@ -8,7 +8,7 @@ from cli.parser import Subparsers
 
 
 def register(commands: Subparsers[argparse.ArgumentParser]) -> None:
-    from bench.gpu import add_arguments
+    from bench.gpu_options import add_arguments
 
     parser = commands.add_parser(
         "gpu",

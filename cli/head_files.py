@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli.head_sets import find_heads, load_whole
 from cli.parser import Subparsers
 from cli.serve import DEFAULT_MODEL
 
@@ -84,7 +85,6 @@ def run_import(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from cli.heads import find_heads
     from heads.checkpoint import load_heads
     from heads.formats.export import export_heads
 
@@ -97,7 +97,6 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_push(args: argparse.Namespace) -> int:
-    from cli.heads import find_heads, load_whole
     from heads.share import push_heads
 
     folder = find_heads(args.heads)
@@ -109,7 +108,6 @@ def run_push(args: argparse.Namespace) -> int:
 
 
 def run_pull(args: argparse.Namespace) -> int:
-    from cli.heads import load_whole
     from heads.share import copy_heads, fetch_heads
 
     folder = fetch_heads(args.repository)

@@ -18,8 +18,8 @@ from bench.attention import compare_attention
 from bench.attention_backends import BACKENDS, FlashInfer, MissingBackendError, import_flashinfer
 from bench.attention_passes import Case, Problem, cases, fill, num_blocks, pass_of
 from bench.bandwidth import Bandwidth
-from bench.gpu import GpuBenchOptions
 from bench.gpu_model import profile_family
+from bench.gpu_options import GpuBenchOptions
 from bench.shapes import SHAPES
 from cli.main import main
 from engine.model.decoder import Attention
