@@ -15,6 +15,7 @@ from bench.facts import machine_facts
 from bench.load import closed_loop, open_loop, summarize_load
 from bench.plot import check_plot, plot_levels
 from bench.prompts import Prompt, read_prompts, sample
+from bench.proxies import is_loopback
 from bench.report import print_json, print_table
 from bench.stream import Answer, Ask, BenchError, first_model, stream_answer
 from bench.synthetic import synthetic_prompts
@@ -90,6 +91,7 @@ def connect(url: str, api_key: str | None = None) -> httpx.AsyncClient:
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=httpx.Timeout(10.0, read=READ_TIMEOUT, pool=None),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        trust_env=not is_loopback(url),
     )
 
 

@@ -139,11 +139,15 @@ def error_message(response: httpx.Response) -> str:
 def run(args: argparse.Namespace) -> int:
     import httpx
 
+    from bench.proxies import is_loopback
+
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     timeout = httpx.Timeout(10.0, read=None)  # a long prompt may take its time before the first token
     url = args.url.rstrip("/").removesuffix("/v1")
     try:
-        with httpx.Client(base_url=url, headers=headers, timeout=timeout) as client:
+        with httpx.Client(
+            base_url=url, headers=headers, timeout=timeout, trust_env=not is_loopback(url)
+        ) as client:
             parameters = {"model": args.model or _first_model(client)}
             if args.temperature is not None:
                 parameters["temperature"] = args.temperature
@@ -154,6 +158,8 @@ def run(args: argparse.Namespace) -> int:
         return _fail(f"no server answers at {url}; start one with: gorgon serve")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return _fail(f"the connection to {url} failed: {error}")
+    except ImportError as error:  # a SOCKS proxy in the environment, and httpx without its package
+        return _fail(str(error))
     except ChatError as error:
         return _fail(str(error))
 

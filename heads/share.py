@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import LocalTokenNotFoundError
 
+from heads.cache import expand_user
 from heads.errors import RegistryError
 from heads.registry import HubHTTPError, fetch_head_files, is_hub_id
 
@@ -21,7 +22,7 @@ def push_heads(directory: Path, target: str) -> str:
     The repository is made, private, where there is none. Raises RegistryError.
     """
     if not is_hub_id(target):
-        folder = Path(target).expanduser()
+        folder = expand_user(target)
         copy_heads(directory, folder)
         return str(folder)
     api = huggingface_hub.HfApi()
@@ -58,7 +59,7 @@ def fetch_heads(repository: str) -> Path:
     """
     if is_hub_id(repository):
         return fetch_head_files(repository)
-    folder = Path(repository).expanduser()
+    folder = expand_user(repository)
     if not folder.is_dir():
         raise RegistryError(f"{repository!r} is no hub id like org/name and no folder")
     return folder

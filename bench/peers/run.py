@@ -6,7 +6,6 @@ with its reason.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
@@ -24,6 +23,7 @@ from bench.peers.turns import FIRST_TOKEN_REQUESTS, Running, Turns
 from bench.prompts import read_prompts, sample
 from bench.report import print_json
 from engine.errors import ConfigError
+from heads.cache import writable_cache
 
 CONTEXT = 2048  # tokens of one request: the longest prompts of the usual sets, and their answers
 _TERMINATED = 143  # 128 + SIGTERM, as shells report it
@@ -47,7 +47,7 @@ def run(options: PeersOptions) -> int:
     peers = chosen(options.peers)
     prompts = read_prompts(options.prompts)
     prompts = sample(prompts, len(prompts), options.seed)
-    cache = cache_dir()
+    cache = writable_cache("peers")  # environments, models in other formats, logs
     forms = forms_of(options.model, cache)
     slots = max(FIRST_TOKEN_REQUESTS, *options.concurrency)
     failures: dict[str, str] = {}
@@ -87,14 +87,6 @@ def chosen(names: Sequence[str]) -> list[Peer]:
         if name not in known:
             raise ConfigError("peers", f"{name} is none of {', '.join(known)}")
     return [peer for peer in PEERS if not names or peer.name in names]
-
-
-def cache_dir() -> Path:
-    """Where environments, models in other formats and logs are kept, beside the models."""
-    home = os.environ.get("GORGON_HOME")
-    folder = (Path(home) if home else Path.home() / ".cache" / "gorgon").absolute() / "peers"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @contextmanager

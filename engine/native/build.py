@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from heads.registry import cache_dir
+from heads.cache import writable_cache
+from heads.errors import RegistryError
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def load() -> ctypes.CDLL | None:
         library = _build(compiler)
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, RegistryError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("Running without the CPU kernels, several times slower: %s", detail)
         return None
@@ -93,7 +94,7 @@ def _build(compiler: list[str]) -> Path:
     digest = hashlib.sha256(repr((version, _COMPILE, _cpu_flags())).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.read_bytes())
-    library = _folder() / f"kernels-{digest.hexdigest()[:16]}.so"
+    library = writable_cache("native") / f"kernels-{digest.hexdigest()[:16]}.so"
     if not library.is_file():
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
@@ -109,15 +110,3 @@ def _build(compiler: list[str]) -> Path:
 def _cpu_flags() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith("flags")), "")
-
-
-def _folder() -> Path:
-    """Where compiled kernels are kept; a folder of this user's own where the cache cannot be written."""
-    folder = cache_dir() / "native"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="gorgon-native-"))

