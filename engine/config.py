@@ -65,6 +65,11 @@ class EngineConfig:
         False, "run decoding passes without CUDA graphs: a faster start and less memory, slower steps"
     )
     block_size: int = flag(16, "tokens in one KV cache block")
+    watchdog_timeout: float | None = flag(
+        None,
+        "seconds that a step may take before the engine counts as hung and is restarted (default: ten times "
+        "the longest, 10 to 30 s; more where steps are slow)",
+    )
     seed: int = flag(0, "seed of requests that bring none")
 
     def __post_init__(self) -> None:
@@ -84,6 +89,8 @@ class EngineConfig:
             raise ConfigError(
                 "gpu_memory_utilization", f"must be above 0 and at most 1, not {self.gpu_memory_utilization}"
             )
+        if self.watchdog_timeout is not None and not 1.0 <= self.watchdog_timeout <= 86400.0:
+            raise ConfigError("watchdog_timeout", f"must be 1 to 86400 seconds, not {self.watchdog_timeout}")
         if not 0 <= self.seed < 2**64:
             raise ConfigError("seed", f"must be 0 to 2**64 - 1, not {self.seed}")
         budget = self.max_num_batched_tokens

@@ -120,7 +120,7 @@ class Engine:
             fit_cache(self._runner, limits, token_bytes, config.gpu_memory_utilization, captures)
         if not config.enforce_eager:
             capture_graphs(self._runner, limits)
-        self._policy = self._make_policy(family, fixed_drafts, limits)
+        self._policy, largest_pass = self._make_policy(family, fixed_drafts, limits)
         pool = BlockPool(cache.num_blocks, config.block_size)
         self.scheduler = Scheduler(
             limits, pool, self._policy, model.eos_token_ids, config.seed, ngrams=ngrams and takes_chains
@@ -144,17 +144,20 @@ class Engine:
             max_tree_nodes=max_drafts + 1,
             quantization=quantization,
             kv_cache_dtype=None if stored == dtype else str(stored).removeprefix("torch."),
+            largest_pass_seconds=largest_pass,
         )
 
     def _make_policy(
         self, family: TreeFamily, fixed_drafts: int | None, limits: SchedulerLimits
-    ) -> SpeculationPolicy:
+    ) -> tuple[SpeculationPolicy, float]:
+        """And the seconds of the largest pass, 0 where passes are not measured."""
         if fixed_drafts is not None:
-            return FixedSpeculation(fixed_drafts)
+            return FixedSpeculation(fixed_drafts), 0.0
         if not limits.max_drafts:
-            return FixedSpeculation(0)
+            return FixedSpeculation(0), 0.0
         costs = measure_costs(self._runner, limits)
-        return AdaptiveSpeculation(family, costs, trims=self._runner.trims)
+        largest_pass = costs.base_seconds(limits.max_num_batched_tokens, 0, 0)
+        return AdaptiveSpeculation(family, costs, trims=self._runner.trims), largest_pass
 
     def add_request(self, message: AddRequest) -> None:
         """Queue a request. Raises RequestError for one the model cannot run."""

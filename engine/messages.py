@@ -93,6 +93,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_tree_nodes: int  # root included; 1 where nothing speculates
     quantization: str = "none"  # of the weights: none, int8, int4 or fp8
     kv_cache_dtype: str | None = None  # where it is not the model's
+    largest_pass_seconds: float = 0.0  # of a pass with all the tokens it may have; 0 where none was measured
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):

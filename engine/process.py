@@ -31,10 +31,11 @@ from trees.family import TreeError
 
 
 def main(descriptor: int) -> int:
-    # A terminal sends Ctrl-C to the whole group, and service managers SIGTERM to every process. When to end
-    # is the server's decision: requests may still be running. This process ends with its socket.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A terminal sends Ctrl-C, and SIGHUP where it closes, to the whole group, and service managers SIGTERM to
+    # every process. When to end is the server's decision: requests may still be running. This process ends
+    # with its socket.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")  # as the server's
     with socket.socket(fileno=descriptor) as connection, contextlib.suppress(ConnectionError):
         return _serve(connection)

@@ -149,8 +149,9 @@ class Metrics:
         """The exposition in Prometheus' text format."""
         self.engine_restarts.inc(engine.num_restarts - self._restarts_seen)
         self._restarts_seen = engine.num_restarts
-        if engine.num_in_flight() == 0:  # an abort is not followed by a step that would say so
-            self._set_gauges(0, 0, 0.0)
+        # Neither the end of an engine nor an abort is followed by a step that would say so.
+        if engine.num_waiting() or engine.num_in_flight() == 0:
+            self._set_gauges(0, engine.num_waiting(), 0.0)
         return generate_latest(self.registry)
 
     def _set_gauges(self, running: int, waiting: int, kv_usage: float) -> None:

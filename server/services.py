@@ -30,6 +30,14 @@ class Engine(Protocol):
 
     def num_in_flight(self) -> int: ...
 
+    def num_waiting(self) -> int:
+        """Requests that wait for an engine to come back."""
+        ...
+
+    def cut_off(self) -> None:
+        """Fail all requests with EngineStoppedError and take no more."""
+        ...
+
     def generate(
         self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
     ) -> AsyncGenerator[RequestOutput, None]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.errors import RequestError
+from engine.errors import EngineStoppedError, RequestError
 from engine.messages import (
     FinishReason,
     ModelInfo,
@@ -86,6 +87,7 @@ class FakeEngine:
     on_step: Callable[[StepStats], None] | None = None
     aborted: list[str] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     prompts: list[list[int]] = field(default_factory=list)
     sampling: list[SamplingParams] = field(default_factory=list)
 
@@ -94,6 +96,20 @@ class FakeEngine:
 
     def num_in_flight(self) -> int:
         return len(self.running)
+
+    def num_waiting(self) -> int:
+        return 0
+
+    def cut_off(self) -> None:
+        self.ended.set()
+
+    async def _sleep(self) -> None:
+        if not self.ended.is_set() and self.step_seconds == 0.0:
+            await asyncio.sleep(0)
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.ended.wait(), self.step_seconds)
+            raise EngineStoppedError("cut off")
 
     async def generate(
         self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
@@ -107,7 +123,7 @@ class FakeEngine:
                 if self.fail_with is not None and number == self.fail_at:
                     finished = True
                     raise self.fail_with
-                await asyncio.sleep(self.step_seconds)
+                await self._sleep()
                 if self.on_step is not None:
                     self.on_step(self._stats(output))
                 finished = output.finish_reason is not None
