@@ -30,19 +30,23 @@ from server.settings import ServerSettings
 
 logger = logging.getLogger("gorgon.server")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKLOG = 2048
-CUT_OFF_SECONDS = 2.0  # that requests get to end once they are cancelled
+CUT_OFF_SECONDS = 2.0  # that requests get to end once they have failed, and once they are cancelled
 
 
 class StopSignals:
-    """The first SIGTERM or SIGINT asks to stop, a second one ends the process at once."""
+    """The first SIGTERM, SIGINT or SIGHUP asks to stop, a second one ends the process at once.
+
+    A SIGHUP that was ignored from the start stays so: nohup asks to outlive the terminal.
+    """
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
-            loop.add_signal_handler(number, self._on_signal, number)
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.asked.is_set():
@@ -103,18 +107,20 @@ async def _serve(settings: ServerSettings, engine_config: EngineConfig, listener
     metrics = Metrics(settings.served_model_name)
     engine = EngineClient(engine_config, on_step=metrics.on_step)
     starting = asyncio.ensure_future(engine.start())
+    loading = asyncio.ensure_future(asyncio.to_thread(load_chat_tokenizer, Path(engine_config.model_dir)))
     asked = asyncio.ensure_future(stop.asked.wait())
     try:
-        tokenizer = await asyncio.to_thread(load_chat_tokenizer, Path(engine_config.model_dir))
-        await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
-        if stop.asked.is_set():
-            return 0
-        logger.info("engine: %s", describe(await starting))
-        await serve_http(settings, engine, tokenizer, metrics, listener, stop)
+        for work in (loading, starting):
+            await asyncio.wait({work, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.asked.is_set():
+                return 0
+            work.result()  # raises what went wrong
+        logger.info("engine: %s", describe(starting.result()))
+        await serve_http(settings, engine, loading.result(), metrics, listener, stop)
     finally:
-        starting.cancel()
-        asked.cancel()
-        await asyncio.gather(starting, asked, return_exceptions=True)
+        for task in (starting, loading, asked):
+            task.cancel()
+        await asyncio.gather(starting, loading, asked, return_exceptions=True)
         await engine.stop()
     return 0
 
@@ -155,8 +161,10 @@ async def serve_http(
     services.lifecycle.stopping = True
     if not await services.lifecycle.wait_idle(settings.shutdown_grace_period):
         logger.warning("the grace period is over; requests still running are cut off")
-        services.lifecycle.cut_off()
-        await services.lifecycle.wait_idle(CUT_OFF_SECONDS)
+        engine.cut_off()  # their clients are told, in a stream by its last event
+        if not await services.lifecycle.wait_idle(CUT_OFF_SECONDS):
+            services.lifecycle.cut_off()  # those that are not in the engine, or whose clients do not read
+            await services.lifecycle.wait_idle(CUT_OFF_SECONDS)
     asked.cancel()
     server.should_exit = True
     await running

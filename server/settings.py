@@ -21,7 +21,9 @@ class ServerSettings:
         None, "key that every request must bring, but for /health (default: none asked)"
     )
     open_metrics: bool = flag(False, "answer /metrics without the key")
-    shutdown_grace_period: float = flag(30.0, "seconds that running requests get to finish after SIGTERM")
+    shutdown_grace_period: float = flag(
+        30.0, "seconds that running requests get to finish after SIGTERM, SIGINT or SIGHUP"
+    )
     max_body_bytes: int = flag(DEFAULT_MAX_BODY_BYTES, "largest request body in bytes")
 
     def __post_init__(self) -> None:

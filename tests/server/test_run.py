@@ -54,7 +54,7 @@ class Running:
         return self.process.returncode, out.decode()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_an_idle_server_ends_at_once(number: signal.Signals) -> None:
     running = await Running.start(grace=60)
     async with httpx.AsyncClient(base_url=running.url) as client:
@@ -63,13 +63,14 @@ async def test_an_idle_server_ends_at_once(number: signal.Signals) -> None:
         assert await running.end() == (0, "aborted 0\n")  # long before the grace period does
 
 
-async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(number: signal.Signals) -> None:
     running = await Running.start()
     async with httpx.AsyncClient(base_url=running.url) as client:
         whole = asyncio.ensure_future(client.post(CHAT, json=body_for(CHAT)))
         streamed = asyncio.ensure_future(client.post(CHAT, json=body_for(CHAT, stream=True)))
         await asyncio.sleep(0.3)
-        running.process.send_signal(signal.SIGTERM)
+        running.process.send_signal(number)
         await asyncio.sleep(0.1)
         for route in ROUTES:
             refused = await client.post(route, json=body_for(route))
