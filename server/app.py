@@ -8,9 +8,11 @@ from fastapi import FastAPI
 
 from server import errors
 from server.api import chat, completions, health, metrics, models
+from server.body_gate import BodyGate
+from server.entrance import Entrance
 from server.logprobs import TokenTexts
 from server.metrics import Metrics
-from server.middleware import BodyGate, KeyGate, LifecycleGate
+from server.middleware import KeyGate, LifecycleGate
 from server.services import Engine, Services, Tokenizer
 from server.settings import ServerSettings
 
@@ -23,6 +25,7 @@ def create_app(
     texts = TokenTexts(
         partial(tokenizer.encode, add_special_tokens=False),
         partial(tokenizer.decode, skip_special_tokens=False),
+        tokenizer.token_bytes,
     )
     services = Services(settings, engine, tokenizer, counters, texts)
 
@@ -36,4 +39,5 @@ def create_app(
     app.add_middleware(BodyGate, max_bytes=settings.max_body_bytes)
     app.add_middleware(KeyGate, api_key=settings.api_key, open_metrics=settings.open_metrics)
     app.add_middleware(LifecycleGate, lifecycle=services.lifecycle, metrics=counters)
+    app.add_middleware(Entrance)
     return app

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from engine.errors import (
     EngineDeadError,
@@ -57,7 +58,25 @@ class ApiError(Exception):
         return ErrorResponse(error=detail).model_dump_json()
 
     def response(self) -> Response:
-        return Response(self.body(), self.status, self.headers, media_type="application/json")
+        return _ErrorResponse(self)
+
+    @property
+    def reason(self) -> str:
+        """What a log may say. Not the message: it may repeat what the client wrote."""
+        param = "" if self.param is None else f", param {self.param!a}"
+        return self.kind + param + ("" if self.code is None else f", code {self.code}")
+
+
+class _ErrorResponse(Response):
+    """Leaves the reason in the request's state, for the gate that logs refusals."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.body(), error.status, error.headers, media_type="application/json")
+        self._reason = error.reason
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["reason"] = self._reason
+        await super().__call__(scope, receive, send)
 
 
 class GenerationError(Exception):
@@ -94,12 +113,13 @@ def from_validation(error: ValidationError) -> ApiError:
     """The first fault pydantic found, in words, with the dotted path of its field."""
     first = error.errors(include_url=False, include_input=False)[0]
     steps = [str(step) for step in first["loc"]]
+    # A check of a whole object names the field at fault in its context.
+    steps += [str(first["ctx"]["param"])] if "param" in first.get("ctx", {}) else []
     path = ".".join(step for step in steps if not (step.startswith("<") or step == "[key]"))[:MAX_ECHO]
-    path = path or str(first.get("ctx", {}).get("param", ""))
     return invalid(path or None, _message(path, first))
 
 
-def to_api_error(error: BaseException) -> ApiError:
+def to_api_error(error: BaseException, request_id: str) -> ApiError:
     """The answer for any failure; what nobody foresaw becomes a 500 without details."""
     if isinstance(error, ApiError):
         return error
@@ -121,7 +141,8 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(503, str(error), code="out_of_memory", headers=headers)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
-    return ApiError(500, "The server failed to answer this request; its log says why.", code="internal_error")
+    message = f"The server failed to answer this request; its log says why, under request {request_id}."
+    return ApiError(500, message, code="internal_error")
 
 
 async def _answer(request: Request, error: Exception) -> Response:
@@ -134,12 +155,12 @@ async def _answer(request: Request, error: Exception) -> Response:
             error.status_code, f"{request.method} {path}: {what}.", headers=error.headers
         ).response()
     if isinstance(error, GenerationError):
-        logger.error("request failed in the engine: %s", error)
-    return to_api_error(error).response()
+        logger.error("request %s failed in the engine: %s", request.state.request_id, error)
+    return to_api_error(error, request.state.request_id).response()
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of `app` in OpenAI's shape."""
+    """Answer every error that is foreseen in OpenAI's shape; the others are the gates' to answer."""
     handled: tuple[type[Exception], ...] = (
         ApiError,
         RequestError,
@@ -149,7 +170,6 @@ def install(app: FastAPI) -> None:
         GenerationError,
         ClientDisconnectedError,
         HTTPException,
-        Exception,
     )
     for kind in handled:
         app.add_exception_handler(kind, _answer)

@@ -11,7 +11,7 @@ from functools import partial
 
 import anyio
 
-from engine.errors import EngineDeadError, RequestMemoryError
+from engine.errors import EngineDeadError, RequestError, RequestMemoryError
 from engine.messages import RequestOutput, RequestUsage, SamplingParams, TokenLogprobs
 from server.errors import GenerationError
 from server.protocol.common import CompletionTokensDetails, Finish, PromptTokensDetails, SamplingFields, Usage
@@ -32,18 +32,23 @@ class Piece:
 
 
 class Generation:
-    """Runs one request. Read `pieces()` to the end, or close it to abort the request."""
+    """Runs one request. Read `pieces()` to the end, or close it to abort the request.
+
+    `request_id` is the answer's own, `http_request_id` the one that logs on the client's side may have.
+    """
 
     def __init__(
         self,
         services: Services,
         request_id: str,
+        http_request_id: str,
         request: SamplingFields,
         prompt_token_ids: list[int],
         sampling: SamplingParams,
         arrived: float,
     ) -> None:
         self.request_id = request_id
+        self.http_request_id = http_request_id
         self.finish_reason: Finish | None = None
         self._services = services
         self._request = request
@@ -95,6 +100,9 @@ class Generation:
                 if self.finish_reason is not None:
                     return
             raise EngineDeadError("The engine ended a request without an answer.")
+        except RequestError as error:
+            self._outcome = "error"
+            raise RequestError(self._request.field_of(error.parameter), str(error)) from error
         except Exception:
             self._outcome = "error"
             raise
@@ -156,7 +164,7 @@ class Generation:
         metrics.generation_tokens.inc(self._num_tokens)
         metrics.e2e_latency.observe(seconds)
         logger.info(
-            "%s %s: %d prompt tokens, %d tokens in %d steps, %.2f s, user %r",
+            "%s %s: %d prompt tokens, %d tokens in %d steps, %.2f s, user %r; request %s",
             self.request_id,
             self._outcome,
             self._num_prompt,
@@ -164,4 +172,5 @@ class Generation:
             self._engine_usage.decode_steps,
             seconds,
             self._request.user,
+            self.http_request_id,
         )

@@ -15,8 +15,14 @@ class TokenTexts:
     A token is decoded behind an anchor, because tokenizers drop the leading space at the start of a text.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        decode: Callable[[list[int]], str],
+        piece_bytes: Callable[[int], bytes | None],
+    ) -> None:
         self._decode = decode
+        self._piece_bytes = piece_bytes
         self._anchor = encode("a")[-1:]
         self._anchor_length = len(decode(self._anchor))
         self._texts: dict[int, str] = {}
@@ -28,10 +34,18 @@ class TokenTexts:
             self._texts[token_id] = text
         return text
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """UTF-8 of a token, which may be a piece of a character; None where the tokenizer does not tell."""
+        text = self[token_id]
+        return self._piece_bytes(token_id) if REPLACEMENT in text else text.encode()
 
-def token_bytes(text: str) -> list[int] | None:
-    """UTF-8 of a token's text, None for one that is a part of a character."""
-    return None if REPLACEMENT in text else list(text.encode())
+    def name(self, token_id: int) -> str:
+        """The token's text, or what tells pieces of characters apart, whose texts are all U+FFFD."""
+        text = self[token_id]
+        if REPLACEMENT not in text:
+            return text
+        raw = self._piece_bytes(token_id)
+        return f"token_id:{token_id}" if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def finite(logprob: float) -> float:

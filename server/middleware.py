@@ -1,24 +1,26 @@
-"""The gates every request passes before a route sees it, as plain ASGI: stopping, key, body size."""
+"""The gates that turn requests away, as plain ASGI: one while the server stops, one for want of the key."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, stopping
+from server.errors import ApiError, stopping, to_api_error
 from server.metrics import Metrics
 from server.services import Lifecycle
 
+logger = logging.getLogger("gorgon.server")
+
 HEALTH, METRICS = "/health", "/metrics"  # answered even while the server is stopping
-DISCARD_FACTOR = 16  # times the size limit that is read and thrown away to let a client see its 413
-READ_TIMEOUT = 60.0  # seconds for a whole body
+MAX_LOGGED = 200  # characters of a client's own text in a line of the log
 
 
 class LifecycleGate:
-    """Counts requests in flight and turns new ones away once the server is stopping."""
+    """Counts requests in flight, turns new ones away once the server is stopping, notes what is refused, and
+    answers where nobody foresaw what went wrong."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle, metrics: Metrics) -> None:
         self._app = app
@@ -37,7 +39,7 @@ class LifecycleGate:
             if message["type"] == "http.response.start":
                 started = True
                 if message["status"] >= 400:
-                    self._metrics.http_rejections.labels(message["status"]).inc()
+                    self._note_refusal(scope, message["status"])
             await send(message)
 
         if self._lifecycle.stopping and scope["path"] not in (HEALTH, METRICS):
@@ -51,6 +53,20 @@ class LifecycleGate:
                     raise
                 if not started:
                     await stopping().response()(scope, receive, counting_send)
+            except Exception as error:
+                if started:
+                    raise
+                request_id = scope["state"]["request_id"]
+                logger.exception("request %s failed", request_id)
+                await to_api_error(error, request_id).response()(scope, receive, counting_send)
+
+    def _note_refusal(self, scope: Scope, status: int) -> None:
+        """One line for the log, of method, path and the error's names: messages may repeat a prompt."""
+        self._metrics.http_rejections.labels(status).inc()
+        state = scope["state"]
+        if (reason := state.get("reason")) is not None:  # a poll of /health has none, nor a client that went
+            path, request_id = ascii(scope["path"][:MAX_LOGGED]), state["request_id"]
+            logger.warning("%s %s: %d %s; request %s", scope["method"], path, status, reason, request_id)
 
 
 class KeyGate:
@@ -86,70 +102,3 @@ class KeyGate:
             return False
         scheme, space, key = sent[0].partition(b" ")
         return hmac.compare_digest(scheme.lower() + space + key, expected)
-
-
-class BodyGate:
-    """Reads the whole body, up to a limit, before the app runs; the app gets it as one message."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        try:
-            async with asyncio.timeout(READ_TIMEOUT):
-                body = await self._read(scope, receive)
-        except TimeoutError:
-            body = ApiError(
-                408, "The request's body took too long to arrive.", headers={"Connection": "close"}
-            )
-        if body is None:
-            return
-        if isinstance(body, ApiError):
-            await body.response()(scope, receive, send)
-            return
-        message: Message | None = {"type": "http.request", "body": body, "more_body": False}
-
-        async def replay() -> Message:
-            nonlocal message
-            if message is None:
-                return await receive()
-            first, message = message, None
-            return first
-
-        await self._app(scope, replay, send)
-
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | ApiError | None:
-        """The body, or the answer for one that is too large, or None when the client went."""
-        discard = self._max_bytes * DISCARD_FACTOR
-        declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdigit() and int(declared) > discard:
-            return self._too_large()
-        chunks: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size <= self._max_bytes:
-                chunks.append(chunk)
-            else:
-                # Many clients look for an answer only once they have sent everything.
-                chunks.clear()
-                if size > discard:
-                    return self._too_large()
-            if not message.get("more_body", False):
-                return b"".join(chunks) if size <= self._max_bytes else self._too_large()
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
-            f"The request's body is larger than the {self._max_bytes} bytes this server takes.",
-            code="request_too_large",
-            headers={"Connection": "close"},
-        )

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from engine.client import EngineClient
@@ -137,20 +138,7 @@ async def serve_http(
     AppStatus.enable_automatic_graceful_drain = False  # streams end by themselves, or with the grace period
     app = create_app(settings, engine, tokenizer, metrics)
     services: Services = app.state.services
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="h11",  # it bounds the size of headers; httptools does not
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            backlog=BACKLOG,
-            timeout_graceful_shutdown=1,
-        )
-    )
+    server = _Server(http_config(app, settings))
     running = asyncio.ensure_future(server.serve(sockets=[listener]))
     asked = asyncio.ensure_future(stop.asked.wait())
     while not (server.started or running.done()):
@@ -168,6 +156,23 @@ async def serve_http(
     asked.cancel()
     server.should_exit = True
     await running
+
+
+def http_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    """How HTTP is spoken."""
+    return uvicorn.Config(
+        app,
+        http="h11",  # it bounds the size of headers; httptools does not
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=settings.keep_alive_timeout,
+        timeout_graceful_shutdown=1,
+    )
 
 
 def describe(info: ModelInfo) -> str:

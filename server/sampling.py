@@ -11,9 +11,9 @@ from server.protocol.common import SamplingFields
 MAX_TOKEN_ID_DIGITS = 9
 
 
-def check_model(name: str, served: str) -> None:
-    """Raises a 404 in OpenAI's shape for any model but the one served."""
-    if name != served:
+def check_model(name: str | None, served: str) -> None:
+    """Raises a 404 in OpenAI's shape for any model but the one served; no name stands for that one."""
+    if name and name != served:
         raise ApiError(
             404,
             f"The model {name[:200]!r} does not exist here; this server has {served!r}.",
@@ -98,11 +98,12 @@ def sampling_params(
     stop_token_ids = tuple(request.stop_token_ids or ())
     check_token_ids("stop_token_ids", stop_token_ids, info)
     top_k = request.top_k or 0
+    greedy = request.top_p == 0  # the likeliest token alone is left
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        temperature=0.0 if greedy else 1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if greedy or request.top_p is None else request.top_p,
         top_k=max(top_k, 0),
         min_p=request.min_p or 0.0,
         seed=None if request.seed is None else request.seed % 2**64,

@@ -10,6 +10,20 @@ from engine.errors import ConfigError
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 
 
+def check_api_key(key: str) -> None:
+    """Raises ConfigError for a key that no client could send, or that was not meant so."""
+    if not key:
+        raise ConfigError("api_key", "is empty; leave it out to ask for none")
+    if not (key.isascii() and key.isprintable()):
+        # A line break in front or behind is how a key comes out of a file.
+        raise ConfigError(
+            "api_key",
+            "holds characters other than printable ASCII, perhaps a line break at its end; remove them",
+        )
+    if key != key.strip():
+        raise ConfigError("api_key", "begins or ends with a space; remove it")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """Settings of one HTTP server. `served_model_name` is what clients must send as `model`."""
@@ -21,6 +35,7 @@ class ServerSettings:
         None, "key that every request must bring, but for /health (default: none asked)"
     )
     open_metrics: bool = flag(False, "answer /metrics without the key")
+    keep_alive_timeout: int = flag(75, "seconds that an idle connection is kept open")
     shutdown_grace_period: float = flag(
         30.0, "seconds that running requests get to finish after SIGTERM, SIGINT or SIGHUP"
     )
@@ -31,9 +46,11 @@ class ServerSettings:
             raise ConfigError("served_model_name", "must not be empty")
         if not 0 <= self.port <= 65535:
             raise ConfigError("port", f"must be 0 to 65535, not {self.port}")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
+        if self.api_key is not None:
+            check_api_key(self.api_key)
+        if not 1 <= self.keep_alive_timeout <= 3600:
             raise ConfigError(
-                "api_key", "must be printable ASCII and not empty; leave it out to ask for none"
+                "keep_alive_timeout", f"must be 1 to 3600 seconds, not {self.keep_alive_timeout}"
             )
         if not 0 <= self.shutdown_grace_period <= 3600:
             raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import anyio
 from fastapi import Request
 from pydantic import BaseModel
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Receive, Scope, Send
 
@@ -23,6 +23,9 @@ logger = logging.getLogger("gorgon.server")
 T = TypeVar("T")
 
 SEND_TIMEOUT = 60.0  # seconds a client may leave its socket full before its request is given up
+HEADERS_SECONDS = 0.25  # that a stream waits for a token before it begins: what fails till then has a status
+COMMENT_SECONDS = 5.0  # between comments that keep proxies and clients from giving up
+COMMENT = "keep-alive"
 DONE = b"data: [DONE]\n\n"
 
 # Valid inside JSON, but readers that split lines as Unicode does would break an event there.
@@ -66,13 +69,36 @@ async def collect(request: Request, generation: Generation) -> list[Piece]:
     return await until_disconnect(request, read())
 
 
+class _Source:
+    """The pieces of an answer, None behind the last. The first is under way at once. To be closed."""
+
+    def __init__(self, pieces: AsyncGenerator[Piece, None]) -> None:
+        self._pieces = pieces
+        self.first = asyncio.ensure_future(self.next())
+
+    async def next(self) -> Piece | None:
+        return await anext(self._pieces, None)
+
+    async def close(self) -> None:
+        """End the request if it still runs."""
+        self.first.cancel()
+        await asyncio.gather(self.first, return_exceptions=True)
+        await self._pieces.aclose()
+
+
 class _EventStream(EventSourceResponse):
     """Closes the pieces however the response ends, even when a client goes before the first event."""
 
-    def __init__(self, content: AsyncGenerator[bytes, None], pieces: AsyncGenerator[Piece, None]) -> None:
-        super().__init__(content, sep="\n", send_timeout=SEND_TIMEOUT)
+    def __init__(self, content: AsyncGenerator[bytes, None], source: _Source) -> None:
+        super().__init__(
+            content,
+            sep="\n",
+            send_timeout=SEND_TIMEOUT,
+            ping=COMMENT_SECONDS,
+            ping_message_factory=lambda: ServerSentEvent(comment=COMMENT, sep="\n"),
+        )
         self._content = content
-        self._pieces = pieces
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -81,8 +107,8 @@ class _EventStream(EventSourceResponse):
             logger.warning("client stopped reading its stream; request given up")
         finally:
             with anyio.CancelScope(shield=True):
+                await self._source.close()
                 await self._content.aclose()
-                await self._pieces.aclose()
 
 
 class ChunkWriter(Protocol):
@@ -100,30 +126,39 @@ class ChunkWriter(Protocol):
 
 
 async def stream(request: Request, generation: Generation, writer: ChunkWriter) -> EventSourceResponse:
-    """A streamed answer. Waits for the first piece, so that what fails before it is a plain error."""
-    pieces = generation.pieces()
+    """A streamed answer. What fails within HEADERS_SECONDS is a plain error, what fails later an event."""
+    source = _Source(generation.pieces())
+    try:
+        await until_disconnect(request, asyncio.wait({source.first}, timeout=HEADERS_SECONDS))
+        if source.first.done():
+            source.first.result()
+    except BaseException:
+        await source.close()
+        raise
+    return _EventStream(_events(source, generation, writer), source)
 
-    async def first_piece() -> Piece:
-        return await anext(pieces)
 
-    first = await until_disconnect(request, first_piece())
-
-    async def events() -> AsyncGenerator[bytes, None]:
+async def _events(
+    source: _Source, generation: Generation, writer: ChunkWriter
+) -> AsyncGenerator[bytes, None]:
+    if not source.first.done():
+        yield f": {COMMENT}\n\n".encode()  # some proxies hand headers on with what follows them
+    try:
+        piece = await source.first
         for chunk in writer.first():
             yield event(chunk.model_dump_json())
-        piece: Piece | None = first
-        try:
-            while piece is not None:
-                if piece.text or piece.logprobs:
-                    yield event(writer.piece(piece).model_dump_json())
-                piece = await anext(pieces, None)
-        except Exception as error:
-            foreseen = isinstance(error, (GenerationError, GorgonError))
-            logger.error("%s failed: %s", generation.request_id, error, exc_info=not foreseen)
-            yield event(to_api_error(error).body())
-            return
-        for chunk in writer.last(generation):
-            yield event(chunk.model_dump_json())
-        yield DONE
-
-    return _EventStream(events(), pieces)
+        while piece is not None:
+            if piece.text or piece.logprobs:
+                yield event(writer.piece(piece).model_dump_json())
+            piece = await source.next()
+    except Exception as error:
+        foreseen = isinstance(error, (GenerationError, GorgonError))
+        name, request_id = generation.request_id, generation.http_request_id
+        logger.error(
+            "%s failed: %s; request %s", name, error, request_id, exc_info=None if foreseen else error
+        )
+        yield event(to_api_error(error, request_id).body())
+        return
+    for chunk in writer.last(generation):
+        yield event(chunk.model_dump_json())
+    yield DONE

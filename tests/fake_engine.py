@@ -43,6 +43,9 @@ class ByteTokenizer:
                 pieces.append("</s>")
         return "".join(pieces)
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        return bytes([token_id]) if token_id < 256 else None
+
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         if messages[0]["content"] == "refuse this":
             raise RequestError("messages", "the chat template refuses this conversation")

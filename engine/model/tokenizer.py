@@ -15,6 +15,7 @@ from engine.errors import ModelError, RequestError
 from engine.model.chat_template import ChatTemplate
 from engine.model.gguf import find_gguf, open_gguf
 from engine.model.gguf_tokenizer import build_gguf_tokenizer
+from engine.model.token_bytes import token_bytes
 
 _CONVERTIBLE = ("tokenizer.model", "spiece.model", "vocab.json", "tokenizer_config.json")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -67,6 +68,10 @@ class ChatTokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """The text of the tokens; bytes that are no UTF-8, such as half an emoji, become U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes of a token, to join pieces of a character by; None where they are not known."""
+        return token_bytes(self._tokenizer, token_id)
 
     def render_chat(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any

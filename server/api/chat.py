@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from engine.messages import TokenLogprobs
 from server.api.bodies import json_response, read_json
 from server.generation import Generation, Piece
-from server.logprobs import TokenTexts, finite, token_bytes
+from server.logprobs import TokenTexts, finite
 from server.protocol.chat import (
     AnswerMessage,
     ChatChoice,
@@ -37,27 +37,27 @@ async def create_chat_completion(request: Request) -> Response:
     arrived = time.monotonic()
     service = services(request)
     chat = await read_json(request, ChatRequest)
-    check_model(chat.model, service.settings.served_model_name)
+    model = service.settings.served_model_name
+    check_model(chat.model, model)
     messages = [message.for_template() for message in chat.messages]
     # Long conversations take a while; other requests' streams must not wait for it.
     prompt = await asyncio.to_thread(service.tokenizer.encode_chat, messages)
 
-    newer = chat.max_completion_tokens is not None
     max_tokens = resolve_max_tokens(
         service.engine.info,
         len(prompt),
-        chat.max_completion_tokens if newer else chat.max_tokens,
+        chat.max_completion_tokens or chat.max_tokens,
         prompt_param="messages",
-        limit_param="max_completion_tokens" if newer else "max_tokens",
+        limit_param=chat.limit_field,
     )
     logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
     sampling = sampling_params(chat, service.engine.info, max_tokens, logprobs)
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    generation = Generation(service, request_id, chat, prompt, sampling, arrived)
+    generation = Generation(service, request_id, request.state.request_id, chat, prompt, sampling, arrived)
     created = int(time.time())
     if chat.stream:
         include_usage = chat.stream_options is not None and bool(chat.stream_options.include_usage)
-        writer = _Chunks(request_id, created, chat, service.token_texts, include_usage)
+        writer = _Chunks(request_id, created, model, chat, service.token_texts, include_usage)
         return await stream(request, generation, writer)
 
     pieces = await collect(request, generation)
@@ -69,18 +69,23 @@ async def create_chat_completion(request: Request) -> Response:
         finish_reason=generation.finish_reason,
     )
     return json_response(
-        ChatCompletion(
-            id=request_id, created=created, model=chat.model, choices=[choice], usage=generation.usage
-        )
+        ChatCompletion(id=request_id, created=created, model=model, choices=[choice], usage=generation.usage)
     )
 
 
 class _Chunks:
     def __init__(
-        self, request_id: str, created: int, chat: ChatRequest, texts: TokenTexts, include_usage: bool
+        self,
+        request_id: str,
+        created: int,
+        model: str,
+        chat: ChatRequest,
+        texts: TokenTexts,
+        include_usage: bool,
     ) -> None:
         self._id = request_id
         self._created = created
+        self._model = model
         self._chat = chat
         self._texts = texts
         self._include_usage = include_usage
@@ -104,13 +109,15 @@ class _Chunks:
         return chunks
 
     def _chunk(self, *choices: ChatChunkChoice) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._chat.model, choices=list(choices))
+        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=list(choices))
 
 
 def _logprobs(entries: list[TokenLogprobs], texts: TokenTexts) -> ChatLogprobs:
     def named(token_id: int, logprob: float) -> TopLogprob:
-        text = texts[token_id]
-        return TopLogprob(token=text, logprob=finite(logprob), bytes=token_bytes(text))
+        raw = texts.bytes_of(token_id)
+        return TopLogprob(
+            token=texts[token_id], logprob=finite(logprob), bytes=None if raw is None else list(raw)
+        )
 
     return ChatLogprobs(
         content=[

@@ -28,7 +28,8 @@ async def create_completion(request: Request) -> Response:
     arrived = time.monotonic()
     service = services(request)
     body = await read_json(request, CompletionRequest)
-    check_model(body.model, service.settings.served_model_name)
+    model = service.settings.served_model_name
+    check_model(body.model, model)
     info = service.engine.info
     prompt, prompt_text = await _prompt(body, service)
     max_tokens = resolve_max_tokens(
@@ -36,12 +37,12 @@ async def create_completion(request: Request) -> Response:
     )
     sampling = sampling_params(body, info, max_tokens, body.logprobs)
     request_id = f"cmpl-{uuid.uuid4().hex}"
-    generation = Generation(service, request_id, body, prompt, sampling, arrived)
+    generation = Generation(service, request_id, request.state.request_id, body, prompt, sampling, arrived)
     created = int(time.time())
     echo = prompt_text if body.echo else ""
     if body.stream:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        writer = _Chunks(request_id, created, body, service.token_texts, include_usage, echo)
+        writer = _Chunks(request_id, created, model, body, service.token_texts, include_usage, echo)
         return await stream(request, generation, writer)
 
     pieces = await collect(request, generation)
@@ -51,7 +52,7 @@ async def create_completion(request: Request) -> Response:
         finish_reason=generation.finish_reason,
     )
     return json_response(
-        Completion(id=request_id, created=created, model=body.model, choices=[choice], usage=generation.usage)
+        Completion(id=request_id, created=created, model=model, choices=[choice], usage=generation.usage)
     )
 
 
@@ -72,6 +73,7 @@ class _Chunks:
         self,
         request_id: str,
         created: int,
+        model: str,
         body: CompletionRequest,
         texts: TokenTexts,
         include_usage: bool,
@@ -79,6 +81,7 @@ class _Chunks:
     ) -> None:
         self._id = request_id
         self._created = created
+        self._model = model
         self._body = body
         self._texts = texts
         self._include_usage = include_usage
@@ -102,17 +105,17 @@ class _Chunks:
         return chunks
 
     def _chunk(self, *choices: CompletionChoice) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._body.model, choices=list(choices))
+        return Completion(id=self._id, created=self._created, model=self._model, choices=list(choices))
 
 
 def _logprobs(pieces: list[Piece], texts: TokenTexts) -> CompletionLogprobs:
     placed = [entry for piece in pieces for entry in piece.logprobs]
     return CompletionLogprobs(
-        tokens=[texts[entry.token_id] for _, entry in placed],
+        tokens=[texts.name(entry.token_id) for _, entry in placed],
         token_logprobs=[finite(entry.logprob) for _, entry in placed],
         top_logprobs=[
-            {texts[token_id]: finite(logprob) for token_id, logprob in reversed(entry.top)}
-            | {texts[entry.token_id]: finite(entry.logprob)}
+            {texts.name(token_id): finite(logprob) for token_id, logprob in reversed(entry.top)}
+            | {texts.name(entry.token_id): finite(entry.logprob)}
             for _, entry in placed
         ],
         text_offset=[offset for offset, _ in placed],

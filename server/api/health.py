@@ -10,7 +10,7 @@ from server.services import services
 router = APIRouter()
 
 
-@router.get("/health", response_model=None)
+@router.api_route("/health", methods=["GET", "HEAD"], response_model=None)
 async def health(request: Request) -> JSONResponse:
     """For load balancers: ready only while the engine makes progress and the server is not stopping."""
     service = services(request)

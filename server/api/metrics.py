@@ -10,7 +10,7 @@ from server.services import services
 router = APIRouter()
 
 
-@router.get("/metrics", response_model=None)
+@router.api_route("/metrics", methods=["GET", "HEAD"], response_model=None)
 async def metrics(request: Request) -> Response:
     """Counters, gauges and histograms of this server."""
     service = services(request)

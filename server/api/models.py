@@ -20,13 +20,13 @@ def _card(service: Services) -> ModelCard:
     )
 
 
-@router.get("/v1/models", response_model=None)
+@router.api_route("/v1/models", methods=["GET", "HEAD"], response_model=None)
 async def list_models(request: Request) -> Response:
     """The one model this server has."""
     return json_response(ModelList(data=[_card(services(request))]))
 
 
-@router.get("/v1/models/{model:path}", response_model=None)
+@router.api_route("/v1/models/{model:path}", methods=["GET", "HEAD"], response_model=None)
 async def retrieve_model(request: Request, model: str) -> Response:
     service = services(request)
     check_model(model, service.settings.served_model_name)

@@ -15,7 +15,8 @@ from server.protocol.common import (
     Strict,
     Unsupported,
     Usage,
-    unsupported,
+    Whole,
+    only,
 )
 
 
@@ -47,84 +48,82 @@ def _role(value: object) -> object:
 
 
 class ChatMessage(Strict):
-    """One message. The fields of an answer may come back with it as long as they hold nothing."""
+    """One message. The fields of an answer may come back with it as long as they hold nothing.
+
+    An answer without content said nothing; all other roles must say something.
+    """
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_role)]
-    content: Annotated[Many[Annotated[TextPart, BeforeValidator(_text_part)]], BeforeValidator(_parts)]
+    content: (
+        Annotated[Many[Annotated[TextPart, BeforeValidator(_text_part)]], BeforeValidator(_parts)] | None
+    ) = None
     name: str | None = Field(None, max_length=512)
+    type: Annotated[Any, only("text", "message")] = None
     refusal: Unsupported = None
-    annotations: Unsupported = None
+    annotations: Annotated[Any, only([])] = None
     audio: Unsupported = None
     function_call: Unsupported = None
-    tool_calls: Unsupported = None
+    tool_calls: Annotated[Any, only([])] = None
     tool_call_id: Unsupported = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("missing", "missing", {"param": "content"})
+        return self
 
     def for_template(self) -> dict[str, str]:
         """The message as the model's chat template reads it; several text parts become lines."""
-        message = {"role": self.role, "content": "\n".join(part.text for part in self.content)}
+        message = {"role": self.role, "content": "\n".join(part.text for part in self.content or ())}
         if self.name is not None:
             message["name"] = self.name
         return message
 
 
-def _none_choice(value: object) -> object:
-    return None if value == "none" else unsupported(value)
-
-
-def _text_modality(value: object) -> object:
-    return None if value == ["text"] else unsupported(value)
-
-
-def _no_store(value: object) -> object:
-    return None if value is False else unsupported(value)
-
-
-def _text_format(value: object) -> object:
-    if value not in (None, {"type": "text"}):
-        # The message is a template, which takes no literal braces.
-        only = {"format": '{"type": "text"}'}
-        raise PydanticCustomError("only_text", "only {format} is supported by this server", only)
-    return value
-
-
 class ChatRequest(SamplingFields):
+    """Where both limits of tokens are sent, `max_completion_tokens`, the newer one, counts."""
+
     messages: Many[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: Whole | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    safety_identifier: str | None = Field(None, max_length=512)
-    response_format: Annotated[Any, BeforeValidator(_text_format)] = None
-    modalities: Annotated[Any, BeforeValidator(_text_modality)] = None
-    tool_choice: Annotated[Any, BeforeValidator(_none_choice)] = None
-    store: Annotated[Any, BeforeValidator(_no_store)] = None
-    service_tier: Literal["auto", "default"] | None = None
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
+    response_format: Annotated[Any, only({"type": "text"})] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    verbosity: Annotated[Any, only("medium")] = None
+    add_generation_prompt: Annotated[Any, only(True)] = None
+    continue_final_message: Annotated[Any, only(False)] = None
+    echo: Annotated[Any, only(False)] = None
+
+    # Without tools these say nothing.
+    tools: Annotated[Any, only([])] = None
+    tool_choice: Annotated[Any, only("none", "auto")] = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
 
     audio: Unsupported = None
-    function_call: Unsupported = None
-    functions: Unsupported = None
-    metadata: Unsupported = None
     moderation: Unsupported = None
-    parallel_tool_calls: Unsupported = None
     prediction: Unsupported = None
-    prompt_cache_key: Unsupported = None
     prompt_cache_options: Unsupported = None
-    prompt_cache_retention: Unsupported = None
     reasoning_effort: Unsupported = None
-    tools: Unsupported = None
-    verbosity: Unsupported = None
     web_search_options: Unsupported = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError(
                 "needs_logprobs", "only allowed when 'logprobs' is true", {"param": "top_logprobs"}
             )
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise PydanticCustomError(
-                "two_limits", "it contradicts 'max_completion_tokens'; send only one", {"param": "max_tokens"}
-            )
         return self
+
+    @property
+    def limit_field(self) -> str:
+        """The field that limits the answer's tokens."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def field_of(self, parameter: str) -> str:
+        names = {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": self.limit_field}
+        return names.get(parameter, parameter)
 
 
 class TopLogprob(BaseModel):

@@ -1,14 +1,15 @@
 """What chat and text completions share: strict parsing, sampling fields, usage.
 
-Every limit here keeps a request's cost bounded before anything is allocated for it. A field of OpenAI's that
-does nothing here is refused by name instead of ignored in silence.
+Every limit here keeps a request's cost bounded before anything is allocated for it. A field that would change
+the answer and is not supported is refused by name; one that changes nothing here is taken.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.config import MAX_TREE_NODES
@@ -18,6 +19,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_METADATA = 16  # OpenAI's
 MAX_TOKENS = 2**31 - 1
 MAX_SEED = 2**63
 
@@ -26,21 +28,33 @@ T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]
 
 
-def unsupported(value: object) -> object:
-    """Refuse anything but null."""
-    if value is not None:
-        raise PydanticCustomError("not_supported", "is not supported by this server")
-    return value
+def _unsupported(value: object) -> object:
+    raise PydanticCustomError("not_supported", "is not supported by this server")
 
 
-def _one(value: int | None) -> int | None:
-    if value not in (None, 1):
-        raise PydanticCustomError("only_one", "only 1 is supported by this server")
-    return value
+def only(*values: object) -> BeforeValidator:
+    """Take these values, which change nothing here, and refuse all others."""
+    shown = " or ".join(map(json.dumps, values))
+
+    def check(value: object) -> object:
+        # In Python, true equals 1.
+        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
+            # The message is a template, which takes no literal braces.
+            raise PydanticCustomError("only", "only {shown} is supported by this server", {"shown": shown})
+        return value
+
+    return BeforeValidator(check)
+
+
+def _whole(value: object) -> object:
+    """Some languages write a whole number as 4.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _stop_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [value] if value else []
+    return value
 
 
 def _small_bias(value: object) -> object:
@@ -49,14 +63,16 @@ def _small_bias(value: object) -> object:
     return value
 
 
-Unsupported = Annotated[Any, BeforeValidator(unsupported)]
-OnlyOne = Annotated[int | None, AfterValidator(_one)]
+Unsupported = Annotated[Any, BeforeValidator(_unsupported)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+ShortText = Annotated[str, Field(max_length=512)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Strict(BaseModel):
-    """Base of everything that comes in: unknown fields, NaN and converted types are errors."""
+    """Base of everything that comes in: unknown fields, NaN and converted types are errors. A field that is
+    null is as good as left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -66,6 +82,8 @@ class Strict(BaseModel):
         # Each unknown field is one error with its own text; thousands of them are an attack on memory.
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise PydanticCustomError("too_many_fields", f"an object has at most {MAX_FIELDS} fields")
+        if isinstance(value, dict):
+            return {name: field for name, field in value.items() if field is not None}
         return value
 
 
@@ -78,38 +96,53 @@ class SpeculationOptions(Strict):
     """Our extension: how this request speculates. `max_nodes` counts draft tokens besides the root."""
 
     enabled: bool = True
-    max_nodes: int | None = Field(None, ge=0, le=MAX_TREE_NODES - 1)
+    max_nodes: Whole | None = Field(None, ge=0, le=MAX_TREE_NODES - 1)
     acceptance: Literal["exact", "typical"] = "exact"
     epsilon: float = Field(0.09, ge=0, le=1)
     delta: float = Field(0.3, ge=0, le=1)
 
 
-class SamplingFields(Strict):
+class IdleFields(Strict):
+    """What clients of OpenAI or vLLM send and what changes no answer here: taken, and not used."""
+
+    metadata: Annotated[dict[str, ShortText], Field(max_length=MAX_METADATA)] | None = None
+    store: bool | None = None  # nothing is stored
+    safety_identifier: ShortText | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    prompt_cache_key: ShortText | None = None  # prefixes are found without it
+    prompt_cache_retention: ShortText | None = None
+
+    n: Annotated[Any, only(1)] = None
+    best_of: Annotated[Any, only(1)] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+    length_penalty: Annotated[Any, only(1)] = None
+
+
+class SamplingFields(IdleFields):
     """Fields of both endpoints that say how tokens are drawn and when the answer ends."""
 
-    model: str = Field(max_length=512)
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    model: ShortText | None = None
+    max_tokens: Whole | None = Field(None, ge=1, le=MAX_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    n: OnlyOne = None
+    top_p: float | None = Field(None, ge=0, le=1)
     stop: Annotated[
         Annotated[Many[StopString], Field(max_length=MAX_STOP_STRINGS)] | None, BeforeValidator(_stop_list)
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    seed: int | None = Field(None, ge=-MAX_SEED, lt=MAX_SEED)
+    seed: Whole | None = Field(None, ge=-MAX_SEED, lt=MAX_SEED)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[
         dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_small_bias)
     ] = None
-    user: str | None = Field(None, max_length=512)
+    user: ShortText | None = None
 
     # As vLLM names them.
-    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
+    top_k: Whole | None = Field(None, ge=-1, le=MAX_TOKENS)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    min_tokens: Whole | None = Field(None, ge=0, le=MAX_TOKENS)
     stop_token_ids: Annotated[Many[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -119,11 +152,15 @@ class SamplingFields(Strict):
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> SamplingFields:
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise PydanticCustomError(
                 "needs_stream", "only allowed when 'stream' is true", {"param": "stream_options"}
             )
         return self
+
+    def field_of(self, parameter: str) -> str:
+        """The field of this request that the engine calls `parameter`."""
+        return parameter
 
 
 class PromptTokensDetails(BaseModel):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.protocol.common import Finish, Many, OnlyOne, SamplingFields, TokenId, Unsupported, Usage
+from server.protocol.common import Finish, Many, SamplingFields, TokenId, Unsupported, Usage, Whole
 
 
 def _prompt(value: object) -> object:
@@ -39,8 +39,7 @@ Prompt = Annotated[
 class CompletionRequest(SamplingFields):
     prompt: Annotated[Prompt, BeforeValidator(_prompt)]
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=5)
-    best_of: OnlyOne = None
+    logprobs: Whole | None = Field(None, ge=0, le=5)
     suffix: Unsupported = None
 
     @model_validator(mode="after")

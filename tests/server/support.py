@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.metrics import Metrics
+from server.run import http_config
 from server.settings import ServerSettings
 from tests.fake_engine import ByteTokenizer, FakeEngine
 
@@ -46,9 +47,9 @@ def client_for(app: FastAPI, **options: Any) -> httpx.AsyncClient:
 @contextlib.asynccontextmanager
 async def live(app: FastAPI) -> AsyncIterator[str]:
     """Address of `app` behind a real HTTP server on a free loopback port."""
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, http="h11", ws="none", lifespan="off", log_level="critical")
-    )
+    config = http_config(app, app.state.services.settings)
+    config.port = 0
+    server = uvicorn.Server(config)
     running = asyncio.ensure_future(server._serve())
     while not server.started:
         await asyncio.sleep(0.005)

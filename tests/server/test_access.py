@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from engine.errors import ConfigError
+from server.settings import ServerSettings
 from tests.fake_engine import FakeEngine
-from tests.server.support import CHAT, KEY, ROUTES, app_for, body_for, client_for, live
+from tests.server.support import CHAT, KEY, MODEL, ROUTES, app_for, body_for, client_for, live
 
 GUARDED = [
     *ROUTES,
@@ -28,7 +34,6 @@ TRICKS = [
     "/V1/models",
     "/v1/../health",
     "/health/../v1/models",
-    "/health/",
     "/HEALTH",
     "//health",
     "/health;v1/models",
@@ -38,6 +43,12 @@ TRICKS = [
     "/v1/models?x=/health",
     "/v1/models#/health",
 ]
+
+
+GUARDED_APP = app_for(FakeEngine(), api_key=KEY)
+
+FRAGMENTS = ["http://", "HTTPS://", "x", "@", ":80", "/", "//", "health", "metrics", "v1/models"]
+FRAGMENTS += ["?", "#", ";", "..", "%2f", "%3f", "%00", "%20"]
 
 
 def app_with_key() -> httpx.AsyncClient:
@@ -85,6 +96,23 @@ async def test_a_wrong_key_of_other_bytes_is_no_server_error() -> None:
     assert response.status_code == 401
 
 
+@pytest.mark.parametrize(
+    "key", ["", " ", " key", "key ", "key\n", "\tkey", "k\x00y", "k\x7fy", "schlüssel", "k\u00a0y"]
+)
+def test_a_key_that_no_client_could_send_is_refused_without_telling_it(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"--api-key: .*(remove|leave it out)") as refused:
+        ServerSettings(served_model_name=MODEL, api_key=key)
+    assert "key" not in str(refused.value).replace("--api-key", "") and "schl" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["k", "a b", "sk-~!@#$%^&*()=+/\\"])
+async def test_a_printable_key_is_asked_for_as_it_is(key: str) -> None:
+    async with client_for(app_for(FakeEngine(), api_key=key)) as client:
+        for sent, status in ((key, 200), (key + "x", 401)):
+            headers = {"Authorization": f"Bearer {sent}"}
+            assert (await client.get("/v1/models", headers=headers)).status_code == status
+
+
 async def test_two_keys_are_none() -> None:
     async with app_with_key() as client:
         headers = [("Authorization", f"Bearer {KEY}"), ("Authorization", "Bearer x")]
@@ -114,8 +142,35 @@ async def test_odd_host_headers_open_nothing(host: str) -> None:
     async with live(app_for(FakeEngine(), api_key=KEY)) as url:
         head = f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
         assert await raw_status(url, head) in (401, 400)
-        absolute = f"GET http://{host}/v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-        assert await raw_status(url, absolute) in (401, 400)
+        target = f"http://{host}/v1/models"
+        absolute = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        is_health = urlsplit(target).path == "/health"  # and the rest is its query
+        assert await raw_status(url, absolute) in ((200,) if is_health else (401, 400))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=8))
+async def test_no_target_opens_more_than_health(parts: list[str]) -> None:
+    """Given to the application as a server would, which does not tidy targets up."""
+    raw, _, query = "".join(parts).encode().partition(b"?")
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": unquote(raw.decode()),
+        "raw_path": raw,
+        "query_string": query,
+        "headers": [(b"host", b"x")],
+    }
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await GUARDED_APP(scope, receive, send)
+    assert sent[0]["status"] == 401 or sent[1]["body"] == b'{"status":"ok"}'
 
 
 async def test_huge_headers_are_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.messages import SpeculationParams
+from engine.messages import SamplingParams, SpeculationParams, TokenLogprobs
 from tests.fake_engine import CONTEXT, EOS, FakeEngine
 from tests.server.support import (
     CHAT,
@@ -201,10 +201,42 @@ async def test_logprobs_end_with_the_text_at_a_stop_string() -> None:
 
 async def test_completion_logprobs_are_parallel_lists() -> None:
     logprobs = (await whole(FakeEngine(answer="aé"), COMPLETIONS, logprobs=1))["choices"][0]["logprobs"]
-    assert logprobs["tokens"] == ["a", "\ufffd", "\ufffd"]
+    assert logprobs["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
     assert logprobs["text_offset"] == [0, 1, 1]
     assert logprobs["token_logprobs"] == [-0.5] * 3
     assert logprobs["top_logprobs"][0] == {"a": -0.5}
+
+
+class PiecesEngine(FakeEngine):
+    """Each token's alternatives are other bytes, none of which is a character of its own."""
+
+    def _entry(self, token_id: int, sampling: SamplingParams) -> TokenLogprobs:
+        return TokenLogprobs(token_id, -0.5, [(token_id, -0.5), (0xF0, -1.5), (0xF1, -2.5), (EOS, -3.5)])
+
+
+async def test_alternatives_that_are_pieces_of_a_character_are_told_apart() -> None:
+    engine = PiecesEngine(answer="é😀")
+    logprobs = (await whole(engine, COMPLETIONS, logprobs=4))["choices"][0]["logprobs"]
+    first = {"bytes:\\xc3": -0.5, "bytes:\\xf0": -1.5, "bytes:\\xf1": -2.5, "</s>": -3.5}
+    assert logprobs["top_logprobs"][0] == first
+    assert all(token in top for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_bytes_of_chat_logprobs_join_to_the_text(stream: bool) -> None:
+    fields = {"logprobs": True, "top_logprobs": 4}
+    engine = PiecesEngine(answer="é😀", tokens_per_step=1)
+    if stream:
+        choices = [chunk["choices"][0] for chunk in await streamed(engine, CHAT, **fields)]
+    else:
+        choices = (await whole(engine, CHAT, **fields))["choices"]
+    entries = [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == "é😀"
+    assert [alternative["bytes"] for alternative in entries[0]["top_logprobs"][1:]] == [
+        [0xF0],
+        [0xF1],
+        [*b"</s>"],
+    ]
 
 
 async def test_echo_puts_the_prompt_first() -> None:
@@ -265,46 +297,6 @@ async def test_every_sampling_field_reaches_the_engine() -> None:
     assert (sampling.stop_token_ids, sampling.ignore_eos) == ((5,), True)
     assert sampling.speculation == SpeculationParams(
         max_nodes=5, acceptance="typical", epsilon=0.2, delta=0.4
-    )
-
-
-@pytest.mark.parametrize("route", ROUTES)
-async def test_null_means_the_default(route: str) -> None:
-    engine = FakeEngine()
-    names = "temperature top_p n stop stream stream_options seed logit_bias user frequency_penalty"
-    more = "presence_penalty logprobs max_tokens speculation top_k min_p"
-    nulls = dict.fromkeys([*names.split(), *more.split()])
-    if route == CHAT:
-        nulls |= dict.fromkeys(["tools", "tool_choice", "response_format", "functions", "top_logprobs"])
-    await whole(engine, route, **nulls)
-    [sampling] = engine.sampling
-    room = CONTEXT - len(engine.prompts[0])
-    assert sampling.max_tokens == (room if route == CHAT else 16)
-    assert (sampling.temperature, sampling.top_p, sampling.seed) == (1.0, 1.0, None)
-    assert sampling.speculation == SpeculationParams()
-
-
-async def test_what_changes_nothing_is_accepted() -> None:
-    await whole(
-        FakeEngine(),
-        CHAT,
-        tool_choice="none",
-        response_format={"type": "text"},
-        modalities=["text"],
-        store=False,
-        n=1,
-        user="someone",
-        top_k=-1,
-        messages=[
-            {"role": "system", "content": "Be brief."},
-            {
-                "role": "user",
-                "name": "ann",
-                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
-            },
-            {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "audio": None},
-            {"role": "user", "content": ""},
-        ],
     )
 
 
