@@ -108,7 +108,9 @@ async def _serve(settings: ServerSettings, engine_config: EngineConfig, listener
     metrics = Metrics(settings.served_model_name)
     engine = EngineClient(engine_config, on_step=metrics.on_step)
     starting = asyncio.ensure_future(engine.start())
-    loading = asyncio.ensure_future(asyncio.to_thread(load_chat_tokenizer, Path(engine_config.model_dir)))
+    loading = asyncio.ensure_future(
+        asyncio.to_thread(load_chat_tokenizer, Path(engine_config.model_dir), settings.parse_special)
+    )
     asked = asyncio.ensure_future(stop.asked.wait())
     try:
         for work in (loading, starting):

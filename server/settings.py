@@ -40,6 +40,9 @@ class ServerSettings:
         30.0, "seconds that running requests get to finish after SIGTERM, SIGINT or SIGHUP"
     )
     max_body_bytes: int = flag(DEFAULT_MAX_BODY_BYTES, "largest request body in bytes")
+    parse_special: bool = flag(
+        False, "make control tokens of what spells one in a message, so that a message can forge turns"
+    )
 
     def __post_init__(self) -> None:
         if not self.served_model_name:

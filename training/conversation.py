@@ -117,7 +117,7 @@ class Conversation:
         messages = [*self.messages, *self._pending]
         try:
             text = tokenizer.render_chat(messages)
-            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            token_ids = tokenizer.encode_chat(messages)
         except RequestError as error:
             raise FailedError("template error", str(error)) from error
         too_long = len(token_ids) >= info.max_model_len

@@ -107,7 +107,7 @@ def encode_row(row: dict[str, Any], tokenizer: ChatTokenizer, end_of_turn: str) 
         prompt = tokenizer.render_chat(messages[:i], add_generation_prompt=True)
         if not prompt.startswith(done):
             raise DataError("the chat template rewrites earlier turns; only single-turn rows can be used")
-        token_ids += tokenizer.encode(prompt[len(done) :], add_special_tokens=False)
+        token_ids += tokenizer.encode_chat(messages[:i], skip=len(done))
         cut = i == last and row.get("finish_reason") == "length"
         answer = message["content"] + ("" if cut else end_of_turn)
         start = len(token_ids)

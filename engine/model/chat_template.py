@@ -1,188 +1,185 @@
-"""Renders the model's own chat template. A template is foreign code: it runs in jinja's sandbox, with its
-output and its time bounded, and whatever it raises is an error of the request.
+"""Renders the model's own chat template, in a helper process whose memory and time the kernel limits.
 
-The bounds are looked at wherever a template can spend time or memory: between the pieces it emits, at every
-turn of a loop, and around every call, filter and operator, because loops may emit nothing and one piece may
-be huge.
+Helpers are shared by all templates and threads of this process and kept between requests. One that exceeds
+its limits is killed, the request gets an error, and another helper is started for the next one.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextvars import ContextVar
-from datetime import datetime
-from functools import wraps
-from typing import Any, NoReturn
-
-from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.connection import Connection
+from typing import Any
 
 from engine.errors import ModelError, RequestError
+from engine.model.template_worker import NOT_COMPILED, READY, RENDERED, TOO_LONG
 
-MAX_RENDERED_CHARACTERS = 16 * 1024 * 1024
-MAX_RENDER_SECONDS = 5.0
-MAX_EXPONENT = 64
-MAX_INTEGER_BITS = 4096
+MAX_HELPERS = 4
+START_SECONDS = 60.0  # Python's own start takes a tenth of a second, on a busy machine far more
+GROW_SECONDS = 0.05  # a rendering usually takes less than a millisecond; after that another helper pays
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderLimits:
+    """What one rendering may take. `memory` is a helper's whole address space in bytes."""
+
+    seconds: float = 5.0
+    characters: int = 16 * 2**20
+    memory: int = 512 * 2**20
 
 
 class ChatTemplate:
-    """One compiled template."""
+    """One template. Safe to use from several threads."""
 
-    def __init__(self, source: str) -> None:
-        environment = _environment()
-        try:
-            self._template = environment.from_string(_Bounded(environment).visit(environment.parse(source)))
-        except TemplateSyntaxError as error:
-            raise ModelError(f"the model's chat template does not compile: {error}") from error
+    def __init__(self, source: str, renderers: Renderers | None = None) -> None:
+        """Raises ModelError for a source that does not compile."""
+        self._source = source
+        self._renderers = renderers or shared_renderers()
+        answer = self._renderers.ask(self._request(None))
+        if answer is None:
+            raise ModelError("the model's chat template takes too much time or memory to compile")
+        if answer.startswith(NOT_COMPILED):
+            raise ModelError(f"the model's chat template does not compile: {_text(answer)}")
 
     def render(self, variables: dict[str, Any]) -> str:
-        """The rendered text. Raises RequestError for what the template refuses or out of bounds."""
-        pieces: list[str] = []
-        size = 0
-        began = _deadline.set(time.monotonic() + MAX_RENDER_SECONDS)
+        """The rendered text. Raises RequestError for what the template refuses or out of limits."""
+        answer = self._renderers.ask(self._request(variables))
+        if answer is None:
+            message = "the model's chat template took too long to render these messages, or too much memory"
+        elif answer.startswith(RENDERED):
+            return _text(answer)
+        elif answer.startswith(TOO_LONG):
+            message = "the rendered conversation is too long"
+        else:
+            message = f"the model's chat template refuses these messages: {_text(answer)}"
+        raise RequestError("messages", message)
+
+    def _request(self, variables: dict[str, Any] | None) -> bytes:
         try:
-            for piece in self._template.generate(variables):
-                pieces.append(piece)
-                size += len(piece)
-                if size > MAX_RENDERED_CHARACTERS:
-                    raise _too_long()
-                _check_time()
-        except RequestError:
+            request = json.dumps([self._source, variables], ensure_ascii=False)
+        except RecursionError as error:
+            raise RequestError("messages", "the messages are nested too deeply") from error
+        return request.encode("utf-8", "surrogatepass")
+
+
+def _text(answer: bytes) -> str:
+    return answer[1:].decode("utf-8", "surrogatepass")
+
+
+class Renderers:
+    """The helper processes: an idle one answers, another is started where all stay busy."""
+
+    def __init__(self, limits: RenderLimits | None = None, max_helpers: int = MAX_HELPERS) -> None:
+        self._limits = limits or RenderLimits()
+        self._max_helpers = max_helpers
+        self._idle: queue.LifoQueue[_Helper] = queue.LifoQueue()
+        self._num_helpers = 0  # idle, busy and starting ones
+        self._lock = threading.Lock()
+
+    def ask(self, request: bytes) -> bytes | None:
+        """A helper's answer; None where it exceeded its limits. Raises ModelError where none can start."""
+        helper = self._take()
+        try:
+            answer = helper.ask(request, self._limits.seconds)
+        except (OSError, EOFError):  # late, or ended by its limits
+            self._end(helper)
+            return None
+        except BaseException:
+            self._end(helper)  # its answer would be taken for that of the next request
             raise
-        except Exception as error:  # any operation of a foreign template can fail, in any way
-            raise RequestError(
-                "messages", f"the model's chat template refuses these messages: {error}"
-            ) from error
-        finally:
-            _deadline.reset(began)
-        return "".join(pieces)
+        self._idle.put(helper)
+        return answer
+
+    def close(self) -> None:
+        """End the idle helpers. The others end when this process does."""
+        while True:
+            try:
+                self._end(self._idle.get_nowait())
+            except queue.Empty:
+                return
+
+    def _take(self) -> _Helper:
+        while True:
+            try:
+                helper = self._idle.get(timeout=GROW_SECONDS if self._num_helpers else 0)
+            except queue.Empty:
+                started = self._start()
+                if started is not None:
+                    return started
+                continue
+            if helper.is_alive():
+                return helper
+            self._end(helper)  # killed from outside while nobody used it
+
+    def _start(self) -> _Helper | None:
+        with self._lock:
+            if self._num_helpers == self._max_helpers:
+                return None
+            self._num_helpers += 1
+        try:
+            return _Helper(self._limits)
+        except BaseException:
+            with self._lock:
+                self._num_helpers -= 1
+            raise
+
+    def _end(self, helper: _Helper) -> None:
+        helper.end()
+        with self._lock:
+            self._num_helpers -= 1
 
 
-_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
+class _Helper:
+    """One process of `engine.model.template_worker`, and the socket to it."""
+
+    def __init__(self, limits: RenderLimits) -> None:
+        """Raises ModelError where it cannot be started."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            # -P: not the modules that happen to lie in the directory this process was started from.
+            command = [sys.executable, "-P", "-m", "engine.model.template_worker", str(theirs.fileno())]
+            command += [str(limits.seconds), str(limits.characters), str(limits.memory)]
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                )
+            except OSError as error:
+                raise ModelError(f"the process that renders chat templates cannot start: {error}") from error
+            self._connection = Connection(ours.detach())
+        try:
+            ready = self._connection.poll(START_SECONDS) and self._connection.recv_bytes() == READY
+        except (OSError, EOFError):
+            ready = False
+        if not ready:
+            self.end()
+            raise ModelError("the process that renders chat templates did not start; stderr says why")
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, request: bytes, seconds: float) -> bytes:
+        """Raises TimeoutError when it is late, EOFError or another OSError when it has ended."""
+        self._connection.send_bytes(request)
+        if not self._connection.poll(seconds):
+            raise TimeoutError
+        return self._connection.recv_bytes()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
 
 
-def _check_time() -> None:
-    if time.monotonic() > _deadline.get():
-        raise RequestError("messages", "the model's chat template took too long to render")
-
-
-def _too_long() -> RequestError:
-    return RequestError("messages", "the rendered conversation is too long")
-
-
-def _check_numbers(values: Iterable[object]) -> None:
-    """Refuse numbers that, as a width or a count, would make something too long."""
-    if any(isinstance(value, int) and abs(value) > MAX_RENDERED_CHARACTERS for value in values):
-        raise _too_long()
-
-
-def _checked(value: Any) -> Any:
-    _check_time()
-    if isinstance(value, Sized) and len(value) > MAX_RENDERED_CHARACTERS:
-        raise _too_long()
-    if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
-        raise _too_long()
-    return value
-
-
-def _turns(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        _check_time()
-        yield item
-
-
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)  # with jinja's marks, which say what it is given
-    def call(*args: Any, **named: Any) -> Any:
-        _check_numbers([*args, *named.values()])
-        return _checked(function(*args, **named))
-
-    return call
-
-
-class _Bounded(NodeTransformer):
-    """Puts the checks around what the sandbox lets pass: loops, and strings joined with `~`."""
-
-    def __init__(self, environment: Environment) -> None:
-        self._environment = environment
-
-    def visit_For(self, node: nodes.For) -> nodes.For:
-        self.generic_visit(node)
-        node.iter = self._through("_turns", node.iter)
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
-        self.generic_visit(node)
-        return self._through("_checked", node)
-
-    def _through(self, name: str, node: nodes.Node) -> nodes.Expr:
-        environment = self._environment
-        return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=environment)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            numbers = [len(value) if isinstance(value, Sized) else value for value in (left, right)]
-            if isinstance(left, Sized) or isinstance(right, Sized):
-                _check_numbers([numbers[0] * numbers[1]])
-        elif operator == "**" and abs(right) > MAX_EXPONENT:
-            raise _too_long()
-        return _checked(super().call_binop(context, operator, left, right))
-
-    def call(self, context: Context, obj: Any, /, *args: Any, **named: Any) -> Any:
-        _check_numbers([*args, *named.values()])
-        return _checked(super().call(context, obj, *args, **named))
-
-
-def _environment() -> _Environment:
-    """What templates are written against: transformers' environment."""
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.filters.update({name: _guarded(each) for name, each in environment.filters.items()})
-    environment.filters.update({"_turns": _turns, "_checked": _checked})
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}`, which marks the assistant's words for training, renders what is in it."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja's own declaration)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON, where jinja's own filter escapes for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
+@cache
+def shared_renderers() -> Renderers:
+    """The helpers of this process."""
+    renderers = Renderers()
+    atexit.register(renderers.close)
+    return renderers

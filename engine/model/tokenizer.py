@@ -1,11 +1,14 @@
 """Text to tokens and back, and conversations to prompts, without torch: the server process does this.
 
-Special-token strings inside a message's content are parsed as special tokens, as transformers does.
+Control tokens come from the chat template alone. What spells one in a message is text, where transformers
+would make a turn of it; prompts without that are transformers' to the token. In a raw prompt, which is its
+own template, they are control tokens.
 """
 
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,16 @@ from tokenizers import Tokenizer
 
 from engine.errors import ModelError, RequestError
 from engine.model.chat_template import ChatTemplate
+from engine.model.control_tokens import ControlTokens
 from engine.model.gguf import find_gguf, open_gguf
 from engine.model.gguf_tokenizer import build_gguf_tokenizer
 from engine.model.token_bytes import token_bytes
 
 _CONVERTIBLE = ("tokenizer.model", "spiece.model", "vocab.json", "tokenizer_config.json")
+# A tokenizer, its chat template and its special tokens by name.
+_Parts = tuple[Tokenizer, str | None, dict[str, str]]
+
+_SYSTEM_ROLES = ("system", "developer")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _GGUF_SPECIAL_TOKENS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -31,16 +39,21 @@ class ChatTokenizer:
     """A tokenizer with the chat template that belongs to it. Safe to use from several threads."""
 
     def __init__(
-        self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: dict[str, str]
+        self,
+        tokenizer: Tokenizer,
+        chat_template: str | None,
+        special_tokens: dict[str, str],
+        parse_special: bool = False,
     ) -> None:
         """`special_tokens` maps bos_token, eos_token, unk_token and pad_token to their strings, as templates
-        name them."""
+        name them. With `parse_special` control tokens in messages are control tokens, as for transformers."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._template = None if chat_template is None else ChatTemplate(chat_template)
         self._special_tokens = special_tokens
+        self._controls = None if parse_special else ControlTokens(tokenizer, special_tokens)
 
     @property
     def eos_token(self) -> str | None:
@@ -63,7 +76,11 @@ class ChatTokenizer:
 
         Raises RequestError for text that is no Unicode (lone surrogates).
         """
-        return self._encode(text, add_special_tokens, "prompt")
+        try:
+            # Of the ways to encode, this one releases the GIL: a long prompt does not stop the event loop.
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise RequestError("prompt", "the text is not valid Unicode") from error
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """The text of the tokens; bytes that are no UTF-8, such as half an emoji, become U+FFFD."""
@@ -78,52 +95,81 @@ class ChatTokenizer:
     ) -> str:
         """The conversation as the model was trained to read it. `variables` are the template's own, such as
         `tools`. Raises RequestError where there is no template or it refuses."""
-        if self._template is None:
-            raise RequestError("messages", "this model has no chat template; use /v1/completions")
-        return self._template.render(
-            {
-                **self._special_tokens,
-                "tools": None,
-                "documents": None,
-                **variables,
-                "messages": messages,
-                "add_generation_prompt": add_generation_prompt,
-            }
-        )
+        return self._render(self._request(messages, variables), add_generation_prompt)
 
     def encode_chat(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        skip: int = 0,
+        **variables: Any,
     ) -> list[int]:
-        """The rendered conversation as token ids. Only the template itself brings a BOS."""
-        text = self.render_chat(messages, add_generation_prompt, **variables)
-        return self._encode(text, False, "messages")
-
-    def _encode(self, text: str, add_special_tokens: bool, parameter: str) -> list[int]:
+        """The rendered conversation as token ids, without its first `skip` characters. Only the template
+        itself brings a BOS. Raises RequestError as `render_chat`, and for text that is no Unicode."""
+        request = self._request(messages, variables)
+        text = self._render(request, add_generation_prompt)
         try:
-            # Of the ways to encode, this one releases the GIL: a long prompt does not stop the event loop.
-            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise RequestError(parameter, "the text is not valid Unicode") from error
+            ids = self.encode(text[skip:], add_special_tokens=False)
+        except RequestError as error:
+            raise RequestError("messages", str(error)) from error
+        controls = self._controls
+        if controls is None or (disguised := controls.disguise(request)) == request:
+            return ids
+        safe_text = self._render(disguised, add_generation_prompt)
+        safe_ids = controls.encode(safe_text[skip:])
+        typed_none = controls.among(ids) == controls.among(safe_ids) and (
+            # A template may look at what is disguised, and so write another text.
+            controls.reveal(safe_text) == text or not controls.are_spelled_in(request)
+        )
+        return ids if typed_none else safe_ids
+
+    def _request(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> dict[str, Any]:
+        if self._chat_template is None:
+            raise RequestError("messages", "this model has no chat template; use /v1/completions")
+        if "developer" not in self._chat_template:
+            messages = _developer_as_system(messages)
+        return {"tools": None, "documents": None, **variables, "messages": messages}
+
+    def _render(self, request: dict[str, Any], add_generation_prompt: bool) -> str:
+        assert self._template is not None  # `_request` has looked
+        return self._template.render(
+            {**self._special_tokens, **request, "add_generation_prompt": add_generation_prompt}
+        )
 
 
-def load_chat_tokenizer(model_dir: Path) -> ChatTokenizer:
+def _developer_as_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages for templates without the newer name of the system role, which would drop or refuse it. Beside
+    a system message it becomes one with that, because many templates take a single one."""
+    renamed: list[dict[str, Any]] = []
+    for is_system, neighbours in groupby(messages, lambda message: message["role"] in _SYSTEM_ROLES):
+        run = list(neighbours)
+        if is_system and any(message["role"] == "developer" for message in run):
+            content = "\n\n".join(message["content"] for message in run)
+            run = [{**run[0], "role": "system", "content": content}]
+        renamed += run
+    return renamed
+
+
+def load_chat_tokenizer(model_dir: Path, parse_special: bool = False) -> ChatTokenizer:
     """The tokenizer of a model folder. Raises ModelError where there is none that can be read."""
     gguf = find_gguf(model_dir)
     if gguf is not None:
-        return _from_gguf(open_gguf(gguf).metadata)
-    if (model_dir / "tokenizer.json").exists():
-        return _from_tokenizer_json(model_dir)
-    return _from_transformers(model_dir)
+        parts = _from_gguf(open_gguf(gguf).metadata)
+    elif (model_dir / "tokenizer.json").exists():
+        parts = _from_tokenizer_json(model_dir)
+    else:
+        parts = _from_transformers(model_dir)
+    return ChatTokenizer(*parts, parse_special)
 
 
-def _from_gguf(metadata: dict[str, Any]) -> ChatTokenizer:
+def _from_gguf(metadata: dict[str, Any]) -> _Parts:
     tokenizer = build_gguf_tokenizer(metadata)
     tokens = metadata["tokenizer.ggml.tokens"]
     special = {name: tokens[metadata[key]] for name, key in _GGUF_SPECIAL_TOKENS.items() if key in metadata}
-    return ChatTokenizer(tokenizer, metadata.get("tokenizer.chat_template"), special)
+    return tokenizer, metadata.get("tokenizer.chat_template"), special
 
 
-def _from_tokenizer_json(model_dir: Path) -> ChatTokenizer:
+def _from_tokenizer_json(model_dir: Path) -> _Parts:
     path = model_dir / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -136,7 +182,7 @@ def _from_tokenizer_json(model_dir: Path) -> ChatTokenizer:
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             special[name] = text
-    return ChatTokenizer(tokenizer, _chat_template(model_dir, config), special)
+    return tokenizer, _chat_template(model_dir, config), special
 
 
 def _chat_template(model_dir: Path, config: dict[str, Any]) -> str | None:
@@ -161,7 +207,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _from_transformers(model_dir: Path) -> ChatTokenizer:
+def _from_transformers(model_dir: Path) -> _Parts:
     """Formats that transformers converts, tokenizer.model and such; imported here as it may load torch."""
     if not any((model_dir / name).exists() for name in _CONVERTIBLE):
         known = ", ".join(_CONVERTIBLE)
@@ -174,4 +220,4 @@ def _from_transformers(model_dir: Path) -> ChatTokenizer:
     except Exception as error:  # whatever its converters raise
         raise ModelError(f"{model_dir} has no tokenizer that can be read: {error}") from error
     special = {name: token for name in _SPECIAL_TOKENS if (token := getattr(loaded, name)) is not None}
-    return ChatTokenizer(backend, _chat_template(model_dir, {"chat_template": loaded.chat_template}), special)
+    return backend, _chat_template(model_dir, {"chat_template": loaded.chat_template}), special

@@ -96,6 +96,9 @@ class CharTokenizer:
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
         return "".join(f"<{m['role'][0]}>{m['content'].strip()}" for m in messages) + "<a>"
 
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [ord(c) for c in text]
 

@@ -1,0 +1,128 @@
+"""Tells the control tokens that a chat template writes from those that somebody typed into a message.
+
+A character that every control token needs, such as the bar of `<|im_start|>`, is replaced in what a request
+brings by a stand-in before the template is rendered. So a control token that is whole in the rendered text is
+the template's own, however the template cuts and joins what it is given. A second tokenizer, which shares the
+first one's vocabulary, looks for control tokens before it turns stand-ins back into what they stand for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+
+# Tokens of this form steer the model even where the vocabulary does not call them special: `<|User|>`.
+_MARKER = re.compile(r"<[|｜].*>|<.*[|｜]>")  # noqa: RUF001  (DeepSeek's bars are full width)
+_BARS = "|｜"  # noqa: RUF001
+_FIRST_STAND_IN = 0x10FF00  # private use; typed beside a control token it becomes what it stands for
+
+
+class ControlTokens:
+    """The control tokens of one vocabulary: all that are hidden in answers, and those that look like them.
+
+    Other added tokens (`<think>`, runs of spaces) are read in messages as well as in templates.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, special_tokens: Mapping[str, str]) -> None:
+        """`special_tokens` are control tokens whatever the vocabulary says of them."""
+        added = sorted(tokenizer.get_added_tokens_decoder().items())
+        named = set(special_tokens.values())
+        tokens = {
+            token_id: token.content
+            for token_id, token in added
+            if token.special or token.content in named or _MARKER.fullmatch(token.content)
+        }
+        self._ids = frozenset(tokens)
+        self._spellings = list(tokens.values())
+        self._stand_ins = _stand_ins(self._spellings)
+        self._tokenizer = self._reading_stand_ins(tokenizer, added)
+
+    def disguise(self, value: Any) -> Any:
+        """A copy of what a request brought in which no string holds a part that a control token needs."""
+        if isinstance(value, str):
+            for typed, disguised in self._stand_ins.items():
+                value = value.replace(typed, disguised)
+            return value
+        if isinstance(value, dict):
+            return {self.disguise(k): self.disguise(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.disguise(entry) for entry in value]
+        return value
+
+    def reveal(self, text: str) -> str:
+        """Rendered text with what stand-ins stand for."""
+        for typed, disguised in self._stand_ins.items():
+            text = text.replace(disguised[0], typed[0])
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of rendered text with stand-ins. A control token that is whole is one, the rest is text."""
+        # Of the ways to encode, this one releases the GIL: a long prompt does not stop the event loop.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def among(self, ids: list[int]) -> list[int]:
+        """The control tokens in their order."""
+        return [token_id for token_id in ids if token_id in self._ids]
+
+    def are_spelled_in(self, value: object) -> bool:
+        """Whether a string of what a request brought spells a control token."""
+        return any(spelling in text for text in _strings(value) for spelling in self._spellings)
+
+    def _reading_stand_ins(self, tokenizer: Tokenizer, added: list[tuple[int, AddedToken]]) -> Tokenizer:
+        second = Tokenizer(tokenizer.model)
+        keys = [typed for typed in self._stand_ins if len(typed) == 1]
+        # Added tokens that are not normalized are found before the normalizer runs.
+        restoring = [normalizers.Replace(new[0], old[0]) for old, new in self._stand_ins.items()]
+        own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        second.normalizer = normalizers.Sequence([*restoring, *own])
+        # Some vocabularies could also merge a control token from its letters: not across a split.
+        splits = [pre_tokenizers.Split(key, "isolated") for key in keys]
+        before = [] if tokenizer.pre_tokenizer is None else [tokenizer.pre_tokenizer]
+        second.pre_tokenizer = pre_tokenizers.Sequence([*before, *splits])
+        second.add_tokens(
+            [
+                AddedToken(
+                    token.content,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized and token_id not in self._ids,
+                    special=token.special,
+                )
+                for token_id, token in added
+            ]
+        )
+        return second
+
+
+def _stand_ins(spellings: list[str]) -> dict[str, str]:
+    """What is replaced in requests, by what: single characters, or whole tokens without punctuation, by a
+    spelling with another first character."""
+    typed = dict.fromkeys(_needed(spelling) for spelling in spellings if spelling)
+    return {old: chr(_FIRST_STAND_IN + i) + old[1:] for i, old in enumerate(typed)}
+
+
+def _needed(spelling: str) -> str:
+    """The part of a control token that is replaced: its bar, its first punctuation mark, or all of it."""
+    for char in spelling:
+        if char in _BARS:
+            return char
+    for char in spelling:
+        if not (char.isalnum() or char.isspace() or char in "_\u2581"):
+            return char
+    return spelling
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _strings(key)
+            yield from _strings(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _strings(entry)
