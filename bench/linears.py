@@ -85,7 +85,7 @@ def load(model_dir: Path, quantization: Quantization, native: bool) -> Linears |
 
     from engine.errors import ConfigError
     from engine.model.loader import load_decoder
-    from engine.model.precision import quantization_choices, quantize_linears
+    from engine.model.precision import quantize_linears, resolve_quantization
     from engine.native.decoder import can_take
     from engine.native.precision import take_over
 
@@ -95,16 +95,16 @@ def load(model_dir: Path, quantization: Quantization, native: bool) -> Linears |
     c = decoder.config
     sizes = (c.hidden_size, c.num_heads * c.head_dim, c.hidden_size, c.intermediate_size)
     try:
-        choices = quantization_choices(quantization, dtype, device)
+        asked = resolve_quantization(quantization, dtype, device)
     except ConfigError:
         return None
     if not native:
-        quantize_linears(decoder, choices, 1 << 62)
+        quantize_linears(decoder, asked, 1 << 62)
         names = ("qkv", "o", "gate_up", "down")
         layers = [layer.get_submodule(name) for layer in decoder.layers for name in names]
         lm_head = decoder.lm_head
     elif can_take(decoder):
-        taken, _ = take_over(decoder, choices)
+        taken, _ = take_over(decoder, asked)
         layers, lm_head = list(taken.layers), taken.lm_head
     else:
         return None

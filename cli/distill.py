@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     config = EngineConfig(
         model_dir="",
         max_num_seqs=args.concurrency,
-        quantization="none",  # auto depends on timings; text to train on has to come out the same again
+        quantization="none",  # text to train on is the model's own, on every machine
         **{name: value for name in _ENGINE_FLAGS if (value := getattr(args, name)) is not None},
     )
     options = DistillOptions(

@@ -48,6 +48,8 @@ _EXIT_SECONDS = 5.0  # that an engine which ends by itself gets to tell how
 _RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)  # pauses before the first, second, ... restart in a row
 _SETTLED_SECONDS = 120.0  # an engine that lived this long starts the row anew
 
+_DECIDES_TEXT = ("architecture", "vocab_size", "dtype", "device", "quantization", "backend", "kv_cache_dtype")
+
 _Inbox = asyncio.Queue[RequestOutput | Exception]
 
 
@@ -191,7 +193,7 @@ class EngineClient:
             raise EngineStartError(f"The engine did not load its model within {limit:.0f} s.") from None
         if isinstance(message, EngineReady):
             self._watchdog.started(time.monotonic() - started, message.info.largest_pass_seconds)
-            self._info = message.info
+            self._take_info(message.info)
             self._stalled_for = 0.0
             self._up.set()
             return child
@@ -199,6 +201,18 @@ class EngineClient:
         if isinstance(message, EngineFailed):
             raise EngineStartError(message.message)
         raise EngineStartError("The engine process ended before it was ready; its output above says why.")
+
+    def _take_info(self, info: ModelInfo) -> None:
+        """A restarted engine should be what the one before was; what text depends on is looked at."""
+        for name in _DECIDES_TEXT if self._info is not None else ():
+            before, now = getattr(self._info, name), getattr(info, name)
+            if now != before:
+                logger.error(
+                    "The restarted engine differs from the one before: %s is %s, not %s. Answers may differ, "
+                    "too; look for a model file or a compiler that has changed, and restart the server.",
+                    *(name, now, before),
+                )
+        self._info = info
 
     async def _supervise(self, child: EngineProcess) -> None:
         failures = 0

@@ -40,8 +40,8 @@ class EngineConfig:
     device: Device = flag("auto", "where the model runs; auto takes CUDA when there is one")
     quantization: Quantization = flag(
         "auto",
-        "weights of a bfloat16 model: int8 or int4 on CPU, int8 or fp8 on a GPU; auto takes, on CPU, what is "
-        "fastest and keeps what the model's file says",
+        "weights of a bfloat16 model: int8 or int4 on CPU, int8 or fp8 on a GPU; auto takes, on CPU, for "
+        "each matrix the smallest that keeps what the model's file says",
     )
     speculation: Speculation = flag("auto", "auto: as many draft tokens as pay for themselves; off: none")
     max_tree_nodes: int = flag(MAX_TREE_NODES, "largest draft tree of one request, root included (1 to 64)")

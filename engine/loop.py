@@ -9,12 +9,12 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.containment import Containment
 from engine.errors import ConfigError, RequestError
-from engine.messages import AddRequest, ModelInfo, SamplingParams, StepOutput, StepStats
+from engine.messages import AddRequest, Backend, ModelInfo, SamplingParams, StepOutput, StepStats
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.model.footprint import weight_bytes
 from engine.model.loader import load_config, load_decoder
-from engine.model.precision import quantization_choices, quantize_linears
+from engine.model.precision import quantize_linears, resolve_quantization
 from engine.native.decoder import NativeDecoder, can_take
 from engine.native.precision import take_over
 from engine.runner import device as hardware
@@ -63,7 +63,7 @@ class Engine:
     ) -> None:
         device = hardware.resolve_device(config.device)
         dtype = hardware.resolve_dtype(config.dtype, device)
-        choices = quantization_choices(config.quantization, dtype, device)
+        asked = resolve_quantization(config.quantization, dtype, device)
         model_dir = Path(config.model_dir)
         model = load_config(model_dir) if loaded is None else loaded.config
         max_model_len = _resolve_model_len(config, model)
@@ -91,9 +91,9 @@ class Engine:
                 "KV cache in fp8: our own kernels do not read it, so that torch's operators do it all."
             )
         if has_kernels and stored == dtype:
-            decoder, quantization = take_over(loaded, choices)
+            decoder, quantization = take_over(loaded, asked)
         else:
-            quantization = quantize_linears(loaded, choices, hardware.spare_memory())
+            quantization = quantize_linears(loaded, asked, hardware.spare_memory())
 
         extra_layers = 0 if drafter is None else drafter.num_cache_layers
         token_bytes = bytes_per_token(model, stored, extra_layers)
@@ -143,6 +143,7 @@ class Engine:
             num_heads=num_heads,
             max_tree_nodes=max_drafts + 1,
             quantization=quantization,
+            backend=_backend(decoder, cache),
             kv_cache_dtype=None if stored == dtype else str(stored).removeprefix("torch."),
             largest_pass_seconds=largest_pass,
         )
@@ -265,6 +266,12 @@ def _check_tree(family: TreeFamily, heads: HeadSet) -> None:
             f"the tree of head set {heads.name} asks for guess {max(family.ranks) + 1} of a head, but its "
             f"heads know {num_tokens} tokens; {again}"
         )
+
+
+def _backend(decoder: Decoder | NativeDecoder, cache: KVCache) -> Backend:
+    if isinstance(decoder, NativeDecoder):
+        return "native"
+    return "triton" if cache.has_triton else "torch"
 
 
 def _resolve_model_len(config: EngineConfig, model: DecoderConfig) -> int:

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 
 FinishReason = Literal["stop", "length", "abort"]
 Failure = Literal["error", "out_of_memory"]
+Backend = Literal["native", "triton", "torch"]
 
 
 class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +92,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     heads: str | None  # name and kind of the head set, for people
     num_heads: int
     max_tree_nodes: int  # root included; 1 where nothing speculates
-    quantization: str = "none"  # of the weights: none, int8, int4 or fp8
+    # Of the weights: what was asked for, or what auto came to, as int4+int8: the most weights' format first.
+    quantization: str = "none"
+    backend: Backend = "torch"  # whose kernels run the layers
     kv_cache_dtype: str | None = None  # where it is not the model's
     largest_pass_seconds: float = 0.0  # of a pass with all the tokens it may have; 0 where none was measured
 

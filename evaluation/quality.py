@@ -107,7 +107,7 @@ def read_texts(config: EngineConfig, texts: Sequence[Sequence[int]]) -> Text:
 
     from engine.model.decoder import Decoder
     from engine.model.loader import load_decoder
-    from engine.model.precision import quantization_choices, quantize_linears
+    from engine.model.precision import quantize_linears, resolve_quantization
     from engine.native.decoder import NativeDecoder, can_take
     from engine.native.precision import take_over
     from engine.runner import device as hardware
@@ -117,13 +117,13 @@ def read_texts(config: EngineConfig, texts: Sequence[Sequence[int]]) -> Text:
     device = hardware.resolve_device(config.device)
     dtype = hardware.resolve_dtype(config.dtype, device)
     loaded = load_decoder(Path(config.model_dir), dtype, device)
-    choices = quantization_choices(config.quantization, dtype, device)
+    asked = resolve_quantization(config.quantization, dtype, device)
     decoder: Decoder | NativeDecoder = loaded
     stored = stored_dtype(config.kv_cache_dtype, dtype)
     if can_take(loaded) and stored == dtype:
-        decoder, _ = take_over(loaded, choices)
+        decoder, _ = take_over(loaded, asked)
     else:
-        quantize_linears(loaded, choices, hardware.spare_memory())
+        quantize_linears(loaded, asked, hardware.spare_memory())
     model = decoder.config
     losses, likeliest = [], []
     with torch.inference_mode():

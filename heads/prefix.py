@@ -55,9 +55,11 @@ class PrefixLayer(nn.Module):
         self.o = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
         self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self._products: dict[str, Callable[[Tensor], Tensor]] = {}
+        if self.q.weight.is_meta:  # without numbers; drawing there would load torch's compiler, for a second
+            return
         for module in (self.q, self.kv, self.gate_up):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        self._products: dict[str, Callable[[Tensor], Tensor]] = {}
         # Nothing is added at first: fresh heads start from what the base itself guesses.
         for module in (self.o, self.down):
             nn.init.zeros_(module.weight)

@@ -16,6 +16,7 @@ from engine.messages import SpeculationState, StepStats
 if TYPE_CHECKING:
     from server.services import Engine
 
+_MODEL_LABELS = ("architecture", "dtype", "quantization", "backend", "device")
 _STEP_TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 _TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
@@ -115,6 +116,9 @@ class Metrics:
         self.http_rejections = self._counter(
             "gorgon_http_rejections", "Answers with a status of 400 or more", "code"
         )
+        self.model_info = self._gauge(
+            "gorgon_model_info", "What is served, as labels; always 1", "model_name", *_MODEL_LABELS
+        )
         self.engine_restarts = self._counter("gorgon_engine_restarts", "Engine processes that died")
 
     def on_step(self, stats: StepStats) -> None:
@@ -149,6 +153,9 @@ class Metrics:
         """The exposition in Prometheus' text format."""
         self.engine_restarts.inc(engine.num_restarts - self._restarts_seen)
         self._restarts_seen = engine.num_restarts
+        self.model_info.clear()  # a restarted engine may be another
+        labels = [getattr(engine.info, label) for label in _MODEL_LABELS]
+        self.model_info.labels(self._model_name, *labels).set(1)
         # Neither the end of an engine nor an abort is followed by a step that would say so.
         if engine.num_waiting() or engine.num_in_flight() == 0:
             self._set_gauges(0, engine.num_waiting(), 0.0)

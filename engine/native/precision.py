@@ -1,53 +1,50 @@
-"""Which number format each matrix has in our own kernels: the one asked for, or the fastest that keeps what
+"""Which number format each matrix has in our own kernels: the one asked for, or the smallest that keeps what
 the file says."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from engine.config import Quantization
-from engine.model.decoder import Decoder, Linear
+from engine.model.decoder import Decoder
 from engine.model.packing import fast_linear
-from engine.model.precision import MAX_ERROR, describe, fastest, measure
+from engine.model.precision import BFLOAT16, MAX_ERROR, name_formats
 from engine.model.quantization import int4_error
 from engine.native.decoder import NativeDecoder
 from engine.native.matrix import Kind, NativeLinear, fits, int8_error
 
-logger = logging.getLogger(__name__)
-
-_AUTO: tuple[Quantization, ...] = ("none", "int8", "int4")
+_NAMES = {Kind.INT4: "int4", Kind.INT8: "int8", Kind.BF16: BFLOAT16}
 
 
-def take_over(decoder: Decoder, choices: Sequence[Quantization]) -> tuple[NativeDecoder, Quantization]:
-    """The decoder in our own kernels, which must take it (`engine.native.decoder.can_take`), and its format.
+def take_over(decoder: Decoder, asked: Quantization) -> tuple[NativeDecoder, str]:
+    """The decoder in our own kernels, which must take it (`engine.native.decoder.can_take`), and what was
+    asked for, or what auto came to (`engine.model.precision.name_formats`).
 
-    choices: as `engine.model.precision.quantization_choices` has them; more than one means the fastest that
-    changes no matrix by more than a little. The decoder given loses its linear layers.
+    The decoder given loses its linear layers.
     """
-    chosen, lossless = choices[0], len(choices) > 1
-    if lossless:
-        timings = measure(decoder, _AUTO, partial(_linear, lossless=True))
-        chosen = fastest(timings)
-        logger.info("Quantization: %s. %s", chosen, describe(timings))
-    return NativeDecoder(decoder, partial(choose_kind, choice=chosen, lossless=lossless)), chosen
+    taken = NativeDecoder(decoder, lambda name, weight: choose_kind(name, weight, asked))
+    if asked != "auto":
+        return taken, asked
+    linears = [module for module in taken.modules() if isinstance(module, NativeLinear)]
+    formats = [(_NAMES[linear.kind], linear.in_features * linear.out_features) for linear in linears]
+    return taken, name_formats(formats, "int4, int8 and bfloat16")
 
 
-def choose_kind(name: str, weight: Tensor, choice: Quantization, lossless: bool) -> Kind:
-    """Format of one matrix [out, in] under a choice for the whole model.
+def choose_kind(name: str, weight: Tensor, asked: Quantization) -> Kind:
+    """Format of one matrix [out, in], by what was asked for the whole model.
 
-    lossless: keep 16 or 8 bits where fewer would change what the file says. The projection onto the
-    vocabulary is never stored in 4 bits: that costs several per cent of perplexity.
+    auto: the smallest that changes the matrix by no more than MAX_ERROR. The projection onto the vocabulary
+    is never stored in 4 bits: that costs several per cent of perplexity.
     """
-    if choice == "none":
+    if asked == "none":
         return Kind.BF16
-    if choice == "int4" and name != "lm_head" and (not lossless or int4_error(weight) <= MAX_ERROR):
+    lossless = asked == "auto"
+    if asked != "int8" and name != "lm_head" and (not lossless or int4_error(weight) <= MAX_ERROR):
         return Kind.INT4
-    return Kind.INT8 if int8_error(weight) <= MAX_ERROR or not lossless else Kind.BF16
+    return Kind.INT8 if not lossless or int8_error(weight) <= MAX_ERROR else Kind.BF16
 
 
 def draft_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -57,8 +54,3 @@ def draft_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
         return fast_linear(weight)
     linear = NativeLinear(weight, None, Kind.INT8)
     return lambda x: linear(x).to(x.dtype)
-
-
-def _linear(linear: Linear, name: str, choice: Quantization, lossless: bool) -> NativeLinear:
-    kind = choose_kind(name, linear.weight, choice, lossless)
-    return NativeLinear(linear.weight, linear.bias, kind)

@@ -13,10 +13,13 @@ router = APIRouter()
 
 
 def _card(service: Services) -> ModelCard:
+    info = service.engine.info
     return ModelCard(
         id=service.settings.served_model_name,
         created=service.started_at,
-        max_model_len=service.engine.info.max_model_len,
+        max_model_len=info.max_model_len,
+        dtype=info.dtype,
+        quantization=info.quantization,
     )
 
 

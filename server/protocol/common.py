@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from engine.config import MAX_TREE_NODES
+from engine.messages import SpeculationParams
 
 MAX_FIELDS = 100
 MAX_STOP_STRINGS = 16
@@ -22,6 +23,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_METADATA = 16  # OpenAI's
 MAX_TOKENS = 2**31 - 1
 MAX_SEED = 2**63
+_DEFAULTS = SpeculationParams()
 
 T = TypeVar("T")
 # One bad element is enough: a list of a million is not reported in full.
@@ -98,8 +100,8 @@ class SpeculationOptions(Strict):
     enabled: bool = True
     max_nodes: Whole | None = Field(None, ge=0, le=MAX_TREE_NODES - 1)
     acceptance: Literal["exact", "typical"] = "exact"
-    epsilon: float = Field(0.09, ge=0, le=1)
-    delta: float = Field(0.3, ge=0, le=1)
+    epsilon: float = Field(_DEFAULTS.epsilon, ge=0, le=1)
+    delta: float = Field(_DEFAULTS.delta, ge=0, le=1)
 
 
 class IdleFields(Strict):

@@ -8,13 +8,16 @@ from pydantic import BaseModel
 
 
 class ModelCard(BaseModel):
-    """`max_model_len` is ours: the longest prompt plus answer in tokens."""
+    """The last three are ours: the longest prompt plus answer in tokens, and the number formats of the model
+    and of its weights as they are multiplied ("none": the model's own)."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "gorgon"
     max_model_len: int
+    dtype: str
+    quantization: str
 
 
 class ModelList(BaseModel):

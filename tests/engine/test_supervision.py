@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine import client as client_module
@@ -17,6 +18,7 @@ from engine.client import EngineClient
 from engine.errors import EngineDeadError, EngineStartError, EngineStoppedError
 from tests.engine.helpers import params
 from tests.engine.processes import PROMPT, collect, config_for, is_alive, running, tokens_of, until
+from tests.fake_engine import model_info
 
 
 async def test_killed_engine_fails_its_requests_and_is_restarted(tiny_model_dir: Path) -> None:
@@ -125,3 +127,14 @@ async def test_stop_ends_the_process_that_the_supervisor_was_waiting_for(tiny_mo
         client._child._writer.close()
         await until(lambda: not client.is_healthy())  # the supervisor waits for the end of the process
     assert not is_alive(pid)
+
+
+def test_a_restarted_engine_that_would_answer_otherwise_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, info = EngineClient(config_for(tmp_path)), model_info()
+    client._take_info(info)
+    client._take_info(msgspec.structs.replace(info, num_blocks=63))
+    assert not caplog.records
+    client._take_info(msgspec.structs.replace(info, quantization="int8"))
+    assert "quantization is int8, not none" in caplog.text

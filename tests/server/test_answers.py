@@ -327,6 +327,7 @@ async def test_models_are_listed_with_their_context() -> None:
         card = (await client.get(f"/v1/models/{MODEL}")).json()
     assert listed == {"object": "list", "data": [card]}
     assert (card["id"], card["object"], card["max_model_len"]) == (MODEL, "model", CONTEXT)
+    assert (card["dtype"], card["quantization"]) == ("float32", "none")
 
 
 @pytest.mark.parametrize("prompt", ["hi", [1, 2, 3]])

@@ -47,6 +47,15 @@ async def test_a_request_shows_up_in_every_metric(route: str) -> None:
     assert found["gorgon_preemptions_total"] == 0
 
 
+async def test_what_is_served_is_told_in_labels() -> None:
+    async with client_for(app_for(FakeEngine())) as client:
+        found = await samples(client)
+    [(labels, value)] = [(k, v) for k, v in found.items() if k.startswith("gorgon_model_info")]
+    assert value == 1
+    for label in ('dtype="float32"', 'quantization="none"', 'backend="torch"', 'device="cpu"'):
+        assert label in labels
+
+
 async def test_gauges_fall_to_zero_when_nothing_is_in_flight() -> None:
     engine = FakeEngine()
     async with client_for(app_for(engine)) as client:

@@ -96,7 +96,7 @@ def test_plain_weights_go_as_they_are_repacked(choice: Any, monkeypatch: pytest.
     if choice == "none":
         pack_linears(decoder)
     else:
-        quantize_linears(decoder, (choice,), ENOUGH)
+        quantize_linears(decoder, choice, ENOUGH)
     assert len(alive) == len(weights) == 1 + 4 * CONFIG.num_layers
     assert alive == list(range(len(weights), 0, -1))
     assert not any(ref() is not None for ref in weights)

@@ -138,3 +138,12 @@ def test_weights_that_are_all_alike_stay_so() -> None:
 def test_shapes_that_the_int4_operator_takes() -> None:
     assert fits_int4(torch.empty(48, 64))
     assert not fits_int4(torch.empty(48, 36)) and not fits_int4(torch.empty(40, 64))
+
+
+@pytest.mark.parametrize("levels", [15, 14, 10])
+def test_what_was_stored_in_4_bits_finds_its_codes_again(levels: int) -> None:
+    codes = torch.randint(levels + 1, (64, 3, 32), generator=torch.Generator().manual_seed(0)).float()
+    codes[..., 0], codes[..., 1] = 0, levels  # as GGUF's Q4_K has groups: not all use all sixteen
+    found, scales, offsets = quantize_int4((codes * 0.5 - 3).flatten(1))
+    assert torch.equal(found, codes)
+    assert torch.allclose(scales, torch.tensor(0.5)) and torch.equal(offsets, torch.full_like(offsets, -3))
