@@ -35,7 +35,8 @@ from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
 from engine.scheduling.scheduler import SchedulerLimits
 from heads.checkpoint import load_heads
-from heads.registry import DEFAULT_MODEL, list_head_sets, resolve_heads, resolve_model
+from heads.defaults import DEFAULT_MODEL
+from heads.registry import list_head_sets, resolve_heads, resolve_model
 from trees.family import MAX_DRAFT_NODES, TreeFamily
 
 _BLOCK_SIZE = 16

@@ -7,8 +7,8 @@ import argparse
 from cli import bench_gpu, bench_peers, bench_quality, bench_serve, bench_step
 from cli.bench_common import DEFAULT_KV_CACHE, add_prompts, check_positive, engine_settings
 from cli.parser import Subparsers
-from cli.serve import DEFAULT_MODEL
 from cli.settings import add_flags, build
+from heads.defaults import DEFAULT_MODEL
 
 DEFAULT_ROUNDS = 3
 

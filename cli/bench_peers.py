@@ -6,7 +6,7 @@ import argparse
 
 from cli.bench_common import add_prompts, check_positive
 from cli.parser import Subparsers
-from cli.serve import DEFAULT_MODEL
+from heads.defaults import DEFAULT_MODEL
 
 DEFAULT_CONCURRENCY = (1, 4, 16, 40)
 

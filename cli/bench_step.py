@@ -6,8 +6,8 @@ import argparse
 
 from cli.bench_common import DEFAULT_KV_CACHE, check_positive, engine_settings
 from cli.parser import Subparsers
-from cli.serve import DEFAULT_MODEL
 from cli.settings import add_flags, build
+from heads.defaults import DEFAULT_MODEL
 
 DEFAULT_REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 DEFAULT_TREES = (2, 4, 8, 16, 32, 64)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from cli.parser import Subparsers
-from cli.serve import DEFAULT_MODEL
+from heads.defaults import DEFAULT_MODEL
 
 PLOT = "tree.png"
 

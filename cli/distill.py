@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 from cli.parser import Subparsers
-from cli.serve import DEFAULT_MODEL
 from cli.settings import Setting, add_flags, settings_of
+from heads.defaults import DEFAULT_MODEL
 
 # Those that matter for a closed loop of requests in this process.
 _ENGINE_FLAGS = ("dtype", "device", "speculation", "max_model_len", "kv_cache_memory")

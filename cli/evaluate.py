@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 from cli.parser import Subparsers
-from cli.serve import DEFAULT_MODEL
 from cli.settings import Setting, add_flags, build, settings_of
+from heads.defaults import DEFAULT_MODEL
 
 DEFAULT_KV_CACHE = 2**30  # several engines share the memory
 DEFAULT_MAX_TOKENS = 256

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cli.head_sets import find_heads, load_whole
 from cli.parser import Subparsers
-from cli.serve import DEFAULT_MODEL
+from heads.defaults import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from torch import Tensor

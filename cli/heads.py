@@ -10,7 +10,7 @@ import argparse
 from cli import head_files
 from cli.head_sets import find_heads, load_whole
 from cli.parser import Subparsers
-from cli.serve import DEFAULT_MODEL
+from heads.defaults import DEFAULT_MODEL
 
 
 def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cli.parser import Subparsers
-from cli.serve import DEFAULT_MODEL
+from heads.defaults import DEFAULT_MODEL
 
 
 def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from cli.parser import Subparsers
 from cli.settings import Setting, add_flags, build, check_variables, given, settings_of
+from heads.defaults import DEFAULT_MODEL
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 MODEL = Setting("model", "registry name, local folder, hub id or org/name:FILE.gguf", DEFAULT_MODEL, str)
 HEADS = Setting(
     "heads", "auto (the model's own set, if any), none, or a head set's name or folder", "auto", str

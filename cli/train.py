@@ -7,7 +7,7 @@ import math
 
 from cli import overlap, train_medusa1, train_medusa2
 from cli.parser import Subparsers
-from cli.serve import DEFAULT_MODEL
+from heads.defaults import DEFAULT_MODEL
 
 
 def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:

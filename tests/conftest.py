@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from heads.registry import DEFAULT_MODEL, resolve_model
+from heads.defaults import DEFAULT_MODEL
+from heads.registry import resolve_model
 
 # Without a GPU its kernels run in Triton's interpreter. Triton looks when anybody imports it.
 if not Path("/dev/nvidiactl").exists():

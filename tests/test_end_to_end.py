@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from heads.registry import DEFAULT_MODEL
+from heads.defaults import DEFAULT_MODEL
 
 QUESTION = [{"role": "user", "content": "What is the capital of France? Tell me about it."}]
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from engine.errors import ModelError
@@ -42,6 +40,10 @@ class GGUFFile:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """One tensor as float32, in its own shape. Raises ModelError where its format is unknown."""
+        # Not at the top: the server needs the file's head alone, and so does an engine that has kept weights.
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
+
         entry = self.tensors[name]
         try:
             kind = GGMLQuantizationType(entry.kind)

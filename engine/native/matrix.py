@@ -75,16 +75,15 @@ class NativeLinear(nn.Module):
 def fits(weight: Tensor) -> bool:
     """Whether the kernels take weights [out, in] of this shape, on this machine."""
     rows, columns = weight.shape
-    on_cpu = weight.device.type == "cpu" and kernels() is not None
-    return on_cpu and rows % LANES == 0 and columns % GROUP_SIZE == 0
+    right = weight.device.type == "cpu" and rows % LANES == 0 and columns % GROUP_SIZE == 0
+    return right and kernels() is not None  # which compiles them: on a host with a GPU nobody waits for that
 
 
 def argmax(x: Tensor) -> Tensor | None:
     """The first largest entry of each row, [num_rows, width] float32 -> [num_rows] int64; None where the
     kernels do not do it."""
-    library = kernels()
     takes = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
-    if library is None or not takes or x.shape[1] % LANES or not x.shape[1]:
+    if not takes or x.shape[1] % LANES or not x.shape[1] or (library := kernels()) is None:
         return None
     places = torch.empty(len(x), dtype=torch.int64)
     library.gorgon_argmax(x.data_ptr(), len(x), x.shape[1], places.data_ptr())

@@ -56,9 +56,11 @@ def draw(parts: Sequence[Tensor], draws: Draws) -> Tensor | None:
 
     parts: one after the other all rows, each [some rows, vocab] float32, which are not copied.
     """
-    library, vocab = kernels(), parts[0].shape[1]
+    vocab = parts[0].shape[1]
     takes = all(part.device.type == "cpu" and part.dtype == torch.float32 for part in parts)
-    if library is None or not takes or vocab % LANES or any(part.stride(1) != 1 for part in parts):
+    if not takes or vocab % LANES or any(part.stride(1) != 1 for part in parts):
+        return None
+    if (library := kernels()) is None:
         return None
     rows = np.concatenate([part.data_ptr() + 4 * part.stride(0) * np.arange(len(part)) for part in parts])
     tokens = torch.empty(len(rows), dtype=torch.int64)

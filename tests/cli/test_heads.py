@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cli.main import main
-from cli.serve import DEFAULT_MODEL
+from heads.defaults import DEFAULT_MODEL
 from heads.registry import list_head_sets
 
 

@@ -23,8 +23,9 @@ from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
 from engine.runner.heads_drafter import HeadsDrafter
+from heads.defaults import DEFAULT_MODEL
 from heads.medusa import MedusaHeads
-from heads.registry import DEFAULT_MODEL, resolve_heads, resolve_model
+from heads.registry import resolve_heads, resolve_model
 from tests.engine.drafters import ScriptedDrafter
 from tests.engine.families import full
 from tests.engine.helpers import params

@@ -10,16 +10,10 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from heads import registry
+from heads.defaults import DEFAULT_MODEL
 from heads.errors import RegistryError
-from heads.registry import (
-    DEFAULT_MODEL,
-    HubHTTPError,
-    ResolvedModel,
-    list_head_sets,
-    list_models,
-    resolve_heads,
-    resolve_model,
-)
+from heads.hub import HubHTTPError
+from heads.registry import ResolvedModel, list_head_sets, list_models, resolve_heads, resolve_model
 from tests.heads.wheel import SOURCE, WEIGHTS, FakePip
 
 

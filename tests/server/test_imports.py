@@ -1,4 +1,4 @@
-"""The server process never loads torch."""
+"""What neither process loads: imports are a large part of a start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import subprocess
 import sys
 
 
-def test_the_server_does_not_import_torch() -> None:
-    code = "import sys, server.run, server.app; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+def test_the_server_imports_neither_torch_nor_what_fetches_and_reads_weights() -> None:
+    runs_without({"torch", "transformers", "gguf", "huggingface_hub"}, "import server.run, heads.registry")
+
+
+def test_an_engine_with_heads_imports_nothing_that_trains_fetches_or_compiles() -> None:
+    code = """
+import engine.process
+from heads.checkpoint import load_heads
+from heads.registry import list_head_sets
+for folder in list_head_sets().values():
+    load_heads(folder)
+"""
+    runs_without({"torch._dynamo", "transformers", "gguf", "huggingface_hub"}, code)
+
+
+def runs_without(unwanted: set[str], code: str) -> None:
+    checked = f"{code}\nimport sys\nprint(*({unwanted!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", checked], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("", "")

@@ -13,7 +13,8 @@ from engine.config import EngineConfig, Quantization
 from engine.loop import Engine
 from engine.model.tokenizer import load_chat_tokenizer
 from engine.native.library import kernels
-from heads.registry import DEFAULT_MODEL, resolve_heads, resolve_model
+from heads.defaults import DEFAULT_MODEL
+from heads.registry import resolve_heads, resolve_model
 from tests.engine.prompts import CHATS
 
 pytestmark = [
