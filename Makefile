@@ -38,7 +38,7 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/gorgon bench engine $(ARGS)
 
-bench-peers: $(VENV)/.installed
+bench-peers: $(VENV)/.installed-bench
 	$(BIN)/gorgon bench peers $(ARGS)
 
 clean:
@@ -54,6 +54,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	@touch $@
 
 $(BIN)/python:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from bench.extras import check_accelerate
 from bench.facts import machine_facts
 from bench.modes import EngineMode, Mode, Run
 from bench.prompts import Prompt, read_prompts, sample
@@ -49,6 +50,8 @@ def run(options: EngineBenchOptions) -> int:
             f"{options.rounds} rounds of {options.concurrency} requests at once need at least "
             f"{options.concurrency * options.rounds} prompts, not {options.num_prompts}",
         )
+    if options.transformers:
+        check_accelerate("--transformers")
     prompts = sample(read_prompts(options.prompts), options.num_prompts, options.seed)
     model = resolve_model(options.model)
     heads_dir = resolve_heads(options.heads, model)

@@ -10,11 +10,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.errors import ConfigError
 from engine.messages import AddRequest, ModelInfo, SamplingParams, StepOutput
 
 
@@ -138,8 +136,6 @@ class TransformersMode:
 
         self._torch = torch
         self._eos_token_ids = list(info.eos_token_ids)
-        if find_spec("accelerate") is None:
-            raise ConfigError("transformers", "needs accelerate to load models: pip install accelerate")
         ggufs = sorted(model_dir.glob("*.gguf"))
         options: dict[str, Any] = {}
         if ggufs:

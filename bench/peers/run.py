@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.extras import check_accelerate
 from bench.facts import machine_facts
 from bench.peers.environment import PeerError, ensure_environment
 from bench.peers.models import Forms, forms_of
@@ -45,6 +46,7 @@ class PeersOptions:
 
 def run(options: PeersOptions) -> int:
     peers = chosen(options.peers)
+    check_accelerate("gorgon bench peers")
     prompts = read_prompts(options.prompts)
     prompts = sample(prompts, len(prompts), options.seed)
     cache = writable_cache("peers")  # environments, models in other formats, logs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 
 import httpx
@@ -39,12 +38,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_headers_and_a_comment_come_before_the_first_token(route: str) -> None:
     engine = FakeEngine(step_seconds=30.0)
     async with live(app_for(engine)) as url, httpx.AsyncClient(base_url=url) as client:
-        began = time.monotonic()
         async with client.stream("POST", route, json=body_for(route, stream=True)) as response:
             assert response.status_code == 200
             lines = response.aiter_lines()
             seen = [await anext(lines) for _ in range(6)]
-            assert time.monotonic() - began < 5.0
         assert seen == [COMMENT, ""] * 3
         await eventually(lambda: engine.aborted)
 
