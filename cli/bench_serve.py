@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cli.bench_common import add_prompts, check_positive
 from cli.parser import Subparsers
+from cli.settings import client_api_key
 
 DEFAULT_CONCURRENCY = (1, 4, 16)
 
@@ -24,7 +25,7 @@ def register(commands: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--api-key",
-        default=os.environ.get("GORGON_API_KEY"),
+        default=client_api_key(os.environ),
         metavar="TEXT",
         help="the server's key (default: GORGON_API_KEY)",
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cli.parser import Subparsers
+from cli.settings import client_api_key
 
 if TYPE_CHECKING:
     import httpx
@@ -33,7 +34,7 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--url", default=DEFAULT_URL, metavar="URL", help=f"server (default: {DEFAULT_URL})")
     parser.add_argument(
         "--api-key",
-        default=os.environ.get("GORGON_API_KEY"),
+        default=client_api_key(os.environ),
         metavar="TEXT",
         help="the server's key, if it has one (default: GORGON_API_KEY)",
     )

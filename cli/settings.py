@@ -188,3 +188,8 @@ def build(config: type[T], args: argparse.Namespace, environ: Mapping[str, str],
             raise
         reason = str(error).removeprefix(f"{setting.flag}: ")
         raise EnvironmentSettingError(f"{setting.variable}: {reason}") from None
+
+
+def client_api_key(environ: Mapping[str, str]) -> str | None:
+    """The key of a command that talks to a server: the first of those that the server would take."""
+    return environ.get("GORGON_API_KEY", "").split(",")[0] or None

@@ -125,7 +125,11 @@ class EngineClient:
         await self._end_child()
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        cache_scope: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as steps bring them; closing the generator early aborts the request.
 
@@ -142,7 +146,7 @@ class EngineClient:
         finished = False
         try:
             await self._until_up()
-            self._send(AddRequest(request_id, prompt_token_ids, sampling))
+            self._send(AddRequest(request_id, prompt_token_ids, sampling, cache_scope))
             self._working.add(request_id)
             while not finished:
                 output = await inbox.get()

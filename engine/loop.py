@@ -167,7 +167,9 @@ class Engine:
             raise RequestError("request_id", f"a request {message.request_id} is running already")
         if not self.scheduler.has_work():
             self._ended = None  # the last one was aborted: it has been idle since
-        self.scheduler.add(message.request_id, message.prompt_token_ids, message.sampling)
+        self.scheduler.add(
+            message.request_id, message.prompt_token_ids, message.sampling, message.cache_scope
+        )
 
     def abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)

@@ -61,9 +61,12 @@ class Configure(msgspec.Struct, frozen=True, tag=True):
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):
+    """`cache_scope`: the request shares cached prefixes with those of the same scope alone."""
+
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    cache_scope: str = ""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):

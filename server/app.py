@@ -37,7 +37,7 @@ def create_app(
     errors.install(app)
     # The last one added is the first that a request meets.
     app.add_middleware(BodyGate, max_bytes=settings.max_body_bytes)
-    app.add_middleware(KeyGate, api_key=settings.api_key, open_metrics=settings.open_metrics)
+    app.add_middleware(KeyGate, api_keys=settings.api_keys, open_metrics=settings.open_metrics)
     app.add_middleware(LifecycleGate, lifecycle=services.lifecycle, metrics=counters)
     app.add_middleware(Entrance)
     return app

@@ -46,6 +46,7 @@ class Generation:
         prompt_token_ids: list[int],
         sampling: SamplingParams,
         arrived: float,
+        cache_scope: str,
     ) -> None:
         self.request_id = request_id
         self.http_request_id = http_request_id
@@ -53,7 +54,7 @@ class Generation:
         self._services = services
         self._request = request
         self._num_prompt = len(prompt_token_ids)
-        self._outputs = services.engine.generate(request_id, prompt_token_ids, sampling)
+        self._outputs = services.engine.generate(request_id, prompt_token_ids, sampling, cache_scope)
         self._include_stop = bool(request.include_stop_str_in_output)
         skip_special = request.skip_special_tokens is not False
         decode = partial(services.tokenizer.decode, skip_special_tokens=skip_special)

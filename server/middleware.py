@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import logging
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -70,18 +72,24 @@ class LifecycleGate:
 
 
 class KeyGate:
-    """Asks for the API key on every path but /health, and but /metrics with `open_metrics`.
+    """Asks for an API key on every path but /health, and but /metrics with `open_metrics`, and notes whose
+    cached prefixes a request shares: where there are several keys, those of its own.
 
     The path is the one routes are matched against (`scope["path"]`), never one built from the Host header.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, open_metrics: bool) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], open_metrics: bool) -> None:
         self._app = app
         self._open = frozenset({HEALTH, METRICS} if open_metrics else {HEALTH})
-        self._expected = None if api_key is None else f"bearer {api_key}".encode()
+        several = len(set(api_keys)) > 1
+        self._known = [
+            (_digest(f"bearer {key}".encode()), _scope_of(key) if several else "") for key in api_keys
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._expected is None or scope["type"] == "lifespan" or self._admits(self._expected, scope):
+        cache_scope = "" if not self._known or scope["type"] == "lifespan" else self._admit(scope)
+        if cache_scope is not None:
+            scope.setdefault("state", {})["cache_scope"] = cache_scope
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             error = ApiError(
@@ -94,11 +102,27 @@ class KeyGate:
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _admits(self, expected: bytes, scope: Scope) -> bool:
+    def _admit(self, scope: Scope) -> str | None:
+        """The cache scope of a request that may pass, None for others."""
         if scope["type"] == "http" and scope["path"] in self._open:
-            return True
+            return ""
         sent = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(sent) != 1:
-            return False
+            return None
         scheme, space, key = sent[0].partition(b" ")
-        return hmac.compare_digest(scheme.lower() + space + key, expected)
+        digest = _digest(scheme.lower() + space + key)
+        found = None
+        for expected, cache_scope in self._known:  # all of them, so that the time tells nothing
+            if hmac.compare_digest(digest, expected):
+                found = cache_scope
+        return found
+
+
+def _digest(credentials: bytes) -> bytes:
+    """Of one length, whatever the length of a key."""
+    return hashlib.sha256(credentials).digest()
+
+
+def _scope_of(key: str) -> str:
+    """The same for a key in every server, and no way back to the key."""
+    return hashlib.blake2b(key.encode(), digest_size=16, person=b"cache scope").hexdigest()

@@ -201,7 +201,8 @@ def banner(settings: ServerSettings, port: int) -> str:
         "temperature": 0,
         "max_tokens": 128,
     }
-    key = ' -H "Authorization: Bearer $GORGON_API_KEY"' if settings.api_key else ""
+    variable = "${GORGON_API_KEY%%,*}" if len(settings.api_keys) > 1 else "$GORGON_API_KEY"
+    key = f' -H "Authorization: Bearer {variable}"' if settings.api_keys else ""
     return (
         f"{settings.served_model_name} is ready. Try:\n"
         f"curl http://{address}:{port}/v1/chat/completions{key} "

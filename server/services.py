@@ -39,9 +39,10 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, cache_scope: str = ""
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs of one request; closing the generator before the last one aborts the request."""
+        """Outputs of one request; closing the generator before the last one aborts the request. It shares
+        cached prefixes with others of its scope."""
         ...
 
 
@@ -110,4 +111,10 @@ class Services:
 def services(request: Request) -> Services:
     """The services of the app that got `request`."""
     found: Services = request.app.state.services
+    return found
+
+
+def cache_scope(request: Request) -> str:
+    """Whose cached prefixes `request` shares, as the gate that asks for keys found out."""
+    found: str = request.state.cache_scope
     return found

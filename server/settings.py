@@ -32,7 +32,9 @@ class ServerSettings:
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = flag(8000, "port to listen on; 0 takes a free one")
     api_key: str | None = flag(
-        None, "key that every request must bring, but for /health (default: none asked)"
+        None,
+        "key that every request must bring, but for /health; several with commas between them, each with a "
+        "prefix cache of its own (default: none asked)",
     )
     open_metrics: bool = flag(False, "answer /metrics without the key")
     keep_alive_timeout: int = flag(75, "seconds that an idle connection is kept open")
@@ -49,8 +51,8 @@ class ServerSettings:
             raise ConfigError("served_model_name", "must not be empty")
         if not 0 <= self.port <= 65535:
             raise ConfigError("port", f"must be 0 to 65535, not {self.port}")
-        if self.api_key is not None:
-            check_api_key(self.api_key)
+        for key in self.api_keys:
+            check_api_key(key)
         if not 1 <= self.keep_alive_timeout <= 3600:
             raise ConfigError(
                 "keep_alive_timeout", f"must be 1 to 3600 seconds, not {self.keep_alive_timeout}"
@@ -61,3 +63,8 @@ class ServerSettings:
             )
         if self.max_body_bytes < 1024:
             raise ConfigError("max_body_bytes", f"must be at least 1024, not {self.max_body_bytes}")
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """The keys that are let in; none where none is asked for. No bearer token has a comma (RFC 6750)."""
+        return () if self.api_key is None else tuple(self.api_key.split(","))

@@ -76,7 +76,7 @@ class FakeEngine:
     """Answers every request with the bytes of `answer`, `tokens_per_step` at a time, then EOS.
 
     `fail_with` is raised by `generate` before output number `fail_at`. `aborted` names the requests whose
-    generator was closed early. `prompts` and `sampling` keep what the server sent.
+    generator was closed early. `prompts`, `sampling` and `cache_scopes` keep what the server sent.
     """
 
     answer: str = "Hello, world!"
@@ -93,6 +93,7 @@ class FakeEngine:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     prompts: list[list[int]] = field(default_factory=list)
     sampling: list[SamplingParams] = field(default_factory=list)
+    cache_scopes: list[str] = field(default_factory=list)
 
     def is_healthy(self) -> bool:
         return self.healthy
@@ -115,10 +116,11 @@ class FakeEngine:
             raise EngineStoppedError("cut off")
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, cache_scope: str = ""
     ) -> AsyncGenerator[RequestOutput, None]:
         self.prompts.append(prompt_token_ids)
         self.sampling.append(sampling)
+        self.cache_scopes.append(cache_scope)
         self.running.add(request_id)
         finished = False
         try:

@@ -19,8 +19,16 @@ class IntegrityError(Exception):
     """The pool contradicts itself or its block tables. Raised by `check_integrity` only."""
 
 
+def hash_scope(scope: str) -> bytes:
+    """What the first block of a cache scope has as its parent: no block of another scope has the same name.
+
+    Scopes may come from clients; `person` keeps one from being chosen so that it spells a block.
+    """
+    return hashlib.blake2b(scope.encode(), digest_size=16, person=b"cache scope").digest()
+
+
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Name of a full block: its tokens and, through `parent`, all tokens before it (b"" for the first)."""
+    """Name of a full block: its tokens and, through `parent`, all tokens before it and their scope."""
     return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=16).digest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.messages import FinishReason, RequestUsage, SamplingParams
-from engine.scheduling.block_pool import hash_block
+from engine.scheduling.block_pool import hash_block, hash_scope
 from engine.scheduling.drafting import Acceptance
 from engine.scheduling.ngrams import NgramIndex
 
@@ -27,6 +27,7 @@ class Request:
     sampling: SamplingParams
     seed: int  # of its draws, its own or the engine's
     acceptance: Acceptance
+    cache_scope: str = ""  # whose cached prefixes it shares
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks among the known tokens
@@ -65,7 +66,7 @@ class Request:
     def extend_hashes(self, block_size: int) -> None:
         """Hash the blocks that the known tokens have filled since the last call."""
         for block in range(len(self.block_hashes), len(self.token_ids) // block_size):
-            parent = self.block_hashes[-1] if self.block_hashes else b""
+            parent = self.block_hashes[-1] if self.block_hashes else hash_scope(self.cache_scope)
             tokens = self.token_ids[block * block_size : (block + 1) * block_size]
             self.block_hashes.append(hash_block(parent, tokens))
 

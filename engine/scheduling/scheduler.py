@@ -77,7 +77,9 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._requests)
 
-    def add(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams) -> None:
+    def add(
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, cache_scope: str = ""
+    ) -> None:
         """Queue a request. The caller has validated it against the model."""
         # An unseeded request still gets a seed of its own: a preempted one must draw the same tokens again.
         seed = sampling.seed if sampling.seed is not None else hash((self._seed, self._num_arrived))
@@ -89,6 +91,7 @@ class Scheduler:
             sampling=sampling,
             seed=seed,
             acceptance=Acceptance(),
+            cache_scope=cache_scope,
         )
         self._num_arrived += 1
         self._requests[request_id] = request

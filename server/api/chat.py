@@ -25,7 +25,7 @@ from server.protocol.chat import (
     TopLogprob,
 )
 from server.sampling import check_model, resolve_max_tokens, sampling_params
-from server.services import services
+from server.services import cache_scope, services
 from server.streaming import collect, stream
 
 router = APIRouter()
@@ -53,7 +53,9 @@ async def create_chat_completion(request: Request) -> Response:
     logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
     sampling = sampling_params(chat, service.engine.info, max_tokens, logprobs)
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    generation = Generation(service, request_id, request.state.request_id, chat, prompt, sampling, arrived)
+    generation = Generation(
+        service, request_id, request.state.request_id, chat, prompt, sampling, arrived, cache_scope(request)
+    )
     created = int(time.time())
     if chat.stream:
         include_usage = chat.stream_options is not None and bool(chat.stream_options.include_usage)

@@ -14,7 +14,7 @@ from server.generation import Generation, Piece
 from server.logprobs import TokenTexts, finite
 from server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from server.sampling import check_model, check_token_ids, resolve_max_tokens, sampling_params
-from server.services import Services, services
+from server.services import Services, cache_scope, services
 from server.streaming import collect, stream
 
 router = APIRouter()
@@ -37,7 +37,9 @@ async def create_completion(request: Request) -> Response:
     )
     sampling = sampling_params(body, info, max_tokens, body.logprobs)
     request_id = f"cmpl-{uuid.uuid4().hex}"
-    generation = Generation(service, request_id, request.state.request_id, body, prompt, sampling, arrived)
+    generation = Generation(
+        service, request_id, request.state.request_id, body, prompt, sampling, arrived, cache_scope(request)
+    )
     created = int(time.time())
     echo = prompt_text if body.echo else ""
     if body.stream:

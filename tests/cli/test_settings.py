@@ -14,6 +14,7 @@ from cli.settings import (
     add_flags,
     build,
     check_variables,
+    client_api_key,
     parse_bytes,
     settings_of,
 )
@@ -129,3 +130,8 @@ def test_wrong_flags_exit_2_with_the_fix(argv: list[str], message: str, capsys: 
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_client_takes_the_first_of_the_servers_keys() -> None:
+    assert client_api_key({"GORGON_API_KEY": "first,second"}) == "first"
+    assert client_api_key({"GORGON_API_KEY": ""}) is client_api_key({}) is None

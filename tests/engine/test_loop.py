@@ -168,3 +168,12 @@ def test_tree_that_its_heads_cannot_fill_is_refused(
     TreeFamily(paths, (0.5,) * len(paths)).save(folder / "tree.json")
     with pytest.raises(HeadsError, match=f"{words}.*calibrate"):
         make_engine(tiny_model_dir, heads_dir=str(folder))
+
+
+def test_a_prompt_of_another_cache_scope_is_computed_anew(tiny_model_dir: Path) -> None:
+    engine = make_engine(tiny_model_dir)
+    cached = []
+    for index, scope in enumerate(("a", "a", "b", "")):
+        engine.add_request(AddRequest(str(index), PROMPTS[2], params(1), scope))
+        cached += [output.usage.cached_tokens for output in engine.step().outputs]
+    assert cached == [0, 32, 0, 0]

@@ -119,6 +119,44 @@ async def test_two_keys_are_none() -> None:
         assert (await client.get("/v1/models", headers=headers)).status_code == 401
 
 
+async def test_every_one_of_several_keys_opens_and_nothing_else_does() -> None:
+    async with client_for(app_for(FakeEngine(), api_key="first,second,third")) as client:
+        for key in ("first", "second", "third"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
+        for key in ("first,second,third", "first,second", "", ",", "firs", "fourth"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert (await client.get("/v1/models", headers=headers)).status_code == 401
+
+
+@pytest.mark.parametrize("keys", ["", ",", "a,", ",a", "a,,b"])
+def test_a_key_that_is_empty_is_refused(keys: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key"):
+        app_for(FakeEngine(), api_key=keys)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_every_key_has_cached_prefixes_of_its_own_where_there_are_several(route: str) -> None:
+    engine = FakeEngine()
+    async with client_for(app_for(engine, api_key="first,second")) as client:
+        for key in ("first", "second", "first", "second"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert (await client.post(route, json=body_for(route), headers=headers)).status_code == 200
+    first, second = engine.cache_scopes[:2]
+    assert engine.cache_scopes == [first, second] * 2
+    assert first and second and first != second
+    assert not {"first", "second"} & {first, second}
+
+
+@pytest.mark.parametrize("keys", [None, "only", "only,only"])
+async def test_cached_prefixes_are_shared_by_all_where_there_is_one_key_or_none(keys: str | None) -> None:
+    engine = FakeEngine()
+    async with client_for(app_for(engine, api_key=keys)) as client:
+        answer = await client.post(CHAT, json=body_for(CHAT), headers={"Authorization": "Bearer only"})
+    assert answer.status_code == 200
+    assert engine.cache_scopes == [""]
+
+
 async def test_without_a_key_set_none_is_asked() -> None:
     async with client_for(app_for(FakeEngine())) as client:
         assert (await client.post(CHAT, json=body_for(CHAT))).status_code == 200

@@ -115,6 +115,10 @@ def test_the_banner_is_a_request_to_paste() -> None:
     assert curl[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
     assert name in curl[-1]
     assert "Authorization: Bearer $GORGON_API_KEY" in curl
+    several = ServerSettings(served_model_name="m", api_key="k,l")
+    assert "Authorization: Bearer ${GORGON_API_KEY%%,*}" in shlex.split(
+        banner(several, 8000).splitlines()[-1]
+    )
     assert "[::1]:80/" in banner(ServerSettings(served_model_name="m", host="::"), 80)
 
 
