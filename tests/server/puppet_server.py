@@ -17,7 +17,7 @@ from tests.fake_engine import ByteTokenizer
 
 def main(folder: str, grace: float) -> int:
     child._MODULE = "tests.engine.puppet"
-    run.load_chat_tokenizer = lambda model_dir: ByteTokenizer()  # type: ignore[assignment,return-value]
+    run.load_chat_tokenizer = lambda *_: ByteTokenizer()  # type: ignore[assignment,return-value]
     settings = ServerSettings(served_model_name="fake-model", port=0, shutdown_grace_period=grace)
     return run.serve(settings, EngineConfig(model_dir=folder))
 
