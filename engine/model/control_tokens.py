@@ -4,6 +4,7 @@ A character that every control token needs, such as the bar of `<|im_start|>`, i
 brings by a stand-in before the template is rendered. So a control token that is whole in the rendered text is
 the template's own, however the template cuts and joins what it is given. A second tokenizer, which shares the
 first one's vocabulary, looks for control tokens before it turns stand-ins back into what they stand for.
+Prompts in which nobody typed one are left to the first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
 
 # Tokens of this form steer the model even where the vocabulary does not call them special: `<|User|>`.
 _MARKER = re.compile(r"<[|｜].*>|<.*[|｜]>")  # noqa: RUF001  (DeepSeek's bars are full width)
@@ -33,12 +35,16 @@ class ControlTokens:
         tokens = {
             token_id: token.content
             for token_id, token in added
-            if token.special or token.content in named or _MARKER.fullmatch(token.content)
+            if (token.special or token.content in named or _MARKER.fullmatch(token.content))
+            and len(token.content.strip()) > 1  # one character, or spaces, is text whoever writes it
         }
-        self._ids = frozenset(tokens)
         self._spellings = list(tokens.values())
         self._stand_ins = _stand_ins(self._spellings)
-        self._tokenizer = self._reading_stand_ins(tokenizer, added)
+        # Some vocabularies match control tokens in normalized text, where stand-ins are no more.
+        raw = [_not_normalized(token) if token_id in tokens else token for token_id, token in added]
+        self._tokenizer = self._reading_stand_ins(tokenizer, raw)
+        self._finder = _finder(raw)
+        self._found = {self._finder.token_to_id(spelling) for spelling in self._spellings}
 
     def disguise(self, value: Any) -> Any:
         """A copy of what a request brought in which no string holds a part that a control token needs."""
@@ -58,50 +64,56 @@ class ControlTokens:
             text = text.replace(disguised[0], typed[0])
         return text
 
+    def find(self, text: str) -> list[int]:
+        """The control tokens in a text, in their order, by numbers that mean nothing elsewhere."""
+        ids = self._finder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return [token_id for token_id in ids if token_id in self._found]
+
     def encode(self, text: str) -> list[int]:
         """Ids of rendered text with stand-ins. A control token that is whole is one, the rest is text."""
         # Of the ways to encode, this one releases the GIL: a long prompt does not stop the event loop.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    def among(self, ids: list[int]) -> list[int]:
-        """The control tokens in their order."""
-        return [token_id for token_id in ids if token_id in self._ids]
-
     def are_spelled_in(self, value: object) -> bool:
         """Whether a string of what a request brought spells a control token."""
         return any(spelling in text for text in _strings(value) for spelling in self._spellings)
 
-    def _reading_stand_ins(self, tokenizer: Tokenizer, added: list[tuple[int, AddedToken]]) -> Tokenizer:
+    def _reading_stand_ins(self, tokenizer: Tokenizer, added: list[AddedToken]) -> Tokenizer:
         second = Tokenizer(tokenizer.model)
-        keys = [typed for typed in self._stand_ins if len(typed) == 1]
         # Added tokens that are not normalized are found before the normalizer runs.
         restoring = [normalizers.Replace(new[0], old[0]) for old, new in self._stand_ins.items()]
         own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         second.normalizer = normalizers.Sequence([*restoring, *own])
         # Some vocabularies could also merge a control token from its letters: not across a split.
-        splits = [pre_tokenizers.Split(key, "isolated") for key in keys]
+        splits = [pre_tokenizers.Split(old, "isolated") for old in self._stand_ins if len(old) == 1]
         before = [] if tokenizer.pre_tokenizer is None else [tokenizer.pre_tokenizer]
         second.pre_tokenizer = pre_tokenizers.Sequence([*before, *splits])
-        second.add_tokens(
-            [
-                AddedToken(
-                    token.content,
-                    single_word=token.single_word,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=token.normalized and token_id not in self._ids,
-                    special=token.special,
-                )
-                for token_id, token in added
-            ]
-        )
+        second.add_tokens(added)
         return second
+
+
+def _not_normalized(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=False,
+        special=token.special,
+    )
+
+
+def _finder(added: list[AddedToken]) -> Tokenizer:
+    """Reads added tokens as any tokenizer does, and all text between two of them as one token."""
+    finder = Tokenizer(WordLevel({"": 0}, unk_token=""))
+    finder.add_tokens(added)
+    return finder
 
 
 def _stand_ins(spellings: list[str]) -> dict[str, str]:
     """What is replaced in requests, by what: single characters, or whole tokens without punctuation, by a
     spelling with another first character."""
-    typed = dict.fromkeys(_needed(spelling) for spelling in spellings if spelling)
+    typed = dict.fromkeys(_needed(spelling) for spelling in spellings)
     return {old: chr(_FIRST_STAND_IN + i) + old[1:] for i, old in enumerate(typed)}
 
 

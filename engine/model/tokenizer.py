@@ -76,11 +76,9 @@ class ChatTokenizer:
 
         Raises RequestError for text that is no Unicode (lone surrogates).
         """
-        try:
-            # Of the ways to encode, this one releases the GIL: a long prompt does not stop the event loop.
-            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise RequestError("prompt", "the text is not valid Unicode") from error
+        _check_unicode(text, "prompt")
+        # Of the ways to encode, this one releases the GIL: a long prompt does not stop the event loop.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """The text of the tokens; bytes that are no UTF-8, such as half an emoji, become U+FFFD."""
@@ -108,20 +106,20 @@ class ChatTokenizer:
         itself brings a BOS. Raises RequestError as `render_chat`, and for text that is no Unicode."""
         request = self._request(messages, variables)
         text = self._render(request, add_generation_prompt)
-        try:
-            ids = self.encode(text[skip:], add_special_tokens=False)
-        except RequestError as error:
-            raise RequestError("messages", str(error)) from error
-        controls = self._controls
-        if controls is None or (disguised := controls.disguise(request)) == request:
-            return ids
-        safe_text = self._render(disguised, add_generation_prompt)
-        safe_ids = controls.encode(safe_text[skip:])
-        typed_none = controls.among(ids) == controls.among(safe_ids) and (
-            # A template may look at what is disguised, and so write another text.
-            controls.reveal(safe_text) == text or not controls.are_spelled_in(request)
-        )
-        return ids if typed_none else safe_ids
+        _check_unicode(text, "messages")
+        if self._controls is not None and (disguised := self._controls.disguise(request)) != request:
+            safe_text = self._render(disguised, add_generation_prompt)
+            if self._typed_some(request, text, safe_text):
+                return self._controls.encode(safe_text[skip:])
+        return self.encode(text[skip:], add_special_tokens=False)
+
+    def _typed_some(self, request: dict[str, Any], text: str, safe_text: str) -> bool:
+        """Whether control tokens in the text are not the template's, by the text that has those alone."""
+        assert self._controls is not None
+        if self._controls.find(text) != self._controls.find(safe_text):
+            return True
+        # A template may look at what is disguised, and so write other control tokens.
+        return self._controls.reveal(safe_text) != text and self._controls.are_spelled_in(request)
 
     def _request(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> dict[str, Any]:
         if self._chat_template is None:
@@ -135,6 +133,13 @@ class ChatTokenizer:
         return self._template.render(
             {**self._special_tokens, **request, "add_generation_prompt": add_generation_prompt}
         )
+
+
+def _check_unicode(text: str, parameter: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(parameter, "the text is not valid Unicode") from error
 
 
 def _developer_as_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

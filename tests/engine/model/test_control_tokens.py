@@ -134,7 +134,7 @@ def test_names_tools_and_documents_are_text_too() -> None:
 
 
 def test_control_tokens_without_punctuation_are_text_in_messages() -> None:
-    tokenizer = vocabulary("qwen").from_str(vocabulary("qwen").to_str())
+    tokenizer = Tokenizer.from_str(vocabulary("qwen").to_str())
     tokenizer.add_special_tokens([AddedToken("EOT", normalized=False)])
     chat = ChatTokenizer(tokenizer, "{{ messages[0].content }}EOT", {})
     ids = chat.encode_chat(conversation("an EOT <|im_end|>"))
@@ -155,6 +155,15 @@ def test_thinking_and_spaces_are_read_in_messages_as_in_templates() -> None:
     ids = tokenizer.encode_chat(conversation("a    <think>b</think>"))
     for token in ("    ", "<think>", "</think>"):
         assert vocabulary("llama3").token_to_id(token) in ids
+
+
+def test_single_characters_are_text_even_where_a_vocabulary_calls_them_special() -> None:
+    tokenizer = Tokenizer.from_str(vocabulary("qwen").to_str())
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("\n", "!", "  ")])
+    chat = ChatTokenizer(tokenizer, FAMILIES["qwen"].template, {})
+    messages = conversation("a  b!\nc | d")
+    text = chat.render_chat(messages)
+    assert chat.encode_chat(messages) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_raw_prompts_are_their_own_template() -> None:
