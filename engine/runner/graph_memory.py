@@ -8,7 +8,7 @@ from engine.runner.capture import default_buckets, num_guessed_levels
 from engine.runner.runner import Runner
 from engine.scheduling.scheduler import SchedulerLimits
 from engine.triton.plan import AttentionPlan, Capacity, Scratch, programs_at_once
-from engine.triton.tiles import PagedHeads
+from engine.triton.tiles import PagedHeads, choose_tile
 
 
 def kept_bytes(runner: Runner, limits: SchedulerLimits) -> int:
@@ -18,7 +18,7 @@ def kept_bytes(runner: Runner, limits: SchedulerLimits) -> int:
     What the driver takes for a graph itself is not among them.
     """
     cache, config, drafter = runner.cache, runner.decoder.config, runner.drafter
-    programs, nowhere = programs_at_once(cache.k.device), torch.device("meta")
+    nowhere = torch.device("meta")
     scratch, total = Scratch(nowhere), 0
     for bucket in default_buckets(limits, config.max_positions):
         plans = [(bucket, config.num_heads)]
@@ -27,6 +27,7 @@ def kept_bytes(runner: Runner, limits: SchedulerLimits) -> int:
         for size, num_heads in plans:
             heads = PagedHeads.of(cache, num_heads, config.num_kv_heads)
             blocks = -(-(limits.max_model_len + size.max_nodes) // cache.block_size)
+            programs = programs_at_once(cache.k.device, choose_tile(heads, size.max_nodes))
             capacity = Capacity(size.num_requests, size.num_tokens, size.max_nodes, blocks)
             total += AttentionPlan.reserve(capacity, heads, nowhere, programs, scratch).nbytes
         total += bucket.num_tokens * config.hidden_size * runner.decoder.embedding.itemsize

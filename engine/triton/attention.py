@@ -13,7 +13,6 @@ from engine.triton.cache import compact, store
 from engine.triton.kernels.attention import attend, merge
 from engine.triton.plan import AttentionPlan, Capacity
 from engine.triton.tiles import PagedHeads, padded, query_counts
-from trees.family import MAX_DRAFT_NODES
 
 if TYPE_CHECKING:
     from engine.runner.kv_cache import KVCache
@@ -110,8 +109,5 @@ def warm_up(cache: KVCache, num_heads: int, num_kv_heads: int, dtype: torch.dtyp
         attention = TritonAttention(plan, cache, slots, torch.zeros_like(slots))
         attention.rotate_and_attend(0, q, k, v, rotation, rotation)
     attention(0, q, k, v)
-    num_moves = 1
-    while num_moves <= MAX_DRAFT_NODES + 1:
-        nothing = torch.zeros(1, num_moves, dtype=torch.int64, device=device)
-        compact(cache.k, cache.v, nothing, nothing)
-        num_moves *= 2
+    nothing = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    compact(cache.k, cache.v, nothing, nothing)

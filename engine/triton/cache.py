@@ -7,6 +7,11 @@ from torch import Tensor
 
 from engine.triton.kernels import cache as kernels
 from engine.triton.tiles import power_of_two
+from trees.family import MAX_DRAFT_NODES
+
+# The most moves of a request. One kernel takes any number of them: lanes without a move cost next to nothing.
+_MOST_MOVES = MAX_DRAFT_NODES + 1
+_THREAD_BYTES = 128  # of K, and as much of V, that a thread holds while it moves them, in registers
 
 
 def store(
@@ -66,13 +71,17 @@ def compact(k_cache: Tensor, v_cache: Tensor, sources: Tensor, destinations: Ten
     """Move rows of all layers at once, as `KVCache.move` says.
 
     k_cache, v_cache: [num_layers, num_kv_heads, num_slots, head_dim];
-    sources, destinations: [num_requests, num_moves] int64, contiguous.
+    sources, destinations: [num_requests, num_moves] int64, contiguous. Raises ValueError for more moves than
+    a tree has nodes.
     """
     num_requests, num_moves = sources.shape
     if not sources.numel():
         return
+    if num_moves > _MOST_MOVES:
+        raise ValueError(f"{num_moves} moves of one request; a tree has at most {_MOST_MOVES} nodes")
     head_dim = k_cache.shape[-1]
-    moves = power_of_two(num_moves)
+    dim = power_of_two(head_dim)
+    num_bytes = _MOST_MOVES * dim * k_cache.itemsize
     grid = (k_cache.shape[0] * k_cache.shape[1], num_requests)
     kernels.compact[grid](
         k_cache,
@@ -82,9 +91,9 @@ def compact(k_cache: Tensor, v_cache: Tensor, sources: Tensor, destinations: Ten
         num_moves,
         k_cache.stride(1),
         HEAD_DIM=head_dim,
-        DIM=power_of_two(head_dim),
-        MOVES=moves,
-        num_warps=4 if moves > 8 else 1,
+        DIM=dim,
+        MOVES=_MOST_MOVES,
+        num_warps=max(1, num_bytes // (32 * _THREAD_BYTES)),
         enable_fp_fusion=True,
     )
 

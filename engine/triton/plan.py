@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.runner.step_input import IntArray, PassShape
-from engine.triton.tiles import PagedHeads, choose_tile
+from engine.triton.tiles import PagedHeads, Tile, choose_tile
 from trees.family import MAX_DRAFT_NODES
 
 # first row, end row, first key, end key, place of its partial result or -1, place of its block table
 ITEM_FIELDS = 6
 MERGE_FIELDS = 4  # first row, end row, first partial result, number of partial results
 _LEAST_KEYS = 128  # of a run: a shorter one costs more in merging than it gains
-_PROGRAMS_PER_PROCESSOR = 2  # that run beside each other
 _ALIGNMENT = 16  # integers: where a section may begin, so that wide loads may be used
 
 _SECTIONS = ("items", "split tiles", "tokens", "blocks")
@@ -88,7 +87,7 @@ class AttentionPlan:
         """Only what both ways to make one share: `for_step` and `reserve`."""
         self.heads = heads
         self.tile = choose_tile(heads, max_queries)
-        programs = programs_at_once(device) if num_programs is None else num_programs
+        programs = programs_at_once(device, self.tile) if num_programs is None else num_programs
         self._num_runs = max(1, programs // heads.num_kv_heads)
         self._device = device
 
@@ -227,8 +226,10 @@ def _places_within(counts: IntArray) -> IntArray:
     return places
 
 
-def programs_at_once(device: torch.device) -> int:
-    """How many programs of a kernel run beside each other."""
+def programs_at_once(device: torch.device, tile: Tile) -> int:
+    """How many programs of the kernel run beside each other."""
     if device.type != "cuda":
         return 1  # Triton's interpreter runs one after the other
-    return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_PROCESSOR
+    properties = torch.cuda.get_device_properties(device)
+    shared_memory: int = properties.shared_memory_per_multiprocessor
+    return properties.multi_processor_count * tile.programs(shared_memory)

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from engine.runner.kv_cache import KVCache
 
-# The tensor cores take no fewer rows than the first; more than the last do not fit the registers.
-_ROWS = (16, 32, 64, 128)
+# The tensor cores take no fewer rows than the first; more than the last do not fit the registers. For each,
+# how many programs run beside each other on a Hopper's processor, as its registers and shared memory allow.
+_PROGRAMS = {16: 3, 32: 2, 64: 2, 128: 1}
+_ROWS = tuple(_PROGRAMS)
+_HOPPER_SHARED = 228 << 10  # bytes of shared memory of such a processor
 _TURN_BYTES = 16 << 10
 # With fewer, Triton keeps one buffer for K and V and reads the next keys only when it is done with these:
 # where they lie is itself loaded, from the block table, which takes stages of its own.
@@ -42,6 +45,11 @@ class PagedHeads:
         """Query heads that share a KV head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether numbers are wider than the tensor cores multiply exactly."""
+        return self.itemsize > 2
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -53,23 +61,33 @@ class Tile:
     num_warps: int
     num_stages: int  # turns whose keys are on their way at once
 
+    def programs(self, shared_memory: int = _HOPPER_SHARED) -> int:
+        """How many run beside each other on one processor, by its bytes of shared memory. About: with less of
+        it fewer do, in proportion; small heads would leave room for one more."""
+        most = _PROGRAMS.get(self.rows, 1)
+        return max(1, min(most, most * shared_memory // _HOPPER_SHARED))
+
 
 def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
     """The tile for requests of up to `max_queries` queries each.
 
     Few rows are bound by memory: a turn reads 16 KB of K and as much of V, and three programs of that size
     fit a Hopper processor. Many rows are bound by the tensor cores and by registers, and by shared memory
-    where heads are wide: 99 KB is all that some GPUs have.
+    where heads are wide: 99 KB is all that some GPUs have. float32 does without tensor cores, which takes
+    more registers: its tiles have few rows, unless more query heads share a KV head. The masks of head sizes
+    that are no power of two take registers, too. Nothing spills but float32 over a float8 cache.
     """
-    largest = 32 if padded(heads.head_dim) * heads.itemsize > 256 else 128
+    size = padded(heads.head_dim) * heads.itemsize  # bytes of a key
+    is_masked = padded(heads.head_dim) != heads.head_dim
+    largest = 32 if heads.is_wide or size > 256 else 128
     wanted = max(heads.group, min(max_queries * heads.group, largest))
-    rows = next((size for size in _ROWS if size >= wanted), padded(wanted))
-    keys = min(128, _TURN_BYTES // (padded(heads.head_dim) * heads.itemsize))
+    rows = next((rows for rows in _ROWS if rows >= wanted), padded(wanted))
+    most_keys = 128 if rows < 64 else 16 if heads.is_wide else 32 if is_masked else 64
     return Tile(
         queries=max(1, min(rows // heads.group, max_queries)),
         rows=rows,
-        keys=min(keys, 64) if rows >= 128 else keys,
-        num_warps=8 if rows >= 128 else 4,
+        keys=min(most_keys, _TURN_BYTES // size),
+        num_warps=8 if rows >= (32 if heads.is_wide else 128) else 4,
         num_stages=_STAGES,
     )
 

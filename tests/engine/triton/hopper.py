@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,14 @@ CASES = {
 }
 
 
-class Hopper:
+@dataclass(frozen=True)
+class Driver:
     """As much of a driver as compiling asks for."""
 
+    capability: int  # of the GPU, 90 for a Hopper
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -74,28 +77,28 @@ def compiling() -> Iterator[Launches]:
         yield launched
 
 
-def cache_of(case: str, num_blocks: int) -> KVCache:
-    (num_heads, num_kv_heads, head_dim), dtype, stored, _ = CASES[case]
+def cache_of(
+    heads: tuple[int, int, int], dtype: torch.dtype, stored: torch.dtype, num_blocks: int
+) -> KVCache:
+    num_heads, num_kv_heads, head_dim = heads
     config = replace(CONFIG, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    cache = KVCache(config, num_blocks, 16, dtype, CPU)
-    cache.k, cache.v = cache.k.to(stored), cache.v.to(stored)
-    return cache
+    return KVCache(config, num_blocks, 16, dtype, CPU, stored=stored)
 
 
 def launches_at_start_up(case: str) -> Launches:
-    (num_heads, num_kv_heads, _), dtype, _, _ = CASES[case]
+    heads, dtype, stored, _ = CASES[case]
     with compiling() as launched:
-        warm_up(cache_of(case, 2), num_heads, num_kv_heads, dtype)
+        warm_up(cache_of(heads, dtype, stored, 2), heads[0], heads[1], dtype)
     return launched
 
 
 def launches(case: str) -> Launches:
     """Those of the passes, and of compaction after each."""
-    (num_heads, num_kv_heads, head_dim), dtype, _, passes = CASES[case]
+    (num_heads, num_kv_heads, head_dim), dtype, stored, passes = CASES[case]
     with compiling() as launched:
         for lengths in passes:
             step, num_blocks = make_pass(lengths, 16, 0)
-            cache = cache_of(case, num_blocks)
+            cache = cache_of((num_heads, num_kv_heads, head_dim), dtype, stored, num_blocks)
             qkv = torch.zeros(len(step.slots), num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
             q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
             rotation = torch.zeros(len(step.slots), 1, head_dim, dtype=dtype)
@@ -104,25 +107,25 @@ def launches(case: str) -> Launches:
             attention = TritonAttention(plan, cache, step.slots, step.ancestors)
             for layer in range(CONFIG.num_layers):
                 attention.rotate_and_attend(layer, q, k, v, rotation, rotation)
-            for num_moves in (3, 4):
+            for num_moves in (1, 3, 9, 64):
                 moves = torch.zeros(len(lengths), num_moves, dtype=torch.int64)
                 compact(cache.k, cache.v, moves, moves)
     return launched
 
 
-def stack_bytes(kernel: Any) -> int:
-    """What a thread keeps in memory because its registers are full."""
+def usage(kernel: Any) -> dict[str, int]:
+    """Bytes of stack that a thread keeps in memory because its registers are full, and those registers."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         said = subprocess.run(
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    return sum(map(int, re.findall(r"STACK:(\d+)", said)))
+    return {name: sum(map(int, re.findall(rf"{name}:(\d+)", said))) for name in ("STACK", "REG")}
 
 
 if __name__ == "__main__":
-    driver.set_active(Hopper())
+    driver.set_active(Driver(90))
     for case in CASES:
         known = {kernel.hash for _, kernel in launches_at_start_up(case)} if case == "start-up" else set()
         seen = set()
@@ -135,7 +138,7 @@ if __name__ == "__main__":
                 about = {
                     "known": kernel.hash in known,
                     "shared": kernel.metadata.shared,
-                    "stack": stack_bytes(kernel),
+                    "stack": usage(kernel)["STACK"],
                     "memory": re.findall(r"ld\.global|bar\.sync|st\.global", kernel.asm["ptx"]),
                     "buffers": min(map(int, buffers), default=0),
                 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -20,7 +21,7 @@ from engine.model.decoder import apply_rope
 from engine.model.rope import rotation_table
 from engine.runner.attention import PagedAttention
 from engine.runner.kv_cache import KVCache
-from engine.triton.plan import AttentionPlan, Capacity
+from engine.triton.plan import AttentionPlan, Capacity, programs_at_once
 from engine.triton.tiles import PagedHeads, choose_tile, query_counts
 from tests.engine.passes import make_pass
 from tests.engine.tiny import CONFIG, tiny_decoder
@@ -214,6 +215,27 @@ def test_every_tile_is_known_at_start_up(heads: tuple[int, int, int]) -> None:
         choose_tile(shape, count).queries * shape.group <= choose_tile(shape, count).rows
         for count in range(1, 99)
     )
+
+
+@pytest.mark.parametrize(
+    ("max_queries", "shared_memory", "programs"),
+    [(1, 228 << 10, 3 * 132), (64, 228 << 10, 132), (1, 164 << 10, 2 * 132), (64, 100 << 10, 132)],
+    ids=["decoding", "prompts", "less shared memory", "much less"],
+)
+def test_a_plan_has_work_for_as_many_programs_as_run_at_once(
+    max_queries: int, shared_memory: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processors = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=shared_memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
+    heads = PagedHeads(num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, itemsize=2)
+    assert programs_at_once(torch.device("cuda"), choose_tile(heads, max_queries)) == programs
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_float32_has_tiles_of_few_rows_which_fit_the_registers(head_dim: int) -> None:
+    heads = PagedHeads(num_heads=9, num_kv_heads=3, head_dim=head_dim, block_size=16, itemsize=4)
+    tiles = [choose_tile(heads, count) for count in query_counts(heads)]
+    assert [(tile.rows, tile.num_warps) for tile in tiles] == [(16, 4), (32, 8)]
 
 
 def test_warming_up_leaves_the_cache_alone() -> None:

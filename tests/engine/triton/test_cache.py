@@ -68,3 +68,10 @@ def test_no_moves_at_all() -> None:
     cache = KVCache(CONFIG, 2, 4, torch.float32, DEVICE)
     nothing = torch.zeros(3, 0, dtype=torch.int64, device=DEVICE)
     compact(cache.k, cache.v, nothing, nothing)
+
+
+def test_more_moves_than_a_tree_has_nodes_are_refused() -> None:
+    cache = KVCache(CONFIG, 2, 4, torch.float32, DEVICE)
+    moves = torch.zeros(1, 65, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="65 moves"):
+        compact(cache.k, cache.v, moves, moves)

@@ -1,4 +1,5 @@
-"""The kernels compile for a Hopper GPU, fit it, and are not compiled again for other lengths."""
+"""The kernels compile for a Hopper GPU, fit it, and are not compiled again for other lengths. In every tile
+that may be chosen they fit other GPUs too."""
 
 from __future__ import annotations
 
@@ -11,15 +12,25 @@ from typing import Any
 
 import pytest
 
+from engine.triton.tiles import Tile
 from tests.engine.triton import hopper
 
-SHARED_MEMORY = 227 << 10  # bytes that one program may have
+# By capability: bytes of shared memory that one program may have, and that a processor has. What is compiled
+# for 8.0 has to run on 8.6 too, which has as little as 8.9.
+SHARED_MEMORY = {
+    80: (99 << 10, 164 << 10),
+    89: (99 << 10, 100 << 10),
+    90: (227 << 10, 228 << 10),
+    100: (227 << 10, 228 << 10),
+    120: (99 << 10, 100 << 10),
+}
+REGISTERS = 1 << 16  # of a processor
+FEW_BYTES = 16  # a number or two that a thread keeps in memory, not in its loop
 
 
-@pytest.fixture(scope="module")
-def kernels() -> list[dict[str, Any]]:
+def compiled(program: str, *arguments: str) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.triton.hopper"],
+        [sys.executable, "-m", program, *arguments],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -27,6 +38,11 @@ def kernels() -> list[dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict[str, Any]]:
+    return compiled("tests.engine.triton.hopper")
 
 
 @pytest.mark.timeout(600)
@@ -39,7 +55,10 @@ def test_each_kernel_is_compiled_once_whatever_the_lengths(kernels: list[dict[st
 
 def test_tiles_fit_shared_memory_and_registers(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
-        assert kernel["shared"] <= SHARED_MEMORY and kernel["stack"] == 0, (kernel["case"], kernel["kernel"])
+        assert kernel["shared"] <= SHARED_MEMORY[90][0] and kernel["stack"] == 0, (
+            kernel["case"],
+            kernel["kernel"],
+        )
 
 
 def test_keys_are_on_their_way_while_others_are_read(kernels: list[dict[str, Any]]) -> None:
@@ -58,3 +77,22 @@ def test_compaction_reads_everything_before_it_writes(kernels: list[dict[str, An
 
 def test_nothing_is_compiled_after_start_up(kernels: list[dict[str, Any]]) -> None:
     assert all(kernel["known"] for kernel in kernels if kernel["case"] == "start-up")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_every_tile_fits_and_as_many_run_at_once_as_is_planned_for(capability: int) -> None:
+    most, processor = SHARED_MEMORY[capability]
+    kernels = compiled("tests.engine.triton.every_tile", str(capability))
+    assert {kernel["kernel"] for kernel in kernels} == {"store", "attend", "merge", "compact"}
+    for kernel in kernels:
+        assert kernel["shared"] <= most, kernel
+        converts = kernel["dtype"] == "torch.float32" and kernel["stored"] == "torch.float8_e4m3fn"
+        if not (converts and kernel["kernel"] == "attend"):  # see `choose_tile`
+            assert kernel["STACK"] <= FEW_BYTES, kernel
+        if kernel["kernel"] == "attend" and kernel["dtype"] == "torch.bfloat16" and kernel["head_dim"] >= 64:
+            registers = -(-kernel["REG"] // 8) * 8 * 32 * kernel["warps"]
+            fit = min(REGISTERS // registers, processor // (kernel["shared"] + 1024))
+            planned = Tile(1, kernel["rows"], kernel["keys"], kernel["warps"], 1).programs(processor)
+            assert abs(planned - fit) <= 1, kernel
