@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,19 @@ def test_zeros_and_huge_numbers_make_no_nan(kind: type[ScaledInt8Linear]) -> Non
     assert bool(y.isfinite().all())
     assert not y[3].any() and not y[:, 5].any()
     assert torch.equal(x, kept)
+
+
+def test_fp8_sums_stay_in_the_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    product, asked = torch._scaled_mm, []
+
+    def scaled_mm(*factors: Tensor, use_fast_accum: bool = False, **named: Any) -> Tensor:
+        asked.append(use_fast_accum)
+        return product(*factors, use_fast_accum=use_fast_accum, **named)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    x, weight, _ = operands()
+    ScaledFP8Linear(weight)(x)
+    assert asked == [True]
 
 
 def test_a_rows_largest_value_is_the_largest_number() -> None:
