@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import replace
 
 from engine.child import EngineProcess
 from engine.config import EngineConfig
@@ -75,6 +76,7 @@ class EngineClient:
         self._watchdog = Watchdog(config.watchdog_timeout)
         self._stalled_for = 0.0  # seconds of work without a message from the engine
         self._num_restarts = 0
+        self._num_capture_failures = 0
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
@@ -87,6 +89,11 @@ class EngineClient:
     @property
     def num_restarts(self) -> int:
         return self._num_restarts
+
+    @property
+    def num_capture_failures(self) -> int:
+        """Starts that failed at CUDA graphs. From then on the engine runs without."""
+        return self._num_capture_failures
 
     @property
     def process_id(self) -> int | None:
@@ -203,6 +210,11 @@ class EngineClient:
             return child
         await self._end_child(_EXIT_SECONDS)
         if isinstance(message, EngineFailed):
+            if message.eager_may_start and not self._config.enforce_eager:
+                logger.error("Starting the engine again, without CUDA graphs, slower. %s", message.message)
+                self._num_capture_failures += 1
+                self._config = replace(self._config, enforce_eager=True)
+                return await self._spawn()
             raise EngineStartError(message.message)
         raise EngineStartError("The engine process ended before it was ready; its output above says why.")
 

@@ -39,6 +39,14 @@ class EngineStartError(GorgonError):
     """The engine process could not load the model; the message is its own."""
 
 
+class GraphCaptureError(GorgonError):
+    """CUDA graphs could not be captured. torch does not recover from it: another process is needed, one that
+    captures none."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"CUDA graphs could not be captured; --enforce-eager does without. {message}")
+
+
 class EngineDeadError(GorgonError):
     """The engine process died while a request was in it; the request is lost, the engine is restarted."""
 

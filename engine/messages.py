@@ -110,6 +110,7 @@ class EngineFailed(msgspec.Struct, frozen=True, tag=True):
     """The engine could not start; it exits after this."""
 
     message: str
+    eager_may_start: bool = False  # whether another process that captures no CUDA graphs may start
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

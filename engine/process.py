@@ -4,6 +4,7 @@ connected socket's file descriptor as its argument; it ends when that socket clo
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -14,7 +15,7 @@ import threading
 
 from engine import channel
 from engine.config import EngineConfig
-from engine.errors import GorgonError, RequestError
+from engine.errors import GorgonError, GraphCaptureError, RequestError
 from engine.loop import Engine
 from engine.messages import (
     AbortRequest,
@@ -59,10 +60,15 @@ def _serve(connection: socket.socket) -> int:
 
 
 def _load(config: EngineConfig, connection: socket.socket) -> Engine | None:
+    captures_failed = False
     try:
-        return Engine(config)
+        engine = Engine(config)
+        # What is loaded stays: no collection of garbage while steps run need look through it.
+        gc.collect()
+        gc.freeze()
+        return engine
     except (GorgonError, HeadsError, TreeError) as error:
-        message = str(error)
+        message, captures_failed = str(error), isinstance(error, GraphCaptureError)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -70,7 +76,7 @@ def _load(config: EngineConfig, connection: socket.socket) -> Engine | None:
             "There is not enough memory for the engine; lower --kv-cache-memory, --gpu-memory-utilization, "
             "--max-num-seqs or --max-num-batched-tokens, or take a smaller model."
         )
-    connection.sendall(channel.frame(EngineFailed(message)))
+    connection.sendall(channel.frame(EngineFailed(message, captures_failed)))
     return None
 
 

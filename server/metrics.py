@@ -31,6 +31,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._restarts_seen = 0
+        self._capture_failures_seen = 0
         self._define_step_metrics()
         self._define_request_metrics()
 
@@ -120,6 +121,10 @@ class Metrics:
             "gorgon_model_info", "What is served, as labels; always 1", "model_name", *_MODEL_LABELS
         )
         self.engine_restarts = self._counter("gorgon_engine_restarts", "Engine processes that died")
+        self.capture_failures = self._counter(
+            "gorgon_cuda_graph_failures",
+            "Starts that failed at CUDA graphs, after which the engine does without",
+        )
 
     def on_step(self, stats: StepStats) -> None:
         """Count one step of the engine."""
@@ -153,6 +158,8 @@ class Metrics:
         """The exposition in Prometheus' text format."""
         self.engine_restarts.inc(engine.num_restarts - self._restarts_seen)
         self._restarts_seen = engine.num_restarts
+        self.capture_failures.inc(engine.num_capture_failures - self._capture_failures_seen)
+        self._capture_failures_seen = engine.num_capture_failures
         self.model_info.clear()  # a restarted engine may be another
         labels = [getattr(engine.info, label) for label in _MODEL_LABELS]
         self.model_info.labels(self._model_name, *labels).set(1)

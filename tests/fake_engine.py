@@ -87,6 +87,7 @@ class FakeEngine:
     healthy: bool = True
     info: ModelInfo = field(default_factory=model_info)
     num_restarts: int = 0
+    num_capture_failures: int = 0
     on_step: Callable[[StepStats], None] | None = None
     aborted: list[str] = field(default_factory=list)
     running: set[str] = field(default_factory=set)

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine.errors import GraphCaptureError
+from engine.runner.capture_stream import capture_stream, on_capture_stream
+from engine.runner.device import is_out_of_memory
 from engine.runner.graphs import (
     Capture,
     DraftGraphs,
@@ -80,47 +83,69 @@ def make_graphs(
     capture: Capture,
     most_seconds: float = _MOST_SECONDS,
 ) -> StepGraphs:
-    """Graphs of all buckets that the cache has room for, or of the largest where time or memory runs out: a
-    smaller pass can still be padded to those."""
+    """Graphs of all buckets that the cache has room for, as far as time and memory go: of the largest, which
+    a smaller pass can be padded to, and from the smallest up, the commonest.
+
+    Raises GraphCaptureError where a capture fails; then the process is of no more use.
+    """
     graphs: list[StepGraph] = []
     start = time.perf_counter()
-    # Largest first: what it has taken of the memory they share is enough for the others.
-    for index, bucket in enumerate(sorted(buckets, reverse=True)):
+    *others, largest = sorted(set(buckets))
+    # What the largest has taken of the memory they share is enough for the others.
+    for index, bucket in enumerate([largest, *others]):
         seconds = time.perf_counter() - start
         if seconds > most_seconds:
-            left = len(buckets) - index
-            logger.warning("CUDA graphs: %d of %d sizes left out, it took too long.", left, len(buckets))
+            left = len(others) + 1 - index
+            logger.warning("CUDA graphs: %d of %d sizes left out, it took too long.", left, len(others) + 1)
             break
         example = _example(runner, bucket)
         if example is None:
             continue
-        try:
-            graphs.append(_make_graph(runner, bucket, make_attention, capture, example))
-        except RuntimeError as error:  # out of memory, or a kernel that cannot be captured
-            logger.warning("CUDA graphs: none for %s or less: %s", bucket, error)
-            break
-        logger.info(
-            "CUDA graph %d of %d: %d requests, %d tokens (%.1f s)",
-            index + 1,
-            len(buckets),
-            bucket.num_requests,
-            bucket.num_tokens,
-            time.perf_counter() - start,
-        )
+        graph = _rehearsed_graph(runner, bucket, make_attention, capture, example)
+        if graph is not None:
+            graphs.append(_recorded(graph, capture))
+            logger.info(
+                "CUDA graph %d of %d: %d requests, %d tokens (%.1f s)",
+                index + 1,
+                len(others) + 1,
+                bucket.num_requests,
+                bucket.num_tokens,
+                time.perf_counter() - start,
+            )
+        elif bucket != largest:
+            break  # the next is larger
     return StepGraphs(graphs)
 
 
 @torch.inference_mode()
-def _make_graph(
+def _rehearsed_graph(
     runner: Runner, bucket: Bucket, make_attention: MakeAttention, capture: Capture, example: Batch
-) -> StepGraph:
+) -> StepGraph | None:
+    """A graph ready to be recorded; None where there is no memory for it. Raises GraphCaptureError."""
     cache = runner.cache
-    buffers = StepBuffers(bucket, runner.spare_slot, cache.block_size, cache.k.device)
-    num_heads = runner.decoder.config.num_heads
-    attention = make_attention(bucket, num_heads, buffers.slots, buffers.ancestors)
-    drafting = _make_drafting(runner, buffers, make_attention)
-    graph = StepGraph(buffers, attention, drafting, runner)
-    graph.record(capture, example)
+    try:
+        buffers = StepBuffers(bucket, runner.spare_slot, cache.block_size, cache.k.device)
+        num_heads = runner.decoder.config.num_heads
+        attention = make_attention(bucket, num_heads, buffers.slots, buffers.ancestors)
+        drafting = _make_drafting(runner, buffers, make_attention)
+        graph = StepGraph(buffers, attention, drafting, runner)
+        graph.rehearse(capture, example)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise GraphCaptureError(f"A pass of {bucket} failed: {error}") from error
+        logger.warning("CUDA graphs: no memory for one of %s: %s", bucket, error)
+        return None
+    return graph
+
+
+@torch.inference_mode()
+def _recorded(graph: StepGraph, capture: Capture) -> StepGraph:
+    """Raises GraphCaptureError. Out of memory is no exception: torch's allocator, and the stream, stay in the
+    middle of the capture for good."""
+    try:
+        graph.record(capture)
+    except Exception as error:
+        raise GraphCaptureError(f"The capture of {graph.bucket} failed: {error}") from error
     return graph
 
 
@@ -180,20 +205,16 @@ class _CudaCapture:
     the next runs."""
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def rehearse(self, run: Run) -> None:
         """On the stream of the capture, which libraries may keep workspaces for."""
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with on_capture_stream():
             run()
-        current.wait_stream(self._stream)
 
     def record(self, run: Run) -> Run:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=capture_stream()):
             run()
         return graph.replay
 

@@ -140,8 +140,8 @@ class StepGraph:
         """Of guesses that it can make itself."""
         return 0 if self._drafting is None else self._drafting.num_levels
 
-    def record(self, capture: Capture, example: Batch) -> None:
-        """From now on run what is captured of all parts. example: a pass that the bucket holds."""
+    def rehearse(self, capture: Capture, example: Batch) -> None:
+        """Get all parts ready to be recorded. example: a pass that the bucket holds."""
         for _ in range(_REHEARSALS):
             self.prepare(example, self.num_levels)
             self._buffers.complete(example, None, [self._buffers.spare_slot] * len(example.scheduled))
@@ -149,6 +149,9 @@ class StepGraph:
                 self._drafting.rehearse(capture)
             capture.rehearse(self._run_forward)
             capture.rehearse(self._run_settle)
+
+    def record(self, capture: Capture) -> None:
+        """From now on run what is captured of all parts."""
         if self._drafting is not None:
             self._drafting.record(capture)
         self._forward = capture.record(self._run_forward)

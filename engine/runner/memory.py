@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.messages import SamplingParams
 from engine.runner import device as hardware
+from engine.runner.capture_stream import on_capture_stream
 from engine.runner.drafter import Drafter
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, ScheduledRequest
@@ -105,12 +106,15 @@ def _measure_pass_bytes(runner: Runner, limits: SchedulerLimits, device: torch.d
 
 def _measure_graph_bytes(runner: Runner, limits: SchedulerLimits, device: torch.device) -> int:
     """Bytes that graphs will take: what the pass of the largest takes for a while, which is theirs alone and
-    shared among them, and what each of them keeps."""
+    shared among them, and what each of them keeps. Workspaces of the stream that they are captured on are
+    among what is in use from now on."""
     from engine.runner.graph_memory import kept_bytes  # of the Triton kernels' plans, where they run
 
     batch = largest_trees(limits, runner.cache.num_blocks, runner.cache.block_size, _GREEDY)
-    with _peak(device) as peak:
-        _execute(runner, batch, None)
+    with on_capture_stream():
+        _execute(runner, batch, None)  # leaves the workspaces
+        with _peak(device) as peak:
+            _execute(runner, batch, None)
     return peak() + kept_bytes(runner, limits)
 
 

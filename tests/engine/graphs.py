@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -97,3 +99,17 @@ def add_graphs(runner: Runner, buckets: Sequence[Bucket], capture: Repeating | N
     assert len(graphs) == len(set(buckets))
     runner.use_graphs(graphs)
     return capture
+
+
+@contextmanager
+def noted_waits() -> Generator[list[str], None, None]:
+    """Gives what torch has to say, afterwards, of operators inside that made the host wait for the device."""
+    waits: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # saying so is itself a matter of a warning: the mode is experimental
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits += [str(w.message) for w in caught if "synchronizing CUDA operation" in str(w.message)]

@@ -21,6 +21,7 @@ from engine.messages import (
     AbortRequest,
     AddRequest,
     Configure,
+    EngineFailed,
     EngineReady,
     RequestOutput,
     RequestUsage,
@@ -39,14 +40,14 @@ def main(descriptor: int) -> None:
         first = channel.receive(connection)
         if not isinstance(first, Configure):
             return
-        _start(first.config)
+        _start(first.config, connection)
         connection.sendall(channel.frame(EngineReady(model_info())))
         inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
         _serve(connection, inbox)
 
 
-def _start(config: EngineConfig) -> None:
+def _start(config: EngineConfig, connection: socket.socket) -> None:
     starts = Path(config.model_dir) / "starts"
     lines = starts.read_text().splitlines() if starts.exists() else []
     with (starts.parent / "pids").open("a") as pids:
@@ -60,6 +61,9 @@ def _start(config: EngineConfig) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         case ["after", seconds]:
             time.sleep(float(seconds))
+        case ["capture"] if not config.enforce_eager:
+            connection.sendall(channel.frame(EngineFailed("stream is capturing", eager_may_start=True)))
+            os._exit(1)
 
 
 def _read(connection: socket.socket, inbox: queue.SimpleQueue[ToEngine]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from engine.loop import Engine
 from engine.messages import AddRequest
 from engine.runner.heads_drafter import HeadsDrafter
 from tests.engine.families import full
+from tests.engine.graphs import noted_waits
 from tests.engine.helpers import params
 
 pytestmark = pytest.mark.gpu
@@ -70,13 +70,7 @@ def test_the_host_waits_for_nothing_but_the_end_of_a_step() -> None:
     answers(engine)  # whatever happens once has happened
     add_requests(engine)
     engine.step()  # the prompts
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
+    with noted_waits() as waits:
         while engine.has_work():
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                engine.step()
-            waits = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
-            assert not waits, [str(w.message) for w in waits]  # an event is waited for, no operator
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+            engine.step()
+    assert not waits, waits  # an event is waited for, no operator

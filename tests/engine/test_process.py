@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import queue
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from engine import channel, process
 from engine.client import EngineClient
 from engine.config import EngineConfig
-from engine.errors import EngineStartError, OverloadedError, RequestError
+from engine.errors import EngineStartError, GraphCaptureError, OverloadedError, RequestError
 from engine.loop import Engine
 from engine.messages import AbortRequest, AddRequest, EngineFailed, StepStats, ToEngine, ToServer
 from tests.engine.helpers import params
@@ -166,6 +168,32 @@ def test_memory_that_runs_out_at_the_start_is_told(
         assert process._load(config_for(tiny_model_dir), theirs) is None
         message = asyncio.run(_first_message(ours))
     assert isinstance(message, EngineFailed) and "--kv-cache-memory" in message.message
+
+
+def test_captures_that_failed_are_told(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture_graphs(*arguments: object) -> None:
+        raise GraphCaptureError("The capture of 8 requests failed: stream is capturing")
+
+    monkeypatch.setattr("engine.loop.capture_graphs", capture_graphs)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert process._load(config_for(tiny_model_dir), theirs) is None
+        message = asyncio.run(_first_message(ours))
+        assert isinstance(message, EngineFailed) and message.eager_may_start
+        assert "8 requests failed" in message.message
+
+
+def test_what_is_loaded_is_kept_out_of_garbage_collections(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(process, "Engine", lambda config: called.append("load"))
+    for name in ("collect", "freeze"):
+        monkeypatch.setattr(gc, name, partial(called.append, name))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process._load(config_for(tiny_model_dir), theirs)
+    assert called == ["load", "collect", "freeze"]
 
 
 async def _first_message(connection: socket.socket) -> ToServer | None:

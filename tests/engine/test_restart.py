@@ -230,3 +230,17 @@ async def test_engine_is_replaced_when_its_messages_cannot_be_taken_in(tmp_path:
             await collect(client, max_tokens=50)
         await until(client.is_healthy, 60.0)
         assert len(tokens_of(await collect(client, max_tokens=5))) == 5
+
+
+async def test_an_engine_whose_captures_fail_starts_again_without_graphs_and_stays_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan(tmp_path, "capture", "capture", "capture")  # without graphs it starts whatever it is told
+    async with running(config_for(tmp_path)) as client:
+        assert len(tokens_of(await collect(client, max_tokens=3))) == 3
+        assert (client.num_capture_failures, client.num_restarts, len(pids(tmp_path))) == (1, 0, 2)
+        assert "without CUDA graphs, slower. stream is capturing" in caplog.text
+        kill(client)
+        await until(lambda: not client.is_healthy())
+        assert len(tokens_of(await collect(client, max_tokens=3))) == 3
+        assert (client.num_capture_failures, client.num_restarts, len(pids(tmp_path))) == (1, 1, 3)

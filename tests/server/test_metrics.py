@@ -124,12 +124,13 @@ async def test_rejections_and_restarts_are_counted() -> None:
         await client.get("/v1/models")
         await client.get("/no-such", headers={"Authorization": "Bearer k"})
         await client.post(CHAT, content=b"", headers={"Authorization": "Bearer k"})
-        engine.num_restarts = 2
+        engine.num_restarts, engine.num_capture_failures = 2, 1
         found = await samples(client)
         again = await samples(client)
     for code in (401, 404, 415):
         assert found[f'gorgon_http_rejections_total{{code="{code}"}}'] == 1
     assert found["gorgon_engine_restarts_total"] == again["gorgon_engine_restarts_total"] == 2
+    assert found["gorgon_cuda_graph_failures_total"] == again["gorgon_cuda_graph_failures_total"] == 1
 
 
 async def test_our_names_begin_with_gorgon() -> None:

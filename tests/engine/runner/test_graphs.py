@@ -11,15 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.runner.capture import default_buckets, make_graphs
+from engine.runner.capture import default_buckets
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import Drafter
-from engine.runner.graphs import Run
 from engine.runner.ngram_drafter import NgramDrafter
 from engine.runner.step_buffers import Bucket
 from engine.scheduling.scheduler import SchedulerLimits
 from tests.engine.families import chain, families, full
-from tests.engine.graphs import Repeating, add_graphs, gathered_attention
+from tests.engine.graphs import add_graphs
 from tests.engine.helpers import params
 from tests.engine.runner.test_greedy import (
     ALL_PROMPTS,
@@ -253,40 +252,6 @@ def test_default_buckets_hold_all_passes_that_they_promise(
                     b.num_requests >= count and tokens <= b.num_tokens <= 4 * tokens and b.max_nodes >= tree
                     for b in buckets
                 )
-
-
-class Failing(Repeating):
-    """Has memory for a number of graphs, two a bucket."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self._room = room
-
-    def record(self, run: Run) -> Run:
-        self._room -= 1
-        if self._room < 0:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().record(run)
-
-
-@pytest.mark.parametrize(("room", "count"), [(0, 0), (1, 0), (4, 2), (100, 5)])
-def test_memory_that_is_short_leaves_the_smaller_sizes_out(room: int, count: int) -> None:
-    engine = TinyEngine(full(12), make_drafter("mixed"), block_size=4, num_blocks=100)
-    graphs = make_graphs(engine.runner, FEW, gathered_attention(engine.runner.cache), Failing(room))
-    assert len(graphs) == count
-    engine.runner.use_graphs(graphs)
-    check_outputs(engine, arrivals_of([2, 3], [0, 3], [6, 9]))
-
-
-def test_time_that_is_short_leaves_the_smaller_sizes_out() -> None:
-    runner = TinyEngine(full(12), None, block_size=4, num_blocks=100).runner
-    assert len(make_graphs(runner, FEW, gathered_attention(runner.cache), Repeating(), most_seconds=0.0)) == 0
-
-
-def test_sizes_that_the_cache_has_no_room_for_are_left_out() -> None:
-    runner = TinyEngine(full(12), None, block_size=4, num_blocks=7).runner
-    graphs = make_graphs(runner, FEW, gathered_attention(runner.cache), Repeating())
-    assert len(graphs) == 3  # each of eight requests would have no block; four have one, for four tokens
 
 
 def test_another_cache_drops_the_graphs() -> None:
