@@ -6,25 +6,29 @@ import logging
 import time
 from pathlib import Path
 
+from torch import Tensor
+
 from engine.config import EngineConfig
 from engine.containment import Containment
 from engine.errors import ConfigError, RequestError
 from engine.messages import AddRequest, Backend, ModelInfo, SamplingParams, StepOutput, StepStats
 from engine.model.config import DecoderConfig
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, Linear
 from engine.model.footprint import weight_bytes
-from engine.model.loader import load_config, load_decoder
+from engine.model.loader import load_config, load_decoder, load_vocabulary
 from engine.model.precision import quantize_linears, resolve_quantization
-from engine.native.decoder import NativeDecoder, can_take
+from engine.native.decoder import NativeDecoder, can_run, can_take
+from engine.native.kept import KeptWeights
 from engine.native.precision import take_over
 from engine.runner import device as hardware
 from engine.runner.capture import capture_graphs, compile_kernels
 from engine.runner.drafter import Drafter
 from engine.runner.heads_drafter import HeadsDrafter
+from engine.runner.kept_timings import KeptTimings
 from engine.runner.kv_cache import KVCache, bytes_per_token, stored_dtype
 from engine.runner.memory import allocating, first_num_blocks, fit_cache, is_fitted
 from engine.runner.ngram_drafter import NgramDrafter
-from engine.runner.profile import measure_costs
+from engine.runner.profile import POSITIONS_TIMED, measure_costs
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, CommittedTokens
 from engine.scheduling.block_pool import BlockPool
@@ -63,10 +67,16 @@ class Engine:
     ) -> None:
         device = hardware.resolve_device(config.device)
         dtype = hardware.resolve_dtype(config.dtype, device)
+        from_files = loaded is None and drafter is None
         asked = resolve_quantization(config.quantization, dtype, device)
         model_dir = Path(config.model_dir)
         model = load_config(model_dir) if loaded is None else loaded.config
         max_model_len = _resolve_model_len(config, model)
+        stored = stored_dtype(config.kv_cache_dtype, dtype)
+        kept: KeptWeights | None = None
+        if loaded is None and can_run(dtype, device) and stored == dtype:
+            kept = KeptWeights(model_dir, asked)
+            loaded = kept.load(model)
         loaded = loaded or load_decoder(model_dir, dtype, device)
         heads_name, num_heads = None, 0
         speculates = config.speculation != "off" and config.max_tree_nodes > 1
@@ -74,7 +84,7 @@ class Engine:
             heads = load_heads(Path(config.heads_dir))
             family = TreeFamily.load(Path(config.heads_dir) / "tree.json")
             _check_tree(family, heads)
-            drafter = HeadsDrafter.of(heads, loaded.embedding, loaded.lm_head.weight)
+            drafter = HeadsDrafter.of(heads, loaded.embedding, _projection(loaded, model_dir))
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
         if drafter is None and ngrams:
             drafter = NgramDrafter()
@@ -84,14 +94,13 @@ class Engine:
         takes_chains = drafter is not None and drafter.takes_chains
         max_drafts = config.max_tree_nodes - 1 if takes_chains else len(family.paths)
         decoder: Decoder | NativeDecoder = loaded
-        stored = stored_dtype(config.kv_cache_dtype, dtype)
         has_kernels = can_take(loaded)
         if has_kernels and stored != dtype:
             logger.info(
                 "KV cache in fp8: our own kernels do not read it, so that torch's operators do it all."
             )
         if has_kernels and stored == dtype:
-            decoder, quantization = take_over(loaded, asked)
+            decoder, quantization = take_over(loaded, asked, kept)
         else:
             quantization = quantize_linears(loaded, asked, hardware.spare_memory())
 
@@ -120,7 +129,11 @@ class Engine:
             fit_cache(self._runner, limits, token_bytes, config.gpu_memory_utilization, captures)
         if not config.enforce_eager:
             capture_graphs(self._runner, limits)
-        self._policy, largest_pass = self._make_policy(family, fixed_drafts, limits)
+        timings = None
+        if from_files:
+            cached = min(cache.num_blocks * config.block_size, POSITIONS_TIMED)
+            timings = KeptTimings(config, device, _backend(decoder, cache), quantization, limits, cached)
+        self._policy, largest_pass = self._make_policy(family, fixed_drafts, limits, timings)
         pool = BlockPool(cache.num_blocks, config.block_size)
         self.scheduler = Scheduler(
             limits, pool, self._policy, model.eos_token_ids, config.seed, ngrams=ngrams and takes_chains
@@ -149,14 +162,18 @@ class Engine:
         )
 
     def _make_policy(
-        self, family: TreeFamily, fixed_drafts: int | None, limits: SchedulerLimits
+        self,
+        family: TreeFamily,
+        fixed_drafts: int | None,
+        limits: SchedulerLimits,
+        timings: KeptTimings | None,
     ) -> tuple[SpeculationPolicy, float]:
         """And the seconds of the largest pass, 0 where passes are not measured."""
         if fixed_drafts is not None:
             return FixedSpeculation(fixed_drafts), 0.0
         if not limits.max_drafts:
             return FixedSpeculation(0), 0.0
-        costs = measure_costs(self._runner, limits)
+        costs = measure_costs(self._runner, limits, timings)
         largest_pass = costs.base_seconds(limits.max_num_batched_tokens, 0, 0)
         return AdaptiveSpeculation(family, costs, trims=self._runner.trims), largest_pass
 
@@ -268,6 +285,15 @@ def _check_tree(family: TreeFamily, heads: HeadSet) -> None:
             f"the tree of head set {heads.name} asks for guess {max(family.ranks) + 1} of a head, but its "
             f"heads know {num_tokens} tokens; {again}"
         )
+
+
+def _projection(decoder: Decoder, model_dir: Path) -> Tensor:
+    """The projection onto the vocabulary as it was loaded, [vocab, hidden], packed or not."""
+    if decoder.config.tie_embeddings:
+        return decoder.embedding
+    if isinstance(decoder.lm_head, Linear):
+        return decoder.lm_head.weight
+    return load_vocabulary(model_dir)[1].to(decoder.embedding.dtype)
 
 
 def _backend(decoder: Decoder | NativeDecoder, cache: KVCache) -> Backend:

@@ -139,4 +139,17 @@ class _Header:
             return list(self.unpack(f"{count}{_SCALARS[item]}"))
         if item != _STRING:
             raise ValueError(f"an array of values of type {item}")
-        return [self.string() for _ in range(count)]
+        return self.strings(count)
+
+    def strings(self, count: int) -> list[str]:
+        """As so many calls of `string`, of which a vocabulary needs hundreds of thousands at every start."""
+        data, at, size_at, found = self.data, self.at, struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            [size] = size_at(data, at)
+            end = at + 8 + size
+            if end > len(data):
+                raise ValueError("a string runs past the end of the file")
+            found.append(data[at + 8 : end].decode("utf-8", errors="replace"))
+            at = end
+        self.at = at
+        return found

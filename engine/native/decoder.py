@@ -21,8 +21,8 @@ from engine.native.scratch import scratch
 
 
 class NativeDecoder(nn.Module):
-    """Takes over a decoder in bfloat16 whose weights fit (`can_take`); its linear layers' weights are freed,
-    a tied embedding aside.
+    """Takes over a decoder in bfloat16 whose weights fit (`can_take`) or are packed already; its linear
+    layers' weights are freed, a tied embedding aside.
 
     choose: the number format of a weight, from the layer's name and the weight [out, in].
     """
@@ -100,12 +100,17 @@ class NativeDecoder(nn.Module):
         return logits
 
 
+def can_run(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine has the kernels for decoders in this number format on this device."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and kernels() is not None
+
+
 def can_take(decoder: Decoder) -> bool:
-    """Whether this machine has the kernels, and they this decoder's shapes and number format."""
+    """Whether `can_run` holds and the kernels have this decoder's shapes."""
     c = decoder.config
     weights = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
     return (
-        decoder.embedding.dtype == torch.bfloat16
+        can_run(decoder.embedding.dtype, decoder.embedding.device)
         and all(map(fits, weights))
         and c.head_dim % 32 == 0
         and c.head_dim <= MAX_HEAD_DIM
@@ -114,10 +119,15 @@ def can_take(decoder: Decoder) -> bool:
     )
 
 
+def pack(name: str, linear: nn.Module, choose: Callable[[str, Tensor], Kind]) -> NativeLinear:
+    """The native form of a linear layer."""
+    assert isinstance(linear, Linear)
+    return NativeLinear(linear.weight, linear.bias, choose(name, linear.weight))
+
+
 def _take(parent: nn.Module, name: str, choose: Callable[[str, Tensor], Kind]) -> NativeLinear:
     """The native form of a linear layer, whose own weight the parent then forgets."""
     linear = parent.get_submodule(name)
-    assert isinstance(linear, Linear)
-    taken = NativeLinear(linear.weight, linear.bias, choose(name, linear.weight))
+    taken = linear if isinstance(linear, NativeLinear) else pack(name, linear, choose)
     setattr(parent, name, nn.Identity())
     return taken

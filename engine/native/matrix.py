@@ -26,6 +26,10 @@ class Kind(IntEnum):
     INT8 = 8
 
 
+# Of 32 weights with their scale and offset.
+_GROUP_BYTES = {Kind.BF16: 2 * GROUP_SIZE, Kind.INT4: GROUP_SIZE // 2 + 4, Kind.INT8: GROUP_SIZE + 4}
+
+
 class NativeLinear(nn.Module):
     """Multiplication by a weight [out, in] of any float type, held in the kernels' layout only.
 
@@ -39,17 +43,44 @@ class NativeLinear(nn.Module):
             raise ConfigError(
                 "quantization", f"the CPU kernels do not take weights of shape {tuple(weight.shape)}"
             )
+        blocks = _LAYOUTS[kind](weight.detach().float())
+        bias = None if bias is None else bias.detach().float().contiguous()
+        self._hold(library, blocks, bias, kind, (weight.shape[0], weight.shape[1]))
+
+    @classmethod
+    def of_blocks(
+        cls, blocks: Tensor, bias: Tensor | None, kind: Kind, shape: tuple[int, int]
+    ) -> NativeLinear:
+        """The layer that another one's `blocks` and `bias` make. shape: of the weight, [out, in]. Raises
+        ValueError where they are not those of such a layer."""
+        library, (rows, columns) = kernels(), shape
+        if library is None or rows % LANES or columns % GROUP_SIZE:
+            raise ValueError(f"the CPU kernels do not take weights of shape {shape}")
+        if (
+            blocks.dtype != torch.uint8
+            or blocks.numel() != rows * (columns // GROUP_SIZE) * _GROUP_BYTES[kind]
+        ):
+            raise ValueError(f"{blocks.numel()} bytes are no {kind.name} weights of shape {shape}")
+        if bias is not None and (bias.dtype != torch.float32 or bias.shape != (rows,)):
+            raise ValueError(f"a bias of shape {list(bias.shape)} is none of {rows} outputs")
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._hold(library, blocks, bias, kind, shape)
+        return made
+
+    def _hold(
+        self, library: ctypes.CDLL, blocks: Tensor, bias: Tensor | None, kind: Kind, shape: tuple[int, int]
+    ) -> None:
         self._library = library
         self.kind = kind
-        self.out_features, self.in_features = weight.shape
-        self._blocks = _LAYOUTS[kind](weight.detach().float())
-        self._bias = None if bias is None else bias.detach().float().contiguous()
+        self.out_features, self.in_features = shape
+        self.blocks, self.bias = blocks, bias
         self.c = CMatrix(
             kind=kind,
             inputs=self.in_features,
             outputs=self.out_features,
-            blocks=self._blocks.data_ptr(),
-            bias=None if self._bias is None else self._bias.data_ptr(),
+            blocks=blocks.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
         )
 
     def extra_repr(self) -> str:

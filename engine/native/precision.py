@@ -10,22 +10,32 @@ from torch import Tensor
 
 from engine.config import Quantization
 from engine.model.decoder import Decoder
-from engine.model.packing import fast_linear
+from engine.model.packing import fast_linear, replace_linears
 from engine.model.precision import BFLOAT16, MAX_ERROR, name_formats
 from engine.model.quantization import int4_error
-from engine.native.decoder import NativeDecoder
+from engine.native.decoder import NativeDecoder, pack
+from engine.native.kept import KeptWeights
 from engine.native.matrix import Kind, NativeLinear, fits, int8_error
 
 _NAMES = {Kind.INT4: "int4", Kind.INT8: "int8", Kind.BF16: BFLOAT16}
 
 
-def take_over(decoder: Decoder, asked: Quantization) -> tuple[NativeDecoder, str]:
+def take_over(
+    decoder: Decoder, asked: Quantization, kept: KeptWeights | None = None
+) -> tuple[NativeDecoder, str]:
     """The decoder in our own kernels, which must take it (`engine.native.decoder.can_take`), and what was
     asked for, or what auto came to (`engine.model.precision.name_formats`).
 
-    The decoder given loses its linear layers.
+    The decoder given loses its linear layers. kept: where they may be packed already, or are kept.
     """
-    taken = NativeDecoder(decoder, lambda name, weight: choose_kind(name, weight, asked))
+
+    def choose(name: str, weight: Tensor) -> Kind:
+        return choose_kind(name, weight, asked)
+
+    replace_linears(decoder, lambda name, linear: pack(name, linear, choose))
+    if kept is not None:
+        kept.keep(decoder)
+    taken = NativeDecoder(decoder, choose)
     if asked != "auto":
         return taken, asked
     linears = [module for module in taken.modules() if isinstance(module, NativeLinear)]

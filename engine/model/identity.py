@@ -1,0 +1,33 @@
+"""What a thing that is kept between starts depends on, as names of files: its model's files, and our code."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+_ENGINE = Path(__file__).parent.parent
+_MODEL_FILES = ("*.safetensors", "*.gguf", "*.json")
+
+
+def digest(*parts: object) -> str:
+    """Sixteen letters that change with any of the parts, as `repr` has them."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def files_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file that a model or a head set is read from."""
+    paths = sorted(path for pattern in _MODEL_FILES for path in folder.glob(pattern))
+    facts = [(path.name, path.stat()) for path in paths]
+    return [(name, found.st_size, found.st_mtime_ns) for name, found in facts]
+
+
+@functools.cache
+def code_of(*parts: str) -> str:
+    """Digest of our own sources under these folders of the engine."""
+    total = hashlib.sha256()
+    paths = (path for part in parts for path in sorted((_ENGINE / part).rglob("*")))
+    for path in paths:
+        if path.suffix in (".py", ".c", ".h"):
+            total.update(path.read_bytes())
+    return total.hexdigest()[:16]
