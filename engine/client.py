@@ -44,7 +44,7 @@ _STOPPED = "The server is shutting down."
 
 _QUEUE_FACTOR = 16  # requests in flight per running place; beyond that waiting would outlast any client
 _CHECK_SECONDS = 1.0  # between looks at whether the engine makes progress
-_WAIT_SECONDS = 60.0  # that a request waits for an engine that is restarting
+_WAIT_SECONDS = 120.0  # that a request waits for an engine that is restarting
 _EXIT_SECONDS = 5.0  # that an engine which ends by itself gets to tell how
 _RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)  # pauses before the first, second, ... restart in a row
 _SETTLED_SECONDS = 120.0  # an engine that lived this long starts the row anew
@@ -140,7 +140,7 @@ class EngineClient:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as steps bring them; closing the generator early aborts the request.
 
-        Where the engine is restarting it waits, up to 60 s. Raises OverloadedError where too many requests
+        Where the engine is restarting it waits, up to 120 s. Raises OverloadedError where too many requests
         are queued, RequestError where the engine refuses this one, EngineDeadError where the engine dies with
         it or does not come back in time, EngineStoppedError where it was ended.
         """

@@ -99,7 +99,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = "none"
     backend: Backend = "torch"  # whose kernels run the layers
     kv_cache_dtype: str | None = None  # where it is not the model's
-    largest_pass_seconds: float = 0.0  # of a pass with all the tokens it may have; 0 where none was measured
+    largest_pass_seconds: float = 0.0  # estimated, of a pass with all the tokens it may have; 0: not known
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):

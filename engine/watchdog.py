@@ -4,9 +4,9 @@ from what starts and steps have taken on this machine."""
 from __future__ import annotations
 
 _FIRST_START = 1800.0  # seconds: weights may be large, on a slow disk, and have to be converted
-_STARTS, _LEAST_START = 5.0, 60.0  # a later start: times the longest one so far, and seconds at least
+_STARTS, _LEAST_START = 3.0, 60.0  # a later start: times the longest one so far, and seconds at least
 _STEPS, _LEAST_STEP, _MOST_STEP = 10.0, 10.0, 30.0  # times the longest step, within so many seconds
-_SLOW_STEPS = 4.0  # times the longest step, whatever the seconds: a slow machine is not a hung engine
+_SLOW_STEPS = 4.0  # times the longest step that was made, whatever the seconds: slow is not hung
 _FADING = 0.999  # of what is remembered, with each further step: a slow one may have been an accident
 _MOST_PATIENCE = 4.0
 
@@ -39,13 +39,15 @@ class Watchdog:
         """For one step."""
         if self._step_timeout is not None:
             return self._step_timeout
-        longest = max(self._longest_step, self._largest_pass)
-        # Where nothing tells how long a whole chunk of a prompt takes, no step so far does.
-        usual = min(max(_STEPS * longest, _LEAST_STEP), _MOST_STEP) if self._largest_pass else _MOST_STEP
-        return max(usual, _SLOW_STEPS * longest) * self._step_patience
+        usual = _MOST_STEP  # no step so far tells how long a whole chunk of a prompt takes, an estimate does
+        if self._largest_pass:
+            longest = max(self._longest_step, self._largest_pass)
+            usual = min(max(_STEPS * longest, _LEAST_STEP), _MOST_STEP)
+        # An estimate may be far off, on a busy machine; a step that was made is a fact.
+        return max(usual, _SLOW_STEPS * self._longest_step) * self._step_patience
 
     def started(self, seconds: float, largest_pass: float) -> None:
-        """A start succeeded. `largest_pass`: its seconds as the engine measured it, 0 where it did not."""
+        """A start succeeded. `largest_pass`: its seconds as the engine estimates them, 0 where not."""
         self._longest_start = max(seconds, self._longest_start or 0.0)
         self._start_patience = 1.0
         self._largest_pass = largest_pass

@@ -94,7 +94,7 @@ async def test_a_hang_of_a_running_engine_is_found_and_it_is_replaced(
         with pytest.raises(EngineDeadError, match="died"):
             async for _ in stream:
                 pass
-        assert 0.4 < time.monotonic() - began < 5.0
+        assert 0.4 < time.monotonic() - began < 20.0
         if fault != "stopped":
             with pytest.raises(EngineDeadError):
                 await culprit
@@ -193,7 +193,7 @@ async def test_stopping_during_a_start_takes_no_time(tmp_path: Path) -> None:
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
     await client.stop()
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 4.0
     assert not is_alive(pids(tmp_path)[0])
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -35,6 +35,9 @@ async def served(folder: Path, grace: float = 10.0, *before: str) -> AsyncIterat
     finally:
         if process.returncode is None:
             process.kill()
+        for pid in engines(folder):  # one that is stopped would keep the pipe open
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         await process.communicate()
 
 
@@ -69,7 +72,7 @@ async def test_the_end_of_the_grace_period_is_told_to_streams_and_to_others(tmp_
         for answer in await asyncio.gather(*whole):
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "stopping"
-        assert await asyncio.wait_for(process.wait(), 5.0) == 0
+        assert await asyncio.wait_for(process.wait(), 20.0) == 0
     assert not is_alive(engines(tmp_path)[0])
 
 
@@ -97,8 +100,8 @@ async def test_a_signal_while_the_model_loads_ends_both_processes(
         await until(lambda: len(engines(tmp_path)) == 1)
         began = time.monotonic()
         process.send_signal(number)
-        assert await asyncio.wait_for(process.wait(), 5.0) == 0
-        assert time.monotonic() - began < 2.0
+        assert await asyncio.wait_for(process.wait(), 20.0) == 0
+        assert time.monotonic() - began < 4.0
     assert not is_alive(engines(tmp_path)[0])
 
 
