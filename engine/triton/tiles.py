@@ -75,7 +75,7 @@ def choose_tile(heads: PagedHeads, max_queries: int) -> Tile:
     fit a Hopper processor. Many rows are bound by the tensor cores and by registers, and by shared memory
     where heads are wide: 99 KB is all that some GPUs have. float32 does without tensor cores, which takes
     more registers: its tiles have few rows, unless more query heads share a KV head. The masks of head sizes
-    that are no power of two take registers, too. Nothing spills but float32 over a float8 cache.
+    that are no power of two take registers, too. Next to nothing spills but float32 over a float8 cache.
     """
     size = padded(heads.head_dim) * heads.itemsize  # bytes of a key
     is_masked = padded(heads.head_dim) != heads.head_dim

@@ -17,8 +17,9 @@ from tests.engine.triton.cases import TritonAttention, compact
 from tests.engine.triton.hopper import Driver, Launches, cache_of, compiling, usage
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn  # float16 compiles as bfloat16 does
-FORMATS = [(BF16, BF16), (F32, F32), (BF16, FP8), (F32, FP8)]  # of queries, of the cache
-GROUPS = [(3, head_dim) for head_dim in (16, 32, 64, 96, 128, 256)] + [(71, 64), (48, 128)]
+# Of queries and of the cache. float32 over float8 has the tiles of float32, and is known to spill.
+FORMATS = [(BF16, BF16), (F32, F32), (BF16, FP8)]
+GROUPS = [(3, head_dim) for head_dim in (32, 64, 96, 128, 256)] + [(71, 64), (48, 128)]
 FP8_SINCE = 89
 
 

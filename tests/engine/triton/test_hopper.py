@@ -25,7 +25,9 @@ SHARED_MEMORY = {
     120: (99 << 10, 100 << 10),
 }
 REGISTERS = 1 << 16  # of a processor
-FEW_BYTES = 16  # a number or two that a thread keeps in memory, not in its loop
+FEW_BYTES = 32  # that a thread may keep in memory: a few numbers, not those of its products
+SPILLED = {120: 96}  # where it is more: prompts of head size 128, whose tiles other GPUs have room for
+MANY_HEADS_BYTES = 256  # the same in float32, where more than 32 query heads share a KV head
 
 
 def compiled(program: str, *arguments: str) -> list[dict[str, Any]]:
@@ -88,10 +90,11 @@ def test_every_tile_fits_and_as_many_run_at_once_as_is_planned_for(capability: i
     assert {kernel["kernel"] for kernel in kernels} == {"store", "attend", "merge", "compact"}
     for kernel in kernels:
         assert kernel["shared"] <= most, kernel
-        converts = kernel["dtype"] == "torch.float32" and kernel["stored"] == "torch.float8_e4m3fn"
-        if not (converts and kernel["kernel"] == "attend"):  # see `choose_tile`
-            assert kernel["STACK"] <= FEW_BYTES, kernel
-        if kernel["kernel"] == "attend" and kernel["dtype"] == "torch.bfloat16" and kernel["head_dim"] >= 64:
+        attends, wide = kernel["kernel"] == "attend", kernel["dtype"] == "torch.float32"
+        many_heads = attends and wide and kernel["group"] > 32
+        spilled = MANY_HEADS_BYTES if many_heads else SPILLED.get(capability, FEW_BYTES)
+        assert kernel["STACK"] <= spilled, kernel
+        if attends and not wide and kernel["head_dim"] >= 64:
             registers = -(-kernel["REG"] // 8) * 8 * 32 * kernel["warps"]
             fit = min(REGISTERS // registers, processor // (kernel["shared"] + 1024))
             planned = Tile(1, kernel["rows"], kernel["keys"], kernel["warps"], 1).programs(processor)
