@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 
 from engine import channel
+from engine.host import brief_waiting
 from engine.messages import ToEngine, ToServer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,9 @@ class EngineProcess:
                 # -P: not the modules that happen to lie in the directory the server was started from.
                 command = (sys.executable, "-P", "-m", _MODULE, str(theirs.fileno()))
                 creating = asyncio.ensure_future(
-                    asyncio.create_subprocess_exec(*command, pass_fds=[theirs.fileno()])
+                    asyncio.create_subprocess_exec(
+                        *command, pass_fds=[theirs.fileno()], env=brief_waiting(os.environ)
+                    )
                 )
                 try:
                     process = await asyncio.shield(creating)

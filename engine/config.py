@@ -18,6 +18,7 @@ Speculation = Literal["auto", "off"]
 Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 KVCacheDtype = Literal["auto", "fp8"]
 
+MAX_THREADS = 256  # that our own kernels know
 MAX_TREE_NODES = MAX_DRAFT_NODES + 1  # the root is a node too
 
 
@@ -64,6 +65,9 @@ class EngineConfig:
     enforce_eager: bool = flag(
         False, "run decoding passes without CUDA graphs: a faster start and less memory, slower steps"
     )
+    threads: int | None = flag(
+        None, "threads that compute on CPUs (default: as many cores as quota and affinity mask grant)"
+    )
     block_size: int = flag(16, "tokens in one KV cache block")
     watchdog_timeout: float | None = flag(
         None,
@@ -85,6 +89,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(name, f"must be at least 1, not {value}")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ConfigError("threads", f"must be 1 to {MAX_THREADS}, not {self.threads}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 "gpu_memory_utilization", f"must be above 0 and at most 1, not {self.gpu_memory_utilization}"

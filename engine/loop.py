@@ -65,7 +65,9 @@ class Engine:
         family: TreeFamily = _NO_TREE,
         ngrams: bool = True,
     ) -> None:
+        threads = hardware.share_cpus(config.threads)
         device = hardware.resolve_device(config.device)
+        logger.info("Computing with %d %s.", threads, "threads" if threads > 1 else "thread")
         dtype = hardware.resolve_dtype(config.dtype, device)
         from_files = loaded is None and drafter is None
         asked = resolve_quantization(config.quantization, dtype, device)

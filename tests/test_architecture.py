@@ -35,6 +35,7 @@ WITHOUT_TORCH = (
     "engine/messages",
     "engine/client",
     "engine/child",
+    "engine/host",
     "engine/watchdog",
     "trees/family",
 )

@@ -1,13 +1,16 @@
-"""What "auto" means on this machine: device, number format, memory for the cache."""
+"""What "auto" means on this machine: device, number format, memory for the cache, threads."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
 
 from engine.config import Device, Dtype
 from engine.errors import ConfigError
+from engine.host import available_memory
+from engine.native.threads import use_threads
 
 _CPU_CACHE_LIMIT = 2 << 30  # bytes; enough for tens of long requests, and no more than a laptop can spare
 _CPU_CACHE_SHARE = 0.25  # of the memory that is free
@@ -49,7 +52,7 @@ def default_batched_tokens(device: torch.device) -> int:
 def free_memory_for_cache() -> int:
     """Bytes of this machine that the KV cache may take when nobody says how many. Call it with the weights
     loaded; for a GPU see `engine.runner.memory`."""
-    return min(int(_available_memory() * _CPU_CACHE_SHARE), _CPU_CACHE_LIMIT)
+    return min(int(available_memory() * _CPU_CACHE_SHARE), _CPU_CACHE_LIMIT)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -62,15 +65,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def spare_memory() -> int:
     """Bytes of this machine that may go into second copies of weights, made to save time alone."""
-    return int(_available_memory() * _COPIES_SHARE)
+    return int(available_memory() * _COPIES_SHARE)
 
 
-def _available_memory() -> int:
-    """Bytes that can be had without swapping: what the kernel could free counts, a container's limit too."""
-    meminfo = Path("/proc/meminfo").read_text()
-    available = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
-    memory = int(available.split()[1]) << 10
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        memory = min(memory, int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    return max(memory, 0)
+def share_cpus(threads: int | None) -> int:
+    """Let this process compute with so many threads, or as many as the host grants; returns how many."""
+    count = use_threads(threads)
+    torch.set_num_threads(count)
+    return count
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Generator[None, None, None]:
+    """Let torch have so many threads inside, or as many as it has. It takes a microsecond."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
