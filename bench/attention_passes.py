@@ -14,7 +14,7 @@ from engine.messages import SamplingParams
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import PassInput, build_rows
 from engine.scheduling.drafting import Acceptance
-from engine.scheduling.request import Request
+from engine.scheduling.request import Request, make_block_table
 from trees.family import TreeFamily
 
 _CHUNK = 256  # tokens of the prompt that stands beside trees
@@ -115,7 +115,7 @@ def pass_of(case: Case, cache: KVCache, family: TreeFamily) -> PassInput:
             sampling=SamplingParams(max_tokens=1),
             seed=0,
             acceptance=Acceptance(),
-            block_table=order[index * blocks_each : (index + 1) * blocks_each],
+            block_table=make_block_table(order[index * blocks_each : (index + 1) * blocks_each]),
         )
         for index in range(case.requests)
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.native.library import CPaging, kernels
+from engine.native.threads import num_threads
 
 if TYPE_CHECKING:
     from engine.runner.kv_cache import KVCache
@@ -37,19 +38,17 @@ class NativeAttention:
         self._library = library
         self._cache = cache
         self._step = step  # holds the memory that `paging` points to
-        tables = step.block_tables
-        self._tables = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
-        for row, table in zip(self._tables, tables, strict=True):
-            row[: len(table)] = table
+        # Requests keep their tables in arrays, which are read where they lie.
+        self._tables = [t if isinstance(t, array) else array("q", t) for t in step.block_tables]
+        self._places = array("q", [table.buffer_info()[0] for table in self._tables])
         self.paging = CPaging(
             num_tokens=len(step.slots),
-            num_requests=len(tables),
-            num_threads=torch.get_num_threads(),
+            num_requests=len(self._tables),
+            num_threads=num_threads(),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=cache.k.shape[-1],
             block_size=cache.block_size,
-            max_blocks=self._tables.shape[1],
             num_slots=cache.k.shape[2],
             k_cache=cache.k.data_ptr(),
             v_cache=cache.v.data_ptr(),
@@ -57,7 +56,7 @@ class NativeAttention:
             prefix_len=step.prefix_len.ctypes.data,
             ancestors=step.ancestors.data_ptr(),
             starts=step.starts.ctypes.data,
-            block_tables=self._tables.ctypes.data,
+            block_tables=self._places.buffer_info()[0],
         )
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -23,14 +23,13 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "kernels"
 _MAIN = _SOURCES / "kernels.c"
-# No -ffast-math: sums must come in the order in which they are written. OpenMP is not linked: the kernels
-# share the threads of torch's own runtime, a second one would fight it for the cores.
+# No -ffast-math: sums must come in the order in which they are written.
 _COMPILE = (
     "-O2",
     "-march=native",
     "-ffp-contract=off",
     "-fno-math-errno",
-    "-fopenmp",
+    "-pthread",
     "-fPIC",
     "-std=gnu11",
     "-c",
@@ -44,15 +43,14 @@ def load() -> ctypes.CDLL | None:
     if not _cpu_fits():
         return None
     compiler = _compiler()
-    openmp = _openmp_of_torch()
-    if compiler is None or openmp is None:
-        missing = "a C compiler (cc, gcc or clang, or CC)" if compiler is None else "torch's OpenMP runtime"
-        logger.warning("Running without the CPU kernels, several times slower: %s is missing.", missing)
+    if compiler is None:
+        logger.warning(
+            "Running without the CPU kernels, several times slower: "
+            "a C compiler (cc, gcc or clang, or CC) is missing."
+        )
         return None
     try:
-        library = _build(compiler)
-        ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(library))
+        return ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.SubprocessError, RegistryError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("Running without the CPU kernels, several times slower: %s", detail)
@@ -75,17 +73,6 @@ def _compiler() -> list[str] | None:
     return None if found is None else [found]
 
 
-def _openmp_of_torch() -> Path | None:
-    """The OpenMP runtime that torch has loaded into this process."""
-    paths = {line.split(maxsplit=5)[5].strip() for line in _mappings() if ".so" in line}
-    names = ("libgomp", "libiomp", "libomp")
-    return next((Path(p) for p in sorted(paths) if Path(p).name.startswith(names)), None)
-
-
-def _mappings() -> list[str]:
-    return Path("/proc/self/maps").read_text().splitlines()
-
-
 def _build(compiler: list[str]) -> Path:
     """The shared library, from the cache where these sources were compiled for this machine before."""
     version = subprocess.run(
@@ -100,7 +87,7 @@ def _build(compiler: list[str]) -> Path:
             compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
             for command in (
                 [*compiler, *_COMPILE, str(_MAIN), "-o", str(compiled)],
-                [*compiler, "-shared", str(compiled), "-lm", "-o", str(linked)],
+                [*compiler, "-shared", "-pthread", str(compiled), "-lm", "-o", str(linked)],
             ):
                 subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
             linked.replace(library)  # whole or not at all, whoever else compiles at the same time

@@ -15,6 +15,7 @@ from engine.native.attention import NativeAttention
 from engine.native.library import CDecoder, CLayer, CMatrix, kernels
 from engine.native.matrix import Kind, NativeLinear, fits
 from engine.native.scratch import scratch
+from engine.native.threads import num_threads
 from engine.runner.noise import Noise
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer, rope_frequencies
@@ -179,7 +180,7 @@ class NativeHydra:
         tokens = torch.empty(requests, max_nodes, dtype=torch.int64)
         parents = torch.empty_like(tokens)
         grown = torch.empty(requests, dtype=torch.int64)
-        threads = torch.get_num_threads()
+        threads = num_threads()
         needed = self._library.gorgon_grow_bytes(
             size, self._projection.out_features, requests, length, max_depth, threads
         )

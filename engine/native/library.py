@@ -58,7 +58,6 @@ class CPaging(ctypes.Structure):
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
         ("block_size", c_int64),
-        ("max_blocks", c_int64),
         ("num_slots", c_int64),
         ("k_cache", c_void_p),
         ("v_cache", c_void_p),

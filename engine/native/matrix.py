@@ -13,6 +13,7 @@ from engine.errors import ConfigError
 from engine.model.quantization import GROUP_SIZE, change, quantize_int4, quantize_int8
 from engine.native.library import CMatrix, kernels
 from engine.native.scratch import scratch
+from engine.native.threads import num_threads
 
 LANES = 16  # outputs of a block
 
@@ -90,7 +91,7 @@ class NativeLinear(nn.Module):
         """x: [..., in] bfloat16 -> [..., out] float32"""
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         out = torch.empty(len(rows), self.out_features)
-        threads = torch.get_num_threads()
+        threads = num_threads()
         needed = self._library.gorgon_linear_bytes(self.in_features, len(rows), threads)
         self._library.gorgon_linear(
             ctypes.byref(self.c),

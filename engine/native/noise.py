@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.native.library import kernels
 from engine.native.matrix import LANES
 from engine.native.scratch import scratch
+from engine.native.threads import num_threads
 
 
 def gumbel(
@@ -35,7 +36,7 @@ def gumbel(
         None if token_ids is None else token_ids.data_ptr(),
         num_tokens,
         out.data_ptr(),
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 
@@ -64,7 +65,7 @@ def draw(parts: Sequence[Tensor], draws: Draws) -> Tensor | None:
         return None
     rows = np.concatenate([part.data_ptr() + 4 * part.stride(0) * np.arange(len(part)) for part in parts])
     tokens = torch.empty(len(rows), dtype=torch.int64)
-    threads = torch.get_num_threads()
+    threads = num_threads()
     library.gorgon_draw(
         rows.ctypes.data,
         len(rows),

@@ -17,7 +17,7 @@ from engine.runner.drafter import Drafter
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.drafting import Acceptance, Allowance
-from engine.scheduling.request import Request
+from engine.scheduling.request import Request, make_block_table
 from engine.scheduling.scheduler import SchedulerLimits
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def _scheduled(
         seed=slot,
         acceptance=Acceptance(),
         num_computed=num_computed,
-        block_table=list(blocks),
+        block_table=make_block_table(blocks),
         slot=slot,
         has_hidden=bool(num_drafts),
     )

@@ -16,7 +16,7 @@ from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.cost import CostModel, Curve
 from engine.scheduling.drafting import Acceptance, Allowance
-from engine.scheduling.request import Request
+from engine.scheduling.request import Request, make_block_table
 from engine.scheduling.scheduler import SchedulerLimits
 
 _TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -155,7 +155,7 @@ def decoding_batch(runner: Runner, trees: list[int], context: int = _CONTEXT) ->
             seed=0,
             acceptance=Acceptance(),
             num_computed=context,
-            block_table=list(range(index * blocks_each, (index + 1) * blocks_each)),
+            block_table=make_block_table(range(index * blocks_each, (index + 1) * blocks_each)),
             slot=index,
             has_hidden=True,
         )

@@ -13,6 +13,7 @@ from engine.model.decoder import Attention, Decoder
 from engine.native.decoder import NativeDecoder
 from engine.runner.attention import paged_attention
 from engine.runner.commit import compact, pack, unpack
+from engine.runner.device import torch_threads
 from engine.runner.drafter import Drafter, Proposal, RootRows
 from engine.runner.drafting import levels_of, limit_drafts, make_trees, propose
 from engine.runner.graphs import StepGraph, StepGraphs
@@ -63,6 +64,8 @@ class Runner:
         self.drafter = drafter
         config = decoder.config
         self._device = decoder.embedding.device
+        # Beside our own kernels torch has little to do, for which waiting threads cost more than they save.
+        self._torch_threads = 1 if isinstance(decoder, NativeDecoder) else None
         self._sampler = Sampler(config.vocab_size, config.eos_token_ids)
         # Two more rows: what padding writes, and zeros.
         self._hidden = decoder.embedding.new_zeros(max_num_seqs + 2, config.hidden_size)
@@ -101,10 +104,13 @@ class Runner:
         """
         return self.launch(batch)()
 
-    @torch.inference_mode()
     def launch(self, batch: Batch) -> Collect:
         """The same in two parts: what is returned waits for the result. Until it has been called, no other
         pass may be launched, but one may be prepared."""
+        with torch.inference_mode(), torch_threads(self._torch_threads):
+            return self._launch(batch)
+
+    def _launch(self, batch: Batch) -> Collect:
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared.batch is batch:
             return self._replay(prepared.graph, batch, None)
@@ -214,9 +220,12 @@ class Runner:
                 step, trees, hidden, partial(self._hidden.index_select, 0, step.before_slots)
             )
 
-    @torch.inference_mode()
     def draft(self, batch: Batch) -> None:
         """Only the guesses of a pass, to measure what they cost."""
+        with torch.inference_mode(), torch_threads(self._torch_threads):
+            self._guess(batch)
+
+    def _guess(self, batch: Batch) -> None:
         graph, proposal = self._draft(batch)
         if graph is None:
             self._fill(batch, proposal)

@@ -30,7 +30,7 @@ class PassShape:
 
     prefix_len: IntArray  # [num_tokens] committed positions each token sees
     starts: IntArray  # [num_requests + 1] flat row where each request begins
-    block_tables: list[list[int]]  # per request
+    block_tables: Sequence[Sequence[int]]  # per request
     context_lens: IntArray  # [num_requests] logical positions in use, this pass included
 
     def roots(self) -> PassShape:
@@ -114,7 +114,7 @@ class RowsLayout:
     slots: IntArray
     prefix_len: IntArray
     starts: IntArray
-    block_tables: list[list[int]]
+    block_tables: Sequence[Sequence[int]]
     context_lens: IntArray
 
     def arrays(self) -> dict[str, IntArray]:
@@ -146,7 +146,7 @@ def lay_out_rows(
     )
 
 
-def _slots_of(block_table: list[int], logical: IntArray, block_size: int) -> IntArray:
+def _slots_of(block_table: Sequence[int], logical: IntArray, block_size: int) -> IntArray:
     first = int(logical[0]) // block_size
     last = int(logical[-1]) // block_size
     blocks = np.array(block_table[first : last + 1], dtype=np.int64)

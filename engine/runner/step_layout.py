@@ -26,7 +26,7 @@ class StepLayout:
     arrays: dict[str, IntArray]
     prefix_len: IntArray
     starts: IntArray
-    block_tables: list[list[int]]
+    block_tables: Sequence[Sequence[int]]
     context_lens: IntArray
     max_nodes: int
 

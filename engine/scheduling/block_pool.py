@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 
 
 class OutOfBlocks(Exception):
@@ -58,7 +58,7 @@ class BlockPool:
     def num_held(self) -> int:
         return self.num_blocks - self.num_available
 
-    def extend(self, block_table: list[int], num_positions: int) -> bool:
+    def extend(self, block_table: MutableSequence[int], num_positions: int) -> bool:
         """Make a block table as long as so many logical positions need; False where blocks are short."""
         missing = -(-num_positions // self.block_size) - len(block_table)
         if missing > self.num_available:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.messages import FinishReason, RequestUsage, SamplingParams
 from engine.scheduling.block_pool import hash_block, hash_scope
 from engine.scheduling.drafting import Acceptance
 from engine.scheduling.ngrams import NgramIndex
+
+
+def make_block_table(blocks: Iterable[int] = ()) -> array[int]:
+    """64-bit integers side by side, which our own kernels read where they lie."""
+    return array("q", blocks)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -29,7 +36,7 @@ class Request:
     acceptance: Acceptance
     cache_scope: str = ""  # whose cached prefixes it shares
     num_computed: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=make_block_table)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks among the known tokens
     num_registered: int = 0  # blocks of the table whose hash the pool knows or has seen
     slot: int | None = None  # row of the runner's per-request state while it runs

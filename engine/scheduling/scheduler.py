@@ -16,7 +16,7 @@ from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.draft_planner import DraftPlanner
 from engine.scheduling.drafting import Acceptance
-from engine.scheduling.request import Request
+from engine.scheduling.request import Request, make_block_table
 from engine.scheduling.speculation import SpeculationPolicy
 
 _STEPS_WHEN_SHORT = 100  # until a pass is tried again that memory was short for: one in a hundred is lost
@@ -194,13 +194,13 @@ class Scheduler:
             reusable = (len(request.token_ids) - 1) // self.pool.block_size
             prefix = self.pool.find_prefix(request.block_hashes[:reusable])
             self.pool.share(prefix)
-            request.block_table = list(prefix)
+            request.block_table = make_block_table(prefix)
             # All its known tokens must fit, not only the first chunk: half a prompt helps nobody.
             if not self.pool.extend(request.block_table, len(request.token_ids)) and not (
                 self._reclaim() and self.pool.extend(request.block_table, len(request.token_ids))
             ):
                 self.pool.release(prefix)
-                request.block_table = []
+                request.block_table = make_block_table()
                 break
             self._waiting.popleft()
             insort(self._running, request, key=lambda r: r.arrival)
@@ -239,7 +239,7 @@ class Scheduler:
         """Give back what a running request holds on the device."""
         self._running.remove(request)
         self.pool.release(request.block_table)
-        request.block_table = []
+        request.block_table = make_block_table()
         if request.slot is not None:
             self._slots.append(request.slot)
             request.slot = None

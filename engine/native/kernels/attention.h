@@ -18,8 +18,7 @@ typedef struct {
 } softmax_state;
 
 static inline int64_t slot_of(const paging *p, int64_t request, int64_t position) {
-    return p->block_tables[request * p->max_blocks + position / p->block_size] * p->block_size +
-           position % p->block_size;
+    return p->block_tables[request][position / p->block_size] * p->block_size + position % p->block_size;
 }
 
 INLINE void transpose16(__m512i *r) { /* 16 vectors of 16 numbers of 32 bits */
@@ -225,26 +224,64 @@ static void attend_queries(const paging *p, int64_t layer, int64_t request, int6
     }
 }
 
-/* This thread's part of the attention of one layer; K and V of the pass lie in the cache already. Work is
- * counted in queries, each of which costs its keys and what is done once. */
-static void attend(const paging *p, int64_t layer, team t, const uint16_t *q, float *out) {
-    const int64_t group = p->num_heads / p->num_kv_heads;
-    int64_t total = 0, done = 0;
+enum { PIECE_QUERIES = 24, MOST_PIECES = 8 * MAX_THREADS };
+
+/* A query head's first query in a pass, from which a piece of the attention begins. */
+typedef struct { int64_t request, head, query; } place;
+
+/* The attention of one layer, cut once for all layers of a pass: piece i goes from places[i] to places[i + 1]. */
+typedef struct {
+    const paging *p;
+    int64_t layer, num_pieces;
+    const uint16_t *q;
+    float *out;
+    place places[MOST_PIECES + 1];
+} attention_job;
+
+/* Work is counted in queries, each of which costs its keys and what is done once. Pieces of few queries would
+ * make keys ready for little: no more of those than there are threads. */
+static void cut_attention(attention_job *job) {
+    const paging *p = job->p;
+    const int64_t group = p->num_heads / p->num_kv_heads, queries = p->num_tokens * p->num_heads;
+    int64_t total = 0, done = 0, piece = 0;
     for (int64_t r = 0; r < p->num_tokens; r++) total += p->prefix_len[r] + 32;
-    const range mine = share(total * p->num_heads, t);
+    total *= p->num_heads;
+    const int64_t threads = p->num_threads < MAX_THREADS ? p->num_threads : MAX_THREADS;
+    const int64_t many = pieces_of(queries, PIECE_QUERIES, threads, MOST_PIECES / MAX_THREADS);
+    const int64_t few = pieces_of(total, 2048, threads, 1);
+    job->num_pieces = many > few ? many : few;
     for (int64_t request = 0; request < p->num_requests; request++) {
-        const int64_t start = p->starts[request], queries = (p->starts[request + 1] - start) * group;
-        for (int64_t head = 0; head < p->num_kv_heads; head++) {
-            int64_t first = 0, last = 0;
-            for (int64_t i = 0; i < queries; i++) { /* a query is whose it begins in */
-                const int taken = done >= mine.first && done < mine.end;
+        const int64_t start = p->starts[request], count = (p->starts[request + 1] - start) * group;
+        for (int64_t head = 0; head < p->num_kv_heads; head++)
+            for (int64_t i = 0; i < count; i++) { /* a query is in the piece that it begins in */
+                while (piece < job->num_pieces && done >= share(total, piece, job->num_pieces).first)
+                    job->places[piece++] = (place){request, head, i};
                 done += p->prefix_len[start + i / group] + 32;
-                if (taken && last == 0) first = i;
-                if (taken) last = i + 1;
             }
-            for (int64_t i = first; i < last; i += TILE_QUERIES)
-                attend_queries(p, layer, request, head, start, i,
-                               i + TILE_QUERIES < last ? i + TILE_QUERIES : last, q, out);
+    }
+    while (piece <= job->num_pieces) job->places[piece++] = (place){p->num_requests, 0, 0};
+}
+
+static void attend_pieces(const void *argument, range pieces, int64_t thread) {
+    const attention_job *job = argument;
+    const paging *p = job->p;
+    (void)thread;
+    const place end = job->places[pieces.end];
+    for (place at = job->places[pieces.first]; at.request < p->num_requests; at.request++, at.head = 0) {
+        const int64_t start = p->starts[at.request];
+        const int64_t queries = (p->starts[at.request + 1] - start) * (p->num_heads / p->num_kv_heads);
+        for (; at.head < p->num_kv_heads; at.head++, at.query = 0) {
+            const int ends_here = at.request == end.request && at.head == end.head;
+            const int64_t last = ends_here ? end.query : queries;
+            for (int64_t i = at.query; i < last; i += TILE_QUERIES)
+                attend_queries(p, job->layer, at.request, at.head, start, i,
+                               i + TILE_QUERIES < last ? i + TILE_QUERIES : last, job->q, job->out);
+            if (ends_here) return;
         }
     }
+}
+
+/* K and V of the pass lie in the cache already. job: cut. */
+static void attend(const attention_job *job) {
+    in_parallel(attend_pieces, job, job->num_pieces, 1, job->p->num_threads);
 }

@@ -76,49 +76,69 @@ static float least_share(selection *s, const float *logits, float largest, int64
     return least > min_p ? least : min_p;
 }
 
+/* Rows to draw from; see gorgon_draw. */
+typedef struct {
+    const float *const *rows;
+    int64_t vocab;
+    const uint64_t *keys;
+    const float *temperatures;
+    const int64_t *top_k;
+    const double *top_p;
+    const float *min_p;
+    int64_t *tokens;
+    char *memory;
+} draw_job;
+
+static size_t selection_bytes(int64_t vocab) {
+    return sizeof(selection) + 2 * (4 * (size_t)vocab + 64) + 64;
+}
+
+static int64_t draw_row(const draw_job *job, int64_t r, selection *s) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const float *x = job->rows[r], factor = 1.0f / job->temperatures[r], largest = largest_logit(x, job->vocab);
+    const int whole = job->top_k[r] == 0 && job->top_p[r] >= 1.0 && job->min_p[r] <= 0.0f;
+    const __m512 least =
+        _mm512_set1_ps(whole ? 0.0f
+                             : least_share(s, x, largest, job->vocab, factor, job->top_k[r], job->top_p[r],
+                                           job->min_p[r]));
+    __m512 best = _mm512_set1_ps(-__builtin_inff());
+    __m512i where = _mm512_setzero_si512();
+    for (int64_t i = 0; i < job->vocab; i += LANES) {
+        const __mmask16 allowed =
+            whole ? 0xffff : _mm512_cmp_ps_mask(_mm512_loadu_ps(s->shares + i), least, _CMP_GE_OQ);
+        if (!allowed) continue;
+        const __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
+        const __m512 noise = gumbel_(ids, job->keys[r]);
+        /* From the largest down: where temperatures are low, scores are large, and noise would be lost. */
+        const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(largest));
+        const __m512 score = _mm512_fmadd_ps(below, _mm512_set1_ps(factor), noise);
+        const __mmask16 better = _mm512_mask_cmp_ps_mask(allowed, score, best, _CMP_GT_OQ);
+        best = _mm512_mask_mov_ps(best, better, score);
+        where = _mm512_mask_mov_epi32(where, better, ids);
+    }
+    const __m512 drawn = _mm512_set1_ps(_mm512_reduce_max_ps(best));
+    return _mm512_mask_reduce_min_epi32(_mm512_cmp_ps_mask(best, drawn, _CMP_EQ_OQ), where);
+}
+
+static void draw_rows(const void *argument, range rows, int64_t thread) {
+    const draw_job *job = argument;
+    char *mine = job->memory + (size_t)thread * selection_bytes(job->vocab);
+    selection *s = (selection *)take(&mine, sizeof(selection));
+    s->shares = (float *)take(&mine, 4 * (size_t)job->vocab);
+    s->inside = (float *)take(&mine, 4 * (size_t)job->vocab);
+    for (int64_t r = rows.first; r < rows.end; r++) job->tokens[r] = draw_row(job, r, s);
+}
+
 /* One token per row. rows: [num_rows] pointers to [vocab] logits, vocab a multiple of 16; keys: of the noise;
  * top_k: 0 is off, top_p: 1 is off, min_p: 0 is off; memory: gorgon_draw_bytes. A row that is no distribution
  * gives token 0. */
 void gorgon_draw(const float *const *rows, int64_t num_rows, int64_t vocab, const uint64_t *keys,
                  const float *temperatures, const int64_t *top_k, const double *top_p, const float *min_p,
                  int64_t *tokens, int64_t num_threads, char *memory) {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#pragma omp parallel num_threads((int)num_threads)
-    {
-        const team t = this_team();
-        const size_t bytes = sizeof(selection) + 2 * (4 * (size_t)vocab + 64) + 64;
-        char *mine = memory + (size_t)t.thread * bytes;
-        selection *s = (selection *)take(&mine, sizeof(selection));
-        s->shares = (float *)take(&mine, 4 * (size_t)vocab);
-        s->inside = (float *)take(&mine, 4 * (size_t)vocab);
-        const range share_of_rows = share(num_rows, t);
-        for (int64_t r = share_of_rows.first; r < share_of_rows.end; r++) {
-            const float *x = rows[r], factor = 1.0f / temperatures[r], largest = largest_logit(x, vocab);
-            const int whole = top_k[r] == 0 && top_p[r] >= 1.0 && min_p[r] <= 0.0f;
-            const __m512 least = _mm512_set1_ps(
-                whole ? 0.0f : least_share(s, x, largest, vocab, factor, top_k[r], top_p[r], min_p[r]));
-            __m512 best = _mm512_set1_ps(-__builtin_inff());
-            __m512i where = _mm512_setzero_si512();
-            for (int64_t i = 0; i < vocab; i += LANES) {
-                const __mmask16 allowed =
-                    whole ? 0xffff : _mm512_cmp_ps_mask(_mm512_loadu_ps(s->shares + i), least, _CMP_GE_OQ);
-                if (!allowed) continue;
-                const __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
-                const __m512 noise = gumbel_(ids, keys[r]);
-                /* From the largest down: where temperatures are low, scores are large, and noise would be lost. */
-                const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(largest));
-                const __m512 score = _mm512_fmadd_ps(below, _mm512_set1_ps(factor), noise);
-                const __mmask16 better = _mm512_mask_cmp_ps_mask(allowed, score, best, _CMP_GT_OQ);
-                best = _mm512_mask_mov_ps(best, better, score);
-                where = _mm512_mask_mov_epi32(where, better, ids);
-            }
-            const __m512 drawn = _mm512_set1_ps(_mm512_reduce_max_ps(best));
-            const __mmask16 equal = _mm512_cmp_ps_mask(best, drawn, _CMP_EQ_OQ);
-            tokens[r] = _mm512_mask_reduce_min_epi32(equal, where);
-        }
-    }
+    const draw_job job = {rows, vocab, keys, temperatures, top_k, top_p, min_p, tokens, memory};
+    in_parallel(draw_rows, &job, num_rows, 1, num_threads);
 }
 
 int64_t gorgon_draw_bytes(int64_t vocab, int64_t num_threads) {
-    return num_threads * (int64_t)(sizeof(selection) + 2 * (4 * (size_t)vocab + 64) + 64) + 64;
+    return num_threads * (int64_t)selection_bytes(vocab) + 64;
 }

@@ -138,12 +138,9 @@ void gorgon_grow(const matrix *mixes, int64_t depth, const matrix *projection, c
         origins[r] = owners[r] = r;
     }
     for (int64_t level = 0; level < depth && num_rows; level++) {
-        if (noise_keys) {
-#pragma omp parallel for num_threads((int)num_threads) schedule(static)
-            for (int64_t r = 0; r < requests; r++)
-                fill_noise(noise_keys[r * depth + level], temperatures[r], token_map, num_tokens,
-                           noise + r * num_tokens);
-        }
+        if (noise_keys)
+            fill_rows(&(noise_job){noise_keys + level, depth, temperatures, token_map, num_tokens, noise},
+                      requests, num_threads);
         gorgon_hydra(&mixes[level], projection, embedding, eps, last, level ? features[(level + 1) % 2] : start,
                      origins, num_rows, features[level % 2], noise_keys ? noise : NULL, owners, num_guesses,
                      token_map, guesses, log_probs, num_threads, memory);

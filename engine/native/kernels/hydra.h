@@ -17,7 +17,25 @@ static void prepare_entry(const float *before, const uint16_t *embedding, int64_
 }
 
 int64_t gorgon_prefix_bytes(const decoder *d, int64_t rows, int64_t num_threads) {
-    return buffers_bytes(d, 2 * d->hidden, rows) + num_threads * 4 * (3 * d->hidden + LANES) + 64;
+    return buffers_bytes(d, 2 * d->hidden, rows, 3 * d->hidden + LANES, num_threads);
+}
+
+typedef struct {
+    const decoder *d;
+    const buffers *b;
+    const int64_t *token_ids;
+    const uint16_t *const *before;
+} entries_job;
+
+static void prepare_entries(const void *argument, range rows, int64_t thread) {
+    const entries_job *job = argument;
+    const decoder *d = job->d;
+    for (int64_t r = rows.first; r < rows.end; r++) {
+        float *x = job->b->x + r * d->hidden;
+        load_row(job->before[r], d->hidden, x);
+        prepare_entry(x, d->embedding + job->token_ids[r] * d->hidden, d->hidden, d->norm_eps, &job->b->outer,
+                      (enum kind)d->layers->qkv.kind, r, job->b->rows + thread * job->b->row_size);
+    }
 }
 
 /* The prefix layer over the tokens of a pass: keys and values of their entries go into layer `index` of the
@@ -26,35 +44,28 @@ int64_t gorgon_prefix_bytes(const decoder *d, int64_t rows, int64_t num_threads)
  * of the token before each lies. */
 void gorgon_prefix(const decoder *d, const paging *p, int64_t index, const int64_t *token_ids,
                    const int64_t *positions, const uint16_t *const *before, float *start, char *memory) {
-    const int64_t n = p->num_tokens, q_blocks = d->num_heads * d->head_dim / LANES;
-    buffers b = take_buffers(&memory, d, 2 * d->hidden, n);
-    float *rows_of_threads = (float *)take(&memory, 4 * (size_t)(p->num_threads * (3 * d->hidden + LANES)));
-    const layer *w = d->layers;
+    const int64_t n = p->num_tokens, threads = p->num_threads;
+    buffers b = take_buffers(&memory, d, 2 * d->hidden, n, 3 * d->hidden + LANES, threads);
+    if (start) b.x = start;
+    const entries_job entries = {d, &b, token_ids, before};
+    layer_job job = job_of(d, p, positions, &b);
+    job.index = index;
+    in_parallel(prepare_entries, &entries, n, least_rows(2 * d->hidden), threads);
+    if (start) {
+        attention_job attention = {.p = p, .q = b.q, .out = b.attended};
+        cut_attention(&attention);
+        run_layer(&job, &attention);
+        return;
+    }
+    const int64_t q_blocks = d->num_heads * d->head_dim / LANES;
     decoder keys_alone = *d;
     keys_alone.num_heads = 0;
-    matrix kv = w->qkv;
+    job.d = &keys_alone;
+    matrix kv = d->layers->qkv;
     kv.blocks += q_blocks * (kv.inputs / GROUP) * group_bytes[kv.kind];
     kv.outputs -= q_blocks * LANES;
-    if (start) b.x = start;
-#pragma omp parallel num_threads((int)p->num_threads)
-    {
-        const team t = this_team();
-        float *row = rows_of_threads + t.thread * (3 * d->hidden + LANES);
-        const range mine = share(n, t);
-        for (int64_t r = mine.first; r < mine.end; r++) {
-            float *x = b.x + r * d->hidden;
-            load_row(before[r], d->hidden, x);
-            prepare_entry(x, d->embedding + token_ids[r] * d->hidden, d->hidden, d->norm_eps, &b.outer,
-                          (enum kind)w->qkv.kind, r, row);
-        }
-#pragma omp barrier
-        if (start) run_layer(d, w, p, index, positions, &b, row, t);
-        else {
-            product(&kv, &b.outer, n, b.qkv, 0, t);
-#pragma omp barrier
-            rotate_and_store(&keys_alone, w, p, index, positions, b.qkv, b.q, t);
-        }
-    }
+    product(&kv, &b.outer, n, b.qkv, 0, threads);
+    rotate_rows(&job);
 }
 
 /* The likeliest of num_tokens logits, likeliest first, and their log-probabilities; of equals the first. */
@@ -97,6 +108,55 @@ int64_t gorgon_hydra_bytes(int64_t hidden, int64_t num_tokens, int64_t rows, int
            4 * (rows * num_tokens + num_threads * (2 * hidden + LANES)) + 3 * 64;
 }
 
+/* A head's part of a level; see gorgon_hydra. */
+typedef struct {
+    const matrix *mix, *projection;
+    const uint16_t *embedding;
+    double eps;
+    const int64_t *tokens, *origins, *owners, *token_map;
+    const float *from, *noise;
+    float *features, *log_probs;
+    int64_t *guesses;
+    int64_t num_guesses;
+    activations entries, ready;
+    float *logits, *own_rows; /* [rows, num_tokens]; one of 2 hidden for each thread */
+} head_job;
+
+static void head_entries(const void *argument, range rows, int64_t thread) {
+    const head_job *job = argument;
+    const int64_t hidden = job->mix->outputs;
+    for (int64_t r = rows.first; r < rows.end; r++)
+        prepare_entry(job->from + job->origins[r] * hidden, job->embedding + job->tokens[r] * hidden, hidden,
+                      job->eps, &job->entries, (enum kind)job->mix->kind, r,
+                      job->own_rows + thread * (2 * hidden + LANES));
+}
+
+static void head_features(const void *argument, range rows, int64_t thread) {
+    const head_job *job = argument;
+    const int64_t hidden = job->mix->outputs;
+    (void)thread;
+    for (int64_t r = rows.first; r < rows.end; r++) {
+        float *x = job->features + r * hidden;
+        const float *from = job->from + job->origins[r] * hidden;
+        for (int64_t i = 0; i < hidden; i += LANES)
+            _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(from + i), silu_(_mm512_loadu_ps(x + i))));
+        prepare_row(&job->ready, (enum kind)job->projection->kind, r, x);
+    }
+}
+
+static void head_guesses(const void *argument, range rows, int64_t thread) {
+    const head_job *job = argument;
+    const int64_t num_tokens = job->projection->outputs, count = job->num_guesses;
+    (void)thread;
+    for (int64_t r = rows.first; r < rows.end; r++) {
+        float *x = job->logits + r * num_tokens;
+        const float *added = job->noise + (job->noise ? job->owners[r] * num_tokens : 0);
+        for (int64_t i = 0; job->noise && i < num_tokens; i += LANES)
+            _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(added + i)));
+        likeliest(x, num_tokens, count, job->token_map, job->guesses + r * count, job->log_probs + r * count);
+    }
+}
+
 /* One head over `rows` paths. mix: [hidden, 2 hidden] with bias; projection: [num_tokens, hidden]; tokens: the
  * paths' last; from: features of the head before, of which path r goes on from row origins[r]; features:
  * [rows, hidden], this head's; noise: [requests, num_tokens], added to the logits of path r from row
@@ -107,38 +167,15 @@ void gorgon_hydra(const matrix *mix, const matrix *projection, const uint16_t *e
                   const int64_t *token_map, int64_t *guesses, float *log_probs, int64_t num_threads,
                   char *memory) {
     const int64_t hidden = mix->outputs, num_tokens = projection->outputs;
-    const activations entries = take_activations(&memory, rows, 2 * hidden);
-    const activations ready = take_activations(&memory, rows, hidden);
-    float *logits = (float *)take(&memory, 4 * (size_t)(rows * num_tokens));
-    float *rows_of_threads = (float *)take(&memory, 4 * (size_t)(num_threads * (2 * hidden + LANES)));
-#pragma omp parallel num_threads((int)num_threads)
-    {
-        const team t = this_team();
-        float *row = rows_of_threads + t.thread * (2 * hidden + LANES);
-        const range mine = share(rows, t);
-        for (int64_t r = mine.first; r < mine.end; r++)
-            prepare_entry(from + origins[r] * hidden, embedding + tokens[r] * hidden, hidden, eps, &entries,
-                          (enum kind)mix->kind, r, row);
-#pragma omp barrier
-        product(mix, &entries, rows, features, 0, t);
-#pragma omp barrier
-        for (int64_t r = mine.first; r < mine.end; r++) {
-            float *x = features + r * hidden;
-            for (int64_t i = 0; i < hidden; i += LANES)
-                _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(from + origins[r] * hidden + i),
-                                                      silu_(_mm512_loadu_ps(x + i))));
-            prepare_row(&ready, (enum kind)projection->kind, r, x);
-        }
-#pragma omp barrier
-        product(projection, &ready, rows, logits, 0, t);
-#pragma omp barrier
-        for (int64_t r = mine.first; r < mine.end; r++) {
-            float *x = logits + r * num_tokens;
-            const float *added = noise + (noise ? owners[r] * num_tokens : 0);
-            for (int64_t i = 0; noise && i < num_tokens; i += LANES)
-                _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(added + i)));
-            likeliest(x, num_tokens, num_guesses, token_map, guesses + r * num_guesses,
-                      log_probs + r * num_guesses);
-        }
-    }
+    head_job job = {mix,   projection, embedding, eps,       tokens,  origins,    owners, token_map,
+                    from,  noise,      features,  log_probs, guesses, num_guesses};
+    job.entries = take_activations(&memory, rows, 2 * hidden);
+    job.ready = take_activations(&memory, rows, hidden);
+    job.logits = (float *)take(&memory, 4 * (size_t)(rows * num_tokens));
+    job.own_rows = (float *)take(&memory, 4 * (size_t)(num_threads * (2 * hidden + LANES)));
+    in_parallel(head_entries, &job, rows, least_rows(2 * hidden), num_threads);
+    product(mix, &job.entries, rows, features, 0, num_threads);
+    in_parallel(head_features, &job, rows, least_rows(hidden), num_threads);
+    product(projection, &job.ready, rows, job.logits, 0, num_threads);
+    in_parallel(head_guesses, &job, rows, least_rows(num_tokens), num_threads);
 }

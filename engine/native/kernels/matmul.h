@@ -1,5 +1,6 @@
 /* Products of a few rows with a block of 16 outputs of a matrix. Weights are read once for up to 12 rows. */
 #pragma once
+#include "pool.h"
 #include "vectors.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -136,11 +137,12 @@ static void multiply(const matrix *m, int64_t block, const activations *a, int64
                                                              _mm512_loadu_ps(m->bias + block * LANES)));
 }
 
-typedef struct { int64_t first, end; } range;
+/* What a block costs for some rows, in groups of one row; reading its weights costs as much as a few rows. */
+static inline int64_t block_cost(const matrix *m, int64_t rows) { return m->inputs / GROUP * (4 + rows); }
 
-/* A thread among those that really run, which may be fewer than were asked for (OMP_THREAD_LIMIT). */
-typedef struct { int64_t thread, num_threads; } team;
+enum { PIECE = 512 /* least cost of a piece of blocks: some microseconds */ };
 
-static inline range share(int64_t count, team t) {
-    return (range){count * t.thread / t.num_threads, count * (t.thread + 1) / t.num_threads};
-}
+static inline int64_t least_blocks(int64_t cost) { return cost < PIECE ? (PIECE + cost - 1) / cost : 1; }
+
+/* The same for rows of so many numbers that are normalized, rotated or made ready. */
+static inline int64_t least_rows(int64_t width) { return width < 8192 ? 8192 / width : 1; }

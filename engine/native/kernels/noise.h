@@ -68,10 +68,30 @@ static void fill_noise(uint64_t key, float scale, const int64_t *token_ids, int6
     }
 }
 
-/* The same of several keys, one row each. scales: [num_keys]; out: [num_keys, num_tokens]. */
+/* The same of several keys, one row each: key k is keys[k * stride]. */
+typedef struct {
+    const uint64_t *keys;
+    int64_t stride;
+    const float *scales;
+    const int64_t *token_ids;
+    int64_t num_tokens;
+    float *out;
+} noise_job;
+
+static void noise_rows(const void *argument, range rows, int64_t thread) {
+    const noise_job *job = argument;
+    (void)thread;
+    for (int64_t k = rows.first; k < rows.end; k++)
+        fill_noise(job->keys[k * job->stride], job->scales[k], job->token_ids, job->num_tokens,
+                   job->out + k * job->num_tokens);
+}
+
+static void fill_rows(const noise_job *job, int64_t num_keys, int64_t num_threads) {
+    in_parallel(noise_rows, job, num_keys, least_rows(job->num_tokens), num_threads);
+}
+
+/* scales: [num_keys]; out: [num_keys, num_tokens]. */
 void gorgon_noise(const uint64_t *keys, const float *scales, int64_t num_keys, const int64_t *token_ids,
                   int64_t num_tokens, float *out, int64_t num_threads) {
-#pragma omp parallel for num_threads((int)num_threads) schedule(static)
-    for (int64_t k = 0; k < num_keys; k++)
-        fill_noise(keys[k], scales[k], token_ids, num_tokens, out + k * num_tokens);
+    fill_rows(&(noise_job){keys, 1, scales, token_ids, num_tokens, out}, num_keys, num_threads);
 }

@@ -35,11 +35,11 @@ typedef struct {
 typedef struct {
     int64_t num_tokens, num_requests, num_threads;
     int64_t num_heads, num_kv_heads, head_dim;
-    int64_t block_size, max_blocks, num_slots;
+    int64_t block_size, num_slots;
     uint16_t *k_cache, *v_cache;  /* [layers, num_kv_heads, num_slots, head_dim] bfloat16 */
-    const int64_t *slots;         /* [num_tokens] */
-    const int64_t *prefix_len;    /* [num_tokens] */
-    const uint64_t *ancestors;    /* [num_tokens] */
-    const int64_t *starts;        /* [num_requests + 1] */
-    const int64_t *block_tables;  /* [num_requests, max_blocks] */
+    const int64_t *slots;               /* [num_tokens] */
+    const int64_t *prefix_len;          /* [num_tokens] */
+    const uint64_t *ancestors;          /* [num_tokens] */
+    const int64_t *starts;              /* [num_requests + 1] */
+    const int64_t *const *block_tables; /* [num_requests], each as long as its request */
 } paging;

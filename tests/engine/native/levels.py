@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.native.hydra import NativeHydra
 from engine.native.scratch import scratch
+from engine.native.threads import num_threads
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -36,7 +37,7 @@ def guess(
     features = torch.empty(requests, paths, hidden)
     guesses = torch.empty(requests, paths, num_guesses, dtype=torch.int64)
     log_probs = torch.empty(requests, paths, num_guesses)
-    threads = torch.get_num_threads()
+    threads = num_threads()
     needed = native._library.gorgon_hydra_bytes(hidden, num_tokens, tokens.numel(), threads)
     native._library.gorgon_hydra(
         ctypes.byref(native._mixes[head].c),

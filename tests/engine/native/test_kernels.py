@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -25,6 +23,7 @@ from engine.native.matrix import Kind, NativeLinear, quantize_int8_groups
 from engine.runner.attention import PagedAttention
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import PassInput
+from engine.scheduling.request import make_block_table
 from tests.engine.native.decoders import WIDE, random_decoder
 from tests.engine.passes import make_pass
 from tests.engine.tiny import CONFIG, CPU
@@ -91,30 +90,6 @@ def test_a_row_is_the_same_to_the_last_bit_in_any_company(kind: Kind) -> None:
         assert torch.equal(torch.cat([linear(part) for part in x.split(size)]), together)
 
 
-FEWER_THREADS = """
-import torch
-from engine.native.matrix import Kind, NativeLinear
-torch.set_num_threads(4)
-torch.manual_seed(0)
-y = NativeLinear(torch.randn(64, 96), None, Kind.INT4)(torch.randn(9, 96).bfloat16())
-print(y.double().sum().item(), y.abs().min().item() < 1e30)
-"""
-
-
-def test_fewer_threads_than_were_asked_for_do_all_the_work() -> None:
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", FEWER_THREADS],
-            env={**os.environ, "OMP_THREAD_LIMIT": limit},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for limit in ("1", "3", "8")
-    }
-    assert len(said) == 1
-
-
 def test_weights_of_other_shapes_are_refused() -> None:
     for shape in ((24, 64), (32, 48)):
         with pytest.raises(ConfigError, match=f"{shape[0]}, {shape[1]}"):
@@ -168,6 +143,15 @@ def test_attention_follows_the_visibility_rule(
     expected = PagedAttention(step, caches[1], num_heads, num_kv_heads)(0, q.float(), k.float(), v.float())
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
     assert torch.equal(caches[0].k.float(), caches[1].k) and torch.equal(caches[0].v.float(), caches[1].v)
+
+
+def test_block_tables_are_read_where_requests_keep_them() -> None:
+    step, num_blocks = make_pass([(20, 4, 3), (0, 9, 0)], 4, 0)
+    tables = [make_block_table(table) for table in step.block_tables]
+    cache = KVCache(WIDE, num_blocks, 4, torch.bfloat16, CPU)
+    attention = NativeAttention(replace(step, block_tables=tables), cache, WIDE.num_heads, WIDE.num_kv_heads)
+    places = (ctypes.c_int64 * 2).from_address(attention.paging.block_tables)
+    assert list(places) == [table.buffer_info()[0] for table in tables]
 
 
 CONFIGS = {

@@ -154,7 +154,7 @@ class TestPreemption:
             batch, _ = run_step(scheduler, runner)
             preempted += batch.num_preemptions
             if "a" in scheduler:
-                assert oldest.block_table[: len(before)] == before
+                assert list(oldest.block_table[: len(before)]) == before
             if batch.num_preemptions:
                 left = [r.request_id for r in scheduler._running if r.request_id in running]
                 assert left == running[: len(left)]
