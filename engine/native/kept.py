@@ -30,8 +30,8 @@ from heads.errors import RegistryError
 logger = logging.getLogger(__name__)
 
 _LEAST_BYTES = 16 << 20  # smaller models are packed in no time
-_MOST_BYTES = 32 << 30  # of all entries together
-_MOST_OF_ONE = 2  # entries of one model: two versions of this code, or two formats, may take turns
+_MOST_BYTES = 16 << 30  # of all entries together
+_MOST_OF_ONE = 8  # entries of one model: versions of this code, and formats, may take turns
 _FREE_SHARE = 2.0  # of an entry's size, that must be free on the disk
 
 

@@ -49,7 +49,7 @@ async def test_twenty_kills_under_load_change_neither_format_nor_text(default_mo
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
             await asyncio.gather(*busy)
-            await until(lambda: client.is_healthy() and client.process_id != pid, 300.0)  # noqa: B023
+            await until(lambda: client.is_healthy() and client.process_id != pid, 600.0)  # noqa: B023
             assert client.info.quantization == formats
             assert await answers(client) == expected
         assert client.num_restarts == KILLS

@@ -111,6 +111,7 @@ def test_another_file_or_format_has_an_entry_of_its_own(model_dir: Path, tmp_pat
 def test_entries_are_bounded_and_what_a_killed_writer_left_is_removed(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kept_module, "_MOST_OF_ONE", 2)
     first_start(model_dir)
     left = tmp_path / "home" / "packed" / "x.weights.partial"
     for age in range(4, 1, -1):
