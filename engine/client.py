@@ -173,7 +173,7 @@ class EngineClient:
         self._num_waiting += 1
         try:
             async with asyncio.timeout(_WAIT_SECONDS):
-                while not self._up.is_set():
+                while not (self._up.is_set() or self._stopped):
                     await self._up.wait()
         except TimeoutError:
             raise EngineDeadError("The engine is restarting; try again in a moment.") from None

@@ -15,11 +15,12 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def files_of(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file that a model or a head set is read from."""
+def files_of(folder: Path) -> list[tuple[str, int, int, int]]:
+    """Name, size and times of each file that a model or a head set is read from: of its content, which images
+    and archives may set to one date for all, and of the file as it lies here."""
     paths = sorted(path for pattern in _MODEL_FILES for path in folder.glob(pattern))
     facts = [(path.name, path.stat()) for path in paths]
-    return [(name, found.st_size, found.st_mtime_ns) for name, found in facts]
+    return [(name, found.st_size, found.st_mtime_ns, found.st_ctime_ns) for name, found in facts]
 
 
 @functools.cache
