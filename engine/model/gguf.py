@@ -5,6 +5,7 @@ of such a file is read in the server process. The gguf package's own reader take
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from functools import cache
@@ -15,28 +16,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import ModelError
+from engine.model.files import refuse_pointer
 
 # value type number -> struct format; 8 is a string, 9 an array
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
+_SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class _TensorEntry:
     shape: tuple[int, ...]  # rows first, as in torch
     kind: int
-    offset: int  # bytes from the start of the file
+    offset: int  # bytes from the start of `data`
+    data: mmap.mmap
 
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """One open GGUF file. `metadata` values are Python scalars, strings and lists."""
+    """One open GGUF file, or all files of a split one. `metadata` are Python scalars, strings and lists."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, _TensorEntry]
-    _data: mmap.mmap
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """One tensor as float32, in its own shape. Raises ModelError where its format is unknown."""
@@ -50,37 +53,66 @@ class GGUFFile:
             block, block_bytes = GGML_QUANT_SIZES[kind]
             *rows, columns = entry.shape
             stored = (*rows, columns // block * block_bytes)
-            raw = np.ndarray(stored, dtype=np.uint8, buffer=self._data, offset=entry.offset)
+            raw = np.ndarray(stored, dtype=np.uint8, buffer=entry.data, offset=entry.offset)
             if kind == GGMLQuantizationType.F32:
                 return raw.view(np.float32).reshape(entry.shape).copy()
             if kind == GGMLQuantizationType.F16:
                 return raw.view(np.float16).reshape(entry.shape).astype(np.float32)
             values: NDArray[np.float32] = dequantize(raw, kind)
             return values.reshape(entry.shape)
-        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+        except (ArithmeticError, ValueError, KeyError, TypeError, NotImplementedError) as error:
             raise ModelError(f"{self.path.name}: tensor {name} cannot be read: {error}") from error
 
 
 def find_gguf(model_dir: Path) -> Path | None:
-    """The folder's GGUF file, if it has exactly one and no config.json beside it."""
+    """The folder's GGUF file, the first of a split one, or None where the folder has safetensors or no GGUF.
+
+    A config.json beside a GGUF file is not read. Raises ModelError where it is not clear which file is meant.
+    """
     files = sorted(model_dir.glob("*.gguf"))
-    if (model_dir / "config.json").exists() or not files:
+    if not files or ((model_dir / "config.json").exists() and any(model_dir.glob("*.safetensors"))):
         return None
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ModelError(
-            f"{model_dir} holds more than one GGUF file ({names}); leave one, split files are not read"
-        )
-    return files[0]
+    parts = split_parts(files[0])
+    if set(files) <= set(parts):
+        return parts[0]
+    names = ", ".join(file.name for file in files)
+    raise ModelError(f"{model_dir} holds more than one GGUF file ({names}); leave one, or the parts of one")
+
+
+def split_parts(path: Path) -> list[Path]:
+    """All files of the split file that `path` is a part of, in order; else itself alone."""
+    found = _SPLIT.fullmatch(path.name)
+    if found is None:
+        return [path]
+    count = int(found["count"])
+    return [path.with_name(f"{found['stem']}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Open a GGUF file, version 2 or 3. The same unchanged file is parsed once. Raises ModelError."""
-    return _open(path, path.stat().st_mtime_ns)
+    """Open a GGUF file, version 2 or 3, and all parts of a split one. The same unchanged files are parsed
+    once. Raises ModelError."""
+    parts = split_parts(path)
+    missing = [part.name for part in parts if not part.exists()]
+    if missing:
+        raise ModelError(
+            f"{path.name} is a part of a split GGUF file of which {len(missing)} are missing: {missing[0]}"
+        )
+    return _open(tuple((part, part.stat().st_mtime_ns) for part in parts))
 
 
 @cache
-def _open(path: Path, _modified: int) -> GGUFFile:
+def _open(parts: tuple[tuple[Path, int], ...]) -> GGUFFile:
+    """`parts` are files with their times of modification, the one with the metadata first."""
+    files = [_open_part(path) for path, _ in parts]
+    tensors = {name: entry for file in files for name, entry in file.tensors.items()}
+    whole = files[0].metadata.get("split.tensors.count", len(tensors))
+    if len(files) > 1 and whole != len(tensors):
+        raise ModelError(f"{files[0].path.name} and its other parts hold {len(tensors)} tensors, not {whole}")
+    return GGUFFile(files[0].path, files[0].metadata, tensors)
+
+
+def _open_part(path: Path) -> GGUFFile:
+    refuse_pointer(path)
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -101,16 +133,17 @@ class _Header:
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(f"magic {magic!r}, version {version}")
         metadata = {self.string(): self.value(self.scalar("I")) for _ in range(num_keys)}
-        entries: dict[str, _TensorEntry] = {}
+        heads = []  # of the tensors: name, shape, kind, offset from where the data start
         for _ in range(num_tensors):
             name = self.string()
             shape = self.unpack(f"{self.scalar('I')}Q")[::-1]
-            kind, offset = self.unpack("IQ")
-            entries[name] = _TensorEntry(shape, kind, offset)
+            heads.append((name, shape, *self.unpack("IQ")))
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         start = -(-self.at // alignment) * alignment
-        tensors = {n: _TensorEntry(e.shape, e.kind, start + e.offset) for n, e in entries.items()}
-        return GGUFFile(path, metadata, tensors, self.data)
+        tensors = {
+            name: _TensorEntry(shape, kind, start + offset, self.data) for name, shape, kind, offset in heads
+        }
+        return GGUFFile(path, metadata, tensors)
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from("<" + layout, self.data, self.at)

@@ -4,6 +4,7 @@ the order of the original checkpoint.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,18 @@ from torch import Tensor
 
 from engine.errors import ModelError
 from engine.model.config import DecoderConfig
+from engine.model.end_tokens import END_TOKENS, end_token_ids
+from engine.model.fields import (
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    NORM_EPS,
+    ROPE_THETA,
+    Fields,
+)
 from engine.model.gguf import GGUFFile
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -31,15 +44,56 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_DIVISORS = "rope_freqs.weight"
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>")  # end an answer in chat templates, though they need not be EOS
+_PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+_WHOLE = (3, 4)  # types of tokens that are never split: control and user-defined
 
 
 def read_gguf_config(file: GGUFFile) -> DecoderConfig:
-    """Raises ModelError where the metadata are incomplete or describe an unknown decoder."""
-    try:
-        return _decoder_config(file)
-    except KeyError as missing:
-        raise ModelError(f"{file.path.name} lacks {missing}") from missing
+    """Raises ModelError where the metadata are incomplete, out of bounds or describe an unknown decoder."""
+    name = file.path.name
+    arch = Fields(name, file.metadata).text("general.architecture")
+    meta = Fields(name, {**file.metadata, **_same_in_all_layers(name, file.metadata, arch)})
+    if arch not in _ARCHITECTURES or meta.values.get(f"{arch}.expert_count"):
+        kind = f"{arch} with experts" if arch in _ARCHITECTURES else arch
+        raise ModelError(
+            f"GGUF architecture {kind} is not supported; supported are {', '.join(_ARCHITECTURES)}"
+        )
+    hidden_size = meta.whole(f"{arch}.embedding_length", 1, MAX_WIDTH)
+    vocab_size = _vocab_size(file, hidden_size)
+    num_heads = meta.whole(f"{arch}.attention.head_count", 1, MAX_HEADS)
+    num_kv_heads = meta.whole(f"{arch}.attention.head_count_kv", 1, num_heads, default=num_heads)
+    if num_heads % num_kv_heads:
+        raise meta.error(f"{arch}.attention.head_count_kv", f"a divisor of the head count, {num_heads}")
+    max_positions = meta.whole(f"{arch}.context_length", 2, MAX_POSITIONS)
+    window = meta.whole(f"{arch}.attention.sliding_window", 0, MAX_POSITIONS, default=0)
+    if window == 1:
+        raise meta.error(f"{arch}.attention.sliding_window", "0 for none, or above 1")
+    return DecoderConfig(
+        architecture=_ARCHITECTURES[arch],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=meta.whole(f"{arch}.feed_forward_length", 1, MAX_WIDTH),
+        num_layers=meta.whole(f"{arch}.block_count", 1, MAX_LAYERS),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_head_dim(meta, arch, hidden_size, num_heads),
+        norm_eps=meta.real(f"{arch}.attention.layer_norm_rms_epsilon", *NORM_EPS),
+        rope_theta=meta.real(f"{arch}.rope.freq_base", *ROPE_THETA, default=10_000.0),
+        rope_scaling=_rope_scaling(file, meta, arch, max_positions),
+        max_positions=min(max_positions, window) if window else max_positions,
+        tie_embeddings="output.weight" not in file.tensors,
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        o_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        qk_norm=arch == "qwen3",
+        bos_token_id=meta.token_id("tokenizer.ggml.bos_token_id", vocab_size),
+        eos_token_ids=_eos_token_ids(meta, vocab_size),
+    )
+
+
+def gguf_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights by their name in the original checkpoint."""
+    return {_original_name(name): entry.shape for name, entry in file.tensors.items()}
 
 
 def gguf_tensors(file: GGUFFile, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
@@ -56,66 +110,74 @@ def gguf_tensors(file: GGUFFile, config: DecoderConfig) -> Iterator[tuple[str, T
         yield _original_name(name), tensor
 
 
-def _decoder_config(file: GGUFFile) -> DecoderConfig:
-    meta, tensors = file.metadata, file.tensors
-    arch = str(meta["general.architecture"])
-    if arch not in _ARCHITECTURES or meta.get(f"{arch}.expert_count"):
-        kind = f"{arch} with experts" if arch in _ARCHITECTURES else arch
-        raise ModelError(
-            f"GGUF architecture {kind} is not supported; supported are {', '.join(_ARCHITECTURES)}"
-        )
-    num_heads = int(meta[f"{arch}.attention.head_count"])
-    hidden_size = int(meta[f"{arch}.embedding_length"])
-    head_dim = int(meta.get(f"{arch}.attention.key_length") or hidden_size // num_heads)
-    if int(meta.get(f"{arch}.rope.dimension_count") or head_dim) != head_dim:
-        raise ModelError(
-            "partial rotary embedding (rope.dimension_count below the head size) is not supported"
-        )
-    max_positions = int(meta[f"{arch}.context_length"])
-    window = meta.get(f"{arch}.attention.sliding_window")
-    return DecoderConfig(
-        architecture=_ARCHITECTURES[arch],
-        vocab_size=tensors["token_embd.weight"].shape[0],
-        hidden_size=hidden_size,
-        intermediate_size=int(meta[f"{arch}.feed_forward_length"]),
-        num_layers=int(meta[f"{arch}.block_count"]),
-        num_heads=num_heads,
-        num_kv_heads=int(meta.get(f"{arch}.attention.head_count_kv") or num_heads),
-        head_dim=head_dim,
-        norm_eps=float(meta[f"{arch}.attention.layer_norm_rms_epsilon"]),
-        rope_theta=float(meta.get(f"{arch}.rope.freq_base") or 10_000.0),
-        rope_scaling=_rope_scaling(file, arch, max_positions),
-        max_positions=min(max_positions, int(window)) if window else max_positions,
-        tie_embeddings="output.weight" not in tensors,
-        qkv_bias="blk.0.attn_q.bias" in tensors,
-        o_bias="blk.0.attn_output.bias" in tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        qk_norm=arch == "qwen3",
-        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=_eos_token_ids(meta),
-    )
+def _same_in_all_layers(name: str, metadata: dict[str, Any], arch: str) -> dict[str, Any]:
+    """What files may say for each layer, as one number."""
+    single = {}
+    for key in (f"{arch}.{suffix}" for suffix in _PER_LAYER):
+        value = metadata.get(key)
+        if isinstance(value, list):
+            if any(item != value[0] for item in value):
+                raise ModelError(f"{name}: {key} differs from layer to layer, which is not supported")
+            single[key] = value[0] if value else None
+    return single
 
 
-def _rope_scaling(file: GGUFFile, arch: str, max_positions: int) -> dict[str, Any] | None:
+def _vocab_size(file: GGUFFile, hidden_size: int) -> int:
+    """The rows of the embedding; there may be more than the tokenizer has tokens."""
+    entry = file.tensors.get("token_embd.weight")
+    if entry is None or len(entry.shape) != 2 or not 0 < entry.shape[0] <= MAX_VOCABULARY:
+        shape = "missing" if entry is None else f"of shape {reprlib.repr(list(entry.shape))}"
+        raise ModelError(f"{file.path.name}: tensor token_embd.weight is {shape}")
+    if entry.shape[1] != hidden_size:
+        raise ModelError(
+            f"{file.path.name}: embedding_length is {hidden_size}, but token_embd.weight has rows of "
+            f"{entry.shape[1]}"
+        )
+    return entry.shape[0]
+
+
+def _head_dim(meta: Fields, arch: str, hidden_size: int, num_heads: int) -> int:
+    key, count = f"{arch}.attention.key_length", f"{arch}.attention.head_count"
+    if meta.values.get(key) is None and hidden_size % num_heads:
+        raise meta.error(count, f"a divisor of embedding_length, {hidden_size}, without a key_length")
+    head_dim = meta.whole(key, 2, MAX_HEAD_DIM, default=hidden_size // num_heads)
+    if head_dim % 2:
+        raise meta.error(key if meta.values.get(key) else count, "such that heads have an even size")
+    for other in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
+        if meta.whole(other, 1, MAX_HEAD_DIM, default=head_dim) != head_dim:
+            raise meta.error(other, f"{head_dim}, the size of a head; anything else is not supported")
+    return head_dim
+
+
+def _rope_scaling(file: GGUFFile, meta: Fields, arch: str, max_positions: int) -> dict[str, Any] | None:
     if _ROPE_DIVISORS in file.tensors:
         return {"rope_type": "divisors", "divisors": file.tensor(_ROPE_DIVISORS).tolist()}
     prefix = f"{arch}.rope.scaling."
-    scaling = {key.removeprefix(prefix): v for key, v in file.metadata.items() if key.startswith(prefix)}
-    kind = scaling.get("type", "none")
+    kind = meta.text(f"{prefix}type", "none")
     if kind == "none":
         return None
     return {
         "rope_type": kind,
-        "factor": scaling.get("factor", 1.0),
-        "original_max_position_embeddings": scaling.get("original_context_length", max_positions),
+        "factor": meta.real(f"{prefix}factor", 1e-3, 1e6, default=1.0),
+        "original_max_position_embeddings": meta.whole(
+            f"{prefix}original_context_length", 1, MAX_POSITIONS, default=max_positions
+        ),
     }
 
 
-def _eos_token_ids(meta: dict[str, Any]) -> tuple[int, ...]:
-    ids = [meta.get("tokenizer.ggml.eos_token_id"), meta.get("tokenizer.ggml.eot_token_id")]
-    tokens, template = meta.get("tokenizer.ggml.tokens", []), meta.get("tokenizer.chat_template", "")
-    ids += [tokens.index(end) for end in _TURN_ENDS if end in template and end in tokens]
-    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+def _eos_token_ids(meta: Fields, vocab_size: int) -> tuple[int, ...]:
+    """The ids the file names, and tokens that end something by their text: control tokens, and those that
+    the chat template writes."""
+    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+    named = [meta.token_id(key, vocab_size) for key in keys]
+    tokens = meta.strings("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in meta.values else []
+    kinds = meta.numbers("tokenizer.ggml.token_type") if "tokenizer.ggml.token_type" in meta.values else []
+    template = meta.text("tokenizer.chat_template", "")
+    controls = {
+        token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind in _WHOLE
+    }
+    written = {end: tokens.index(end) for end in END_TOKENS if end in template and end in tokens}
+    return end_token_ids([i for i in named if i is not None], {**written, **controls}, vocab_size)
 
 
 def _original_name(name: str) -> str:

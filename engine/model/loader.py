@@ -6,9 +6,12 @@ Every tensor must find its place and every place its tensor; nothing is skipped 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import logging
+import re
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,19 +20,26 @@ from torch import Tensor, nn
 from engine.errors import ModelError
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder, DecoderLayer
+from engine.model.files import ADAPTER, read_json, refuse_pointer
 from engine.model.gguf import find_gguf, open_gguf
-from engine.model.gguf_weights import gguf_tensors, read_gguf_config
+from engine.model.gguf_weights import gguf_shapes, gguf_tensors, read_gguf_config
 from engine.model.hf_config import read_hf_config
+from engine.model.rope import rope_frequencies
+
+logger = logging.getLogger(__name__)
 
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HEADS_PREFIX = "medusa_head."  # heads saved in one file with their base; gorgon heads import reads them
+_SHARD = re.compile(r".+-\d+-of-(?P<count>\d+)\.safetensors")
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"  # old checkpoints carry it; the rope table is computed
 
 
 def load_config(model_dir: Path) -> DecoderConfig:
     """The decoder's configuration, without its weights. Raises ModelError."""
     gguf = find_gguf(model_dir)
-    return read_hf_config(model_dir) if gguf is None else read_gguf_config(open_gguf(gguf))
+    config = read_hf_config(model_dir) if gguf is None else read_gguf_config(open_gguf(gguf))
+    rope_frequencies(config)  # raises where the scaling is not sound
+    return config
 
 
 def load_decoder(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -39,10 +49,15 @@ def load_decoder(model_dir: Path, dtype: torch.dtype, device: torch.device) -> D
     """
     gguf = find_gguf(model_dir)
     config = load_config(model_dir)
-    decoder = allocate(config, dtype, device)
     if gguf is None:
+        _check_shapes(config, _safetensors_shapes(model_dir))
+        decoder = allocate(config, dtype, device)
         _fill(decoder, _safetensors(model_dir))
     else:
+        if (model_dir / "config.json").exists():
+            logger.info("%s is served; the config.json beside it is not read", gguf)
+        _check_shapes(config, gguf_shapes(open_gguf(gguf)))
+        decoder = allocate(config, dtype, device)
         _fill(decoder, gguf_tensors(open_gguf(gguf), config))
     return decoder.eval()
 
@@ -77,6 +92,29 @@ def allocate(config: DecoderConfig, dtype: torch.dtype, device: torch.device) ->
             setattr(module, name, placed[meta])
     decoder.cos, decoder.sin = decoder.cos.to(device), decoder.sin.to(device)
     return decoder
+
+
+def _check_shapes(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compare the sizes of the configuration with the file's tensors before any memory is taken: a size that
+    is a mistake may be one of terabytes. `_fill` looks at every tensor. Raises ModelError."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    first, last = (f"model.layers.{layer}." for layer in (0, config.num_layers - 1))
+    wanted = {
+        _EMBEDDING: (config.vocab_size, config.hidden_size),
+        f"{first}self_attn.q_proj.weight": (heads, config.hidden_size),
+        f"{first}self_attn.k_proj.weight": (kv_heads, config.hidden_size),
+        f"{first}mlp.gate_proj.weight": (config.intermediate_size, config.hidden_size),
+        f"{last}input_layernorm.weight": (config.hidden_size,),
+    }
+    if adapters := [name for name in shapes if ".lora_" in name or name.startswith("base_model.")]:
+        raise ModelError(f"what has a tensor {adapters[0]} {ADAPTER}")
+    for name, shape in wanted.items():
+        if shapes.get(name, shape) != shape:
+            raise ModelError(
+                f"tensor {name} has shape {list(shapes[name])}, but the configuration asks for {list(shape)}"
+            )
+        if name not in shapes:
+            raise ModelError(f"tensor {name} is missing, which the configuration asks for")
 
 
 def _fill(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -139,23 +177,47 @@ def _layer_targets(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Tens
 
 def _safetensors(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
     for path in _shards(model_dir):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    yield name, shard.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read: {error}") from error
+        with _opened(path) as shard:
+            for name in shard.keys():  # noqa: SIM118  (safe_open is no mapping)
+                yield name, shard.get_tensor(name)
+
+
+def _safetensors_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _shards(model_dir):
+        with _opened(path) as shard:
+            shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+    return shapes
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[Any, None, None]:
+    refuse_pointer(path)
+    try:
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
 
 
 def _shards(model_dir: Path) -> list[Path]:
+    """The files of the weights: those the index names, else the only one, else all of a numbered set."""
     index = model_dir / "model.safetensors.index.json"
-    single = model_dir / "model.safetensors"
     if index.exists():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} holds no weight_map: {error}") from error
-        return [model_dir / Path(name).name for name in sorted(names)]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+            raise ModelError(f"{index} holds no weight_map of tensors to files")
+        return [model_dir / Path(name).name for name in sorted(set(weight_map.values()))]
+    single = model_dir / "model.safetensors"
     if single.exists():
         return [single]
-    raise ModelError(f"{model_dir} has no model.safetensors; convert the weights to safetensors first")
+    names = {path: _SHARD.fullmatch(path.name) for path in model_dir.glob("*.safetensors")}
+    numbered = {path: int(found["count"]) for path, found in names.items() if found is not None}
+    if not numbered:
+        if (model_dir / "adapter_config.json").exists():
+            raise ModelError(f"{model_dir} {ADAPTER}")
+        raise ModelError(f"{model_dir} has no model.safetensors; convert the weights to safetensors first")
+    count = max(numbered.values())
+    if len(numbered) != count:
+        raise ModelError(f"{model_dir} has {len(numbered)} of {count} safetensors files; fetch the rest")
+    return sorted(numbered)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import reprlib
 
 import torch
 from torch import Tensor
 
 from engine.errors import ModelError
 from engine.model.config import DecoderConfig
+from engine.model.fields import MAX_POSITIONS, Fields
+
+_FACTOR = (1e-3, 1e6)  # bounds of factors and of numbers of turns
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def rope_table(config: DecoderConfig) -> tuple[Tensor, Tensor]:
@@ -18,11 +22,21 @@ def rope_table(config: DecoderConfig) -> tuple[Tensor, Tensor]:
     Computed on the CPU whatever the default device, so that every device rotates by the same numbers.
     Raises ModelError for a scaling it does not know.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents  # [head_dim / 2]
-    frequencies, attention_factor = _scale(frequencies, config)
+    frequencies, attention_factor = rope_frequencies(config)
     cos, sin = rotation_table(frequencies, config.max_positions)
     return cos * attention_factor, sin * attention_factor
+
+
+def rope_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
+    """Radians for each position, [head_dim / 2] float32, and the factor on cosines and sines.
+
+    Raises ModelError for a scaling that is not known or not sound.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies, attention_factor = _scale(1.0 / config.rope_theta**exponents, config)
+    if not (frequencies.isfinite() & (frequencies > 0)).all() or not 0 < attention_factor < math.inf:
+        raise ModelError(f"rope scaling {reprlib.repr(config.rope_scaling)} gives frequencies that are none")
+    return frequencies, attention_factor
 
 
 def rotation_table(frequencies: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
@@ -38,36 +52,45 @@ def rotation_table(frequencies: Tensor, num_positions: int) -> tuple[Tensor, Ten
 
 def _scale(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
     """Frequencies after the checkpoint's scaling, and the factor on cosines and sines."""
-    scaling = config.rope_scaling or {}
-    kind = str(scaling.get("rope_type", scaling.get("type", "default")))
-    try:
-        if kind in ("default", "none"):
-            return frequencies, 1.0
-        if kind == "linear":
-            return frequencies / float(scaling["factor"]), 1.0
-        if kind == "llama3":
-            return _llama3(frequencies, scaling), 1.0
-        if kind == "yarn":
-            return _yarn(frequencies, scaling, config)
-        if kind == "divisors":  # how GGUF files carry Llama 3's scaling: one divisor per frequency
-            return frequencies / torch.tensor(scaling["divisors"], dtype=torch.float32, device="cpu"), 1.0
-    except KeyError as missing:
-        raise ModelError(f"rope scaling of type {kind!r} lacks {missing}") from missing
-    raise ModelError(f"rope scaling of type {kind!r} is not supported; known are: linear, llama3, yarn")
+    values = config.rope_scaling or {}
+    kind = str(values.get("rope_type", values.get("type", "default")))
+    scaling = Fields(f"rope scaling of type {kind!r}", values)
+    if kind in ("default", "none"):
+        return frequencies, 1.0
+    if kind == "dynamic":
+        # It stretches beyond max_position_embeddings only, and no request goes there: frequencies that grow
+        # with the text would not fit the keys that are in the cache.
+        return frequencies, 1.0
+    if kind == "linear":
+        return frequencies / scaling.real("factor", *_FACTOR), 1.0
+    if kind == "llama3":
+        return _llama3(frequencies, scaling), 1.0
+    if kind == "yarn":
+        return _yarn(frequencies, scaling, config)
+    if kind == "divisors":  # how GGUF files carry Llama 3's scaling: one divisor per frequency
+        divisors = torch.tensor(scaling.numbers("divisors"), dtype=torch.float32, device="cpu")
+        if divisors.shape != frequencies.shape:
+            raise ModelError(f"{len(divisors)} rope divisors for {len(frequencies)} frequencies")
+        return frequencies / divisors, 1.0
+    raise ModelError(
+        f"rope scaling of type {kind!r} is not supported; known are: linear, dynamic, llama3, yarn"
+    )
 
 
-def _llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+def _llama3(frequencies: Tensor, scaling: Fields) -> Tensor:
     """Slow frequencies are divided by the factor, fast ones kept, those between blended."""
-    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = float(scaling["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
+    factor, low, high = (scaling.real(k, *_FACTOR) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise scaling.error("high_freq_factor", f"above low_freq_factor, {low:g}")
+    turns = scaling.whole(_ORIGINAL, 1, MAX_POSITIONS) * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of each frequency that stays as it is
     return kept * frequencies + (1 - kept) * frequencies / factor
 
 
-def _yarn(frequencies: Tensor, scaling: dict[str, Any], config: DecoderConfig) -> tuple[Tensor, float]:
+def _yarn(frequencies: Tensor, scaling: Fields, config: DecoderConfig) -> tuple[Tensor, float]:
     """YaRN (arXiv 2309.00071): a ramp over the dimensions, and a temperature on the attention."""
-    factor = float(scaling["factor"])
-    original = float(scaling["original_max_position_embeddings"])
+    factor = scaling.real("factor", *_FACTOR)
+    original = scaling.whole(_ORIGINAL, 1, MAX_POSITIONS)
 
     def dimension(turns: float) -> float:
         """The dimension whose frequency makes so many turns within the original context."""
@@ -75,9 +98,9 @@ def _yarn(frequencies: Tensor, scaling: dict[str, Any], config: DecoderConfig) -
             config.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
         )
 
-    low = dimension(float(scaling.get("beta_fast") or 32))
-    high = dimension(float(scaling.get("beta_slow") or 1))
-    if scaling.get("truncate", True):
+    low = dimension(scaling.real("beta_fast", *_FACTOR, default=32))
+    high = dimension(scaling.real("beta_slow", *_FACTOR, default=1))
+    if scaling.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)
     if low == high:
@@ -86,14 +109,12 @@ def _yarn(frequencies: Tensor, scaling: dict[str, Any], config: DecoderConfig) -
     scaled = ((index - low) / (high - low)).clamp(0, 1)  # share of each frequency that is divided
     frequencies = scaled * frequencies / factor + (1 - scaled) * frequencies
 
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        if mscale and mscale_all:
-            attention_factor = _magnitude(factor, mscale) / _magnitude(factor, mscale_all)
-        else:
-            attention_factor = _magnitude(factor, 1.0)
-    return frequencies, float(attention_factor)
+    if scaling.values.get("attention_factor") is not None:
+        return frequencies, scaling.real("attention_factor", *_FACTOR)
+    mscale, mscale_all = (scaling.real(k, 0.0, 1e3, default=0.0) for k in ("mscale", "mscale_all_dim"))
+    if mscale and mscale_all:
+        return frequencies, _magnitude(factor, mscale) / _magnitude(factor, mscale_all)
+    return frequencies, _magnitude(factor, 1.0)
 
 
 def _magnitude(factor: float, mscale: float) -> float:

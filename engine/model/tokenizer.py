@@ -17,8 +17,11 @@ from tokenizers import Tokenizer
 from engine.errors import ModelError, RequestError
 from engine.model.chat_template import ChatTemplate
 from engine.model.control_tokens import ControlTokens
+from engine.model.fields import Fields
+from engine.model.files import read_json, read_text
 from engine.model.gguf import find_gguf, open_gguf
-from engine.model.gguf_tokenizer import build_gguf_tokenizer
+from engine.model.gguf_tokenizer import build_gguf_tokenizer, special_tokens
+from engine.model.sentencepiece import SentencePieceModel, load_sentencepiece, read_sentencepiece
 from engine.model.token_bytes import token_bytes
 
 _CONVERTIBLE = ("tokenizer.model", "spiece.model", "vocab.json", "tokenizer_config.json")
@@ -27,12 +30,6 @@ _Parts = tuple[Tokenizer, str | None, dict[str, str]]
 
 _SYSTEM_ROLES = ("system", "developer")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-_GGUF_SPECIAL_TOKENS = {
-    "bos_token": "tokenizer.ggml.bos_token_id",
-    "eos_token": "tokenizer.ggml.eos_token_id",
-    "unk_token": "tokenizer.ggml.unknown_token_id",
-    "pad_token": "tokenizer.ggml.padding_token_id",
-}
 
 
 class ChatTokenizer:
@@ -162,6 +159,8 @@ def load_chat_tokenizer(model_dir: Path, parse_special: bool = False) -> ChatTok
         parts = _from_gguf(open_gguf(gguf).metadata)
     elif (model_dir / "tokenizer.json").exists():
         parts = _from_tokenizer_json(model_dir)
+    elif (pieces := read_sentencepiece(model_dir / "tokenizer.model")) is not None:
+        parts = _from_sentencepiece(model_dir, pieces)
     else:
         parts = _from_transformers(model_dir)
     return ChatTokenizer(*parts, parse_special)
@@ -169,51 +168,52 @@ def load_chat_tokenizer(model_dir: Path, parse_special: bool = False) -> ChatTok
 
 def _from_gguf(metadata: dict[str, Any]) -> _Parts:
     tokenizer = build_gguf_tokenizer(metadata)
-    tokens = metadata["tokenizer.ggml.tokens"]
-    special = {name: tokens[metadata[key]] for name, key in _GGUF_SPECIAL_TOKENS.items() if key in metadata}
-    return tokenizer, metadata.get("tokenizer.chat_template"), special
+    template = Fields("the GGUF file", metadata).text("tokenizer.chat_template", "") or None
+    return tokenizer, template, special_tokens(metadata)
 
 
 def _from_tokenizer_json(model_dir: Path) -> _Parts:
     path = model_dir / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(read_text(path))
+    except ModelError:
+        raise
     except Exception as error:  # the library raises nothing more precise
         raise ModelError(f"{path} cannot be read: {error}") from error
-    config = _read_json(model_dir / "tokenizer_config.json")
+    config = read_json(model_dir / "tokenizer_config.json")
+    return tokenizer, _chat_template(model_dir, config), _special_tokens(config)
+
+
+def _from_sentencepiece(model_dir: Path, model: SentencePieceModel) -> _Parts:
+    tokenizer, special = load_sentencepiece(model_dir, model)
+    config = read_json(model_dir / "tokenizer_config.json")
+    special |= _special_tokens(read_json(model_dir / "special_tokens_map.json")) | _special_tokens(config)
+    return tokenizer, _chat_template(model_dir, config), special
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     special = {}
     for name in _SPECIAL_TOKENS:
         token = config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             special[name] = text
-    return tokenizer, _chat_template(model_dir, config), special
+    return special
 
 
 def _chat_template(model_dir: Path, config: dict[str, Any]) -> str | None:
     """From chat_template.jinja, chat_template.json or the tokenizer's configuration, in this order."""
     file = model_dir / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = _read_json(model_dir / "chat_template.json").get("chat_template", config.get("chat_template"))
+        return read_text(file)
+    template = read_json(model_dir / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(template, list):  # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The file's object, empty where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    return content if isinstance(content, dict) else {}
-
-
 def _from_transformers(model_dir: Path) -> _Parts:
-    """Formats that transformers converts, tokenizer.model and such; imported here as it may load torch."""
+    """Formats that transformers converts, vocab.json and such; imported here as it may load torch."""
     if not any((model_dir / name).exists() for name in _CONVERTIBLE):
         known = ", ".join(_CONVERTIBLE)
         raise ModelError(f"{model_dir} has no tokenizer: neither tokenizer.json nor any of {known}")

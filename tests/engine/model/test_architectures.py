@@ -38,6 +38,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
 YARN_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 10_000.0,
@@ -55,6 +56,7 @@ CASES = {
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "linear-rope": ("Llama", {"rope_parameters": LINEAR_ROPE}),
     "yarn-rope": ("Llama", {"rope_parameters": YARN_ROPE}),
+    "dynamic-rope": ("Llama", {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": LENGTH}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-head-dim": ("Mistral", {"sliding_window": None, "head_dim": 12}),
     "mistral-window": ("Mistral", {"sliding_window": LENGTH}),
@@ -155,6 +157,16 @@ def test_a_sliding_window_bounds_the_context(
 ) -> None:
     save(family, **settings)
     assert load_config(tmp_path).max_positions == max_positions
+
+
+def test_dynamic_rope_scaling_is_served_as_far_as_it_does_not_stretch(
+    save: Save, tmp_path: Path, edit_config: Callable[..., None]
+) -> None:
+    """Beyond that transformers turns keys by one set of frequencies and later queries by another."""
+    save("Llama", rope_parameters=DYNAMIC_ROPE)
+    assert load_config(tmp_path).max_positions == 256
+    edit_config(drop=("rope_parameters",), rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert load_config(tmp_path).max_positions == 256
 
 
 def test_eos_comes_from_the_generation_config(save: Save, tmp_path: Path) -> None:

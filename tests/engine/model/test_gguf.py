@@ -32,7 +32,7 @@ def test_configuration_of_the_default_model(default_model_dir: Path) -> None:
     assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)
     assert (config.vocab_size, config.head_dim, config.max_positions) == (49_152, 64, 8192)
     assert config.tie_embeddings
-    assert config.eos_token_ids == (2,)  # <|im_end|>
+    assert config.eos_token_ids == (2, 0)  # <|im_end|>, which the file names, and <|endoftext|>
 
 
 def test_weights_equal_transformers(decoder: Decoder, reference_model: Any) -> None:
