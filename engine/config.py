@@ -50,6 +50,11 @@ class EngineConfig:
     max_num_batched_tokens: int | None = flag(
         None, "tokens in one forward pass (default: 512 on CPU, 4096 on CUDA)"
     )
+    max_inter_token_ms: float | None = flag(
+        None,
+        "milliseconds that a step may take in which prompts are read: the longest time between two tokens of "
+        "a running answer (default: 2.5 times what a step takes without prompts)",
+    )
     max_model_len: int | None = flag(None, "longest prompt plus answer in tokens (default: the model's own)")
     kv_cache_memory: int | None = flag(
         None, "bytes of KV cache, with optional K, M or G (default: from free memory)"
@@ -97,6 +102,8 @@ class EngineConfig:
             )
         if self.watchdog_timeout is not None and not 1.0 <= self.watchdog_timeout <= 86400.0:
             raise ConfigError("watchdog_timeout", f"must be 1 to 86400 seconds, not {self.watchdog_timeout}")
+        if self.max_inter_token_ms is not None and not 0.0 < self.max_inter_token_ms < float("inf"):
+            raise ConfigError("max_inter_token_ms", f"must be above 0, not {self.max_inter_token_ms}")
         if not 0 <= self.seed < 2**64:
             raise ConfigError("seed", f"must be 0 to 2**64 - 1, not {self.seed}")
         budget = self.max_num_batched_tokens

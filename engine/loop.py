@@ -32,7 +32,8 @@ from engine.runner.profile import POSITIONS_TIMED, measure_costs
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, CommittedTokens
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.drafting import StepCost
+from engine.scheduling.cost import CostModel
+from engine.scheduling.pacing import Pacing, TimedPacing, Unpaced
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy
 from heads.checkpoint import HeadSet, load_heads
@@ -135,10 +136,17 @@ class Engine:
         if from_files:
             cached = min(cache.num_blocks * config.block_size, POSITIONS_TIMED)
             timings = KeptTimings(config, device, _backend(decoder, cache), quantization, limits, cached)
-        self._policy, largest_pass = self._make_policy(family, fixed_drafts, limits, timings)
+        costs = None if fixed_drafts is not None else measure_costs(self._runner, limits, timings)
+        self._policy = self._make_policy(family, fixed_drafts or 0, costs if max_drafts else None)
         pool = BlockPool(cache.num_blocks, config.block_size)
         self.scheduler = Scheduler(
-            limits, pool, self._policy, model.eos_token_ids, config.seed, ngrams=ngrams and takes_chains
+            limits,
+            pool,
+            self._policy,
+            model.eos_token_ids,
+            config.seed,
+            pacing=_make_pacing(config, costs),
+            ngrams=ngrams and takes_chains,
         )
         self._containment = Containment(self.scheduler)
         self._plans_ahead = self._runner.works_by_itself
@@ -160,24 +168,15 @@ class Engine:
             quantization=quantization,
             backend=_backend(decoder, cache),
             kv_cache_dtype=None if stored == dtype else str(stored).removeprefix("torch."),
-            largest_pass_seconds=largest_pass,
+            largest_pass_seconds=costs.base_seconds(max_tokens, 0, 0) if costs else 0.0,
         )
 
     def _make_policy(
-        self,
-        family: TreeFamily,
-        fixed_drafts: int | None,
-        limits: SchedulerLimits,
-        timings: KeptTimings | None,
-    ) -> tuple[SpeculationPolicy, float]:
-        """And the seconds of the largest pass, 0 where passes are not measured."""
-        if fixed_drafts is not None:
-            return FixedSpeculation(fixed_drafts), 0.0
-        if not limits.max_drafts:
-            return FixedSpeculation(0), 0.0
-        costs = measure_costs(self._runner, limits, timings)
-        largest_pass = costs.base_seconds(limits.max_num_batched_tokens, 0, 0)
-        return AdaptiveSpeculation(family, costs, trims=self._runner.trims), largest_pass
+        self, family: TreeFamily, fixed_drafts: int, costs: CostModel | None
+    ) -> SpeculationPolicy:
+        if costs is None:
+            return FixedSpeculation(fixed_drafts)
+        return AdaptiveSpeculation(family, costs, trims=self._runner.trims)
 
     def add_request(self, message: AddRequest) -> None:
         """Queue a request. Raises RequestError for one the model cannot run."""
@@ -214,22 +213,8 @@ class Engine:
         # What a step costs is all the time since the one before: planning and sending, too.
         began, ended = self._ended or start, time.perf_counter()
         self._ended = ended if self.scheduler.has_work() else None
-        if passed.undisturbed and not any(s.num_tokens > 1 for s in batch.scheduled):
-            guessed = [s.allowance.most for s in batch.scheduled if s.guesses]
-            keys = [(s.base, s.num_drafts) for s in batch.scheduled]
-            self._policy.observe_step(
-                StepCost(
-                    num_known=len(batch.scheduled),
-                    num_keys=sum(base for base, _ in keys),
-                    num_committed=sum(s.num_committed for s in batch.scheduled),
-                    num_drafts=sum(drafts for _, drafts in keys),
-                    draft_keys=sum(base * drafts for base, drafts in keys),
-                    num_guessing=len(guessed),
-                    depth=max(guessed, default=0),
-                    seconds=ended - began,
-                    probing=batch.speculation.state == "probing",
-                )
-            )
+        if passed.undisturbed:
+            self.scheduler.learn(batch, ended - began)
         return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))
 
     def _run(self, batch: Batch) -> list[CommittedTokens]:
@@ -271,6 +256,14 @@ class Engine:
             estimated_speed_up=decided.estimated,
             measured_speed_up=report.measured,
         )
+
+
+def _make_pacing(config: EngineConfig, costs: CostModel | None) -> Pacing:
+    """How much of prompts a step reads."""
+    if costs is None:
+        return Unpaced()
+    longest = config.max_inter_token_ms
+    return TimedPacing(costs, None if longest is None else longest / 1000)
 
 
 def _check_tree(family: TreeFamily, heads: HeadSet) -> None:

@@ -16,11 +16,12 @@ from trees.verify import DraftTrees
 
 
 def limit_drafts(drafter: Drafter | None, batch: Batch) -> None:
-    """Leave out draft tokens that there are no guesses for."""
+    """Leave out draft tokens that there are no guesses for, and what was expected of them. Guesses that turn
+    out to be too unlikely come later: of them it was expected that some are wrong."""
     if drafter is not None:
         for scheduled in batch.scheduled:
             if scheduled.num_drafts:
-                scheduled.num_drafts = drafter.limit(scheduled)
+                scheduled.grant(drafter.limit(scheduled))
 
 
 def levels_of(drafter: Drafter | None, batch: Batch) -> int:

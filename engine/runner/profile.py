@@ -72,12 +72,12 @@ class _Contexts:
         self._longest = min(_LONG_CONTEXT, room(runner, self._requests) - self._drafts - 1)
 
     def runs(self) -> dict[int, Callable[[], object]]:
-        """Numbered from 1; none where the cache is too small or nobody drafts."""
-        if self._longest <= _CONTEXT or not self._drafts:
+        """Numbered from 1; none where the cache is too small."""
+        if self._longest <= _CONTEXT:
             return {}
         batches = [
             decoding_batch(self._runner, [num_nodes] * self._requests, context)
-            for num_nodes in (1, self._drafts + 1)
+            for num_nodes in ((1, self._drafts + 1) if self._drafts else (1,))
             for context in (_CONTEXT, self._longest)
         ]
         return {number: partial(self._runner.execute, batch) for number, batch in enumerate(batches, 1)}
@@ -88,6 +88,8 @@ class _Contexts:
             return 0.0, 0.0
         more = self._requests * (self._longest - _CONTEXT)
         roots = max(seconds[2] - seconds[1], 0.0)
+        if not self._drafts:
+            return roots / more, 0.0
         nodes = max(seconds[4] - seconds[3] - roots, 0.0)
         return roots / more, nodes / (self._drafts * more)
 

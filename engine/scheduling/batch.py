@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.messages import TokenLogprobs
-from engine.scheduling.drafting import NOTHING, Allowance, SpeculationReport
+from engine.scheduling.drafting import NOTHING, Allowance, SpeculationReport, StepCost
 from engine.scheduling.ngrams import NO_CHAIN, Chain
 from engine.scheduling.request import Request
 
@@ -53,6 +53,10 @@ class ScheduledRequest:
         """Whether the pass reaches the root, so that the request gains tokens. Holds until the update."""
         return self.num_tokens == self.request.num_pending
 
+    def grant(self, size: int) -> None:
+        """Let it draft no more than this of what it may."""
+        self.num_drafts, self.allowance = min(self.num_drafts, size), self.allowance.granted(size)
+
 
 @dataclass(slots=True)
 class Batch:
@@ -66,6 +70,21 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(s.num_tokens + s.num_drafts for s in self.scheduled)
+
+    def cost(self, seconds: float) -> StepCost:
+        """What it was made of, once it has taken so long."""
+        depths = [s.allowance.most for s in self.scheduled if s.guesses]
+        return StepCost(
+            num_known=len(self.scheduled),
+            num_keys=sum(s.base for s in self.scheduled),
+            num_committed=sum(s.num_committed for s in self.scheduled),
+            num_drafts=sum(s.num_drafts for s in self.scheduled),
+            draft_keys=sum(s.base * s.num_drafts for s in self.scheduled),
+            num_guessing=len(depths),
+            depth=max(depths, default=0),
+            seconds=seconds,
+            probing=self.speculation.state == "probing",
+        )
 
 
 @dataclass(slots=True)

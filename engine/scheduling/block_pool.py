@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, MutableSequence, Sequence
 
@@ -114,6 +115,10 @@ class BlockPool:
                 break
             found.append(block)
         return found
+
+    def prefix_length(self, block_hashes: Sequence[bytes]) -> int:
+        """How many blocks `find_prefix` would find, by bisection: too few where some in between are gone."""
+        return bisect_left(block_hashes, True, key=lambda block_hash: block_hash not in self._by_hash)
 
     def _forget(self, block: int) -> None:
         block_hash = self._hashes[block]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # The correction's beliefs as standard deviations: before anything was seen, and of one step's time.
-_PRIOR = np.array([0.02, 0.5, 0.5])  # seconds, factor, factor
+_PRIOR = (0.02, 0.5, 0.5)  # seconds, factor, factor
 # What drafts are thought to cost at first, of what was measured at start-up: that they are cheaper is found
 # out where they are made, and that they are dearer does no harm meanwhile.
 _CAUTION = 1.15
@@ -51,10 +52,18 @@ class CostModel:
     @cached_property
     def _level_tables(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Of the first level, and of each further one."""
-        counts = np.arange(_TABLE)
-        first, all_levels = (_interpolate(curve, counts) for curve in (self.first_level, self.all_levels))
-        first[0] = all_levels[0] = 0.0
-        return first, np.maximum(all_levels - first, 0.0) / max(self.levels - 1, 1)
+        return self._levels_at(np.arange(_TABLE))
+
+    def _levels_at(self, counts: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        first, every = (_interpolate(curve, counts) for curve in (self.first_level, self.all_levels))
+        first[counts == 0] = every[counts == 0] = 0.0
+        return first, np.maximum(every - first, 0.0) / max(self.levels - 1, 1)
+
+    @property
+    def token_seconds(self) -> float:
+        """What one more token adds to a large pass."""
+        *_, largest = self.passes
+        return float(np.diff(self.pass_seconds(np.array([largest[0], largest[0] + 1])))[0])
 
     def pass_seconds(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         if num_tokens[-1] < _TABLE:  # what comes in an order comes in a rising one
@@ -66,9 +75,11 @@ class CostModel:
     ) -> NDArray[np.float64]:
         """num_requests: that the heads guess for, none at 0; depth: levels that they are asked for, at least
         1."""
-        first, further = self._level_tables
-        seconds = first[num_requests] + further[num_requests] * (np.minimum(depth, self.levels) - 1)
-        return np.asarray(seconds)
+        if num_requests[-1] < _TABLE:  # rising, too
+            first, further = (table[num_requests] for table in self._level_tables)
+        else:
+            first, further = self._levels_at(num_requests)
+        return np.asarray(first + further * (np.minimum(depth, self.levels) - 1))
 
 
 def _interpolate(points: Curve, at: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -82,35 +93,57 @@ def _interpolate(points: Curve, at: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.asarray(values)
 
 
+class Tracker:
+    """Coefficients of a sum that makes up a step's seconds, tracked by a Kalman filter around what they are
+    thought to be at first: what a load does not tell apart stays there.
+
+    state: of each coefficient; deviation: how far off it may be, as a standard deviation.
+    """
+
+    def __init__(self, state: Sequence[float], deviation: Sequence[float]) -> None:
+        self.state = np.array(state, dtype=np.float64)
+        self._prior = np.array(deviation) ** 2
+        self._variance = np.diag(self._prior)
+
+    @property
+    def deviation(self) -> NDArray[np.float64]:
+        """How far off each coefficient may be at present."""
+        return np.asarray(np.sqrt(np.diag(self._variance)))
+
+    def observe(self, row: Sequence[float], seconds: float, least: float) -> None:
+        """Learn from one step: what the coefficients are multiplied by, the time it took, and the least that
+        could be expected."""
+        terms = np.array(row)
+        predicted = float(terms @ self.state)
+        noise = (_NOISE * max(predicted, least, 1e-9)) ** 2
+        surprise = min(seconds - predicted, _LARGEST_SURPRISE * max(predicted, least))
+        spread = self._variance @ terms
+        gain = spread / (terms @ spread + noise)
+        self.state = self.state + gain * surprise
+        self._variance = self._variance - np.outer(gain, spread)
+        self._variance += np.diag(np.minimum(_DRIFT * self._prior, self._prior - np.diag(self._variance)))
+
+
 class CostCorrection:
     """How this machine and load differ from the start-up measurement, learned from the steps themselves.
 
     A step is taken to last `constant + base_factor * base + draft_factor * drafts`, base and drafts being
     what the cost model says of its known tokens and of what draft tokens add. Longer contexts, more requests
-    for the same tokens or a busy machine make one or the other dearer. The three numbers are tracked by a
-    Kalman filter around (0, 1, 1.15), so that what a load does not tell apart stays where it was measured.
+    for the same tokens or a busy machine make one or the other dearer: tracked from (0, 1, 1.15).
     """
 
     def __init__(self) -> None:
-        self._state = np.array([0.0, 1.0, _CAUTION])
-        self._variance = np.diag(_PRIOR**2)
+        self._tracker = Tracker((0.0, 1.0, _CAUTION), _PRIOR)
 
     def base_seconds(self, base: float) -> float:
         """base: modelled seconds of the known tokens."""
-        return max(float(self._state[0] + self._state[1] * base), 0.2 * base, 1e-9)
+        constant, factor, _ = self._tracker.state
+        return max(float(constant + factor * base), 0.2 * base, 1e-9)
 
     def draft_seconds(self, drafts: NDArray[np.float64]) -> NDArray[np.float64]:
         """drafts: modelled seconds that draft tokens add to a pass."""
-        return max(float(self._state[2]), 0.2) * drafts
+        return max(float(self._tracker.state[2]), 0.2) * drafts
 
     def observe(self, base: float, drafts: float, seconds: float) -> None:
         """Learn from one step, given the model's two terms and the time it took."""
-        row = np.array([1.0, base, drafts])
-        predicted = float(row @ self._state)
-        noise = (_NOISE * max(predicted, base, 1e-9)) ** 2
-        surprise = min(seconds - predicted, _LARGEST_SURPRISE * max(predicted, base))
-        spread = self._variance @ row
-        gain = spread / (row @ spread + noise)
-        self._state = self._state + gain * surprise
-        self._variance = self._variance - np.outer(gain, spread)
-        self._variance += np.diag(np.minimum(_DRIFT * _PRIOR**2, _PRIOR**2 - np.diag(self._variance)))
+        self._tracker.observe((1.0, base, drafts), seconds, least=base)

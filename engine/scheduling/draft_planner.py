@@ -3,15 +3,21 @@ Plain Python; never sees a tensor."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
+
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.drafting import Candidate, Load
-from engine.scheduling.ngrams import Chain
+from engine.scheduling.drafting import NOTHING, Allowance, Candidate, Load, StepCost
+from engine.scheduling.ngrams import NO_CHAIN, Chain
 from engine.scheduling.request import Request
 from engine.scheduling.speculation import SpeculationPolicy
 
+logger = logging.getLogger(__name__)
+
 _SURE = 0.7  # first guess of an n-gram chain that beats what heads are likely to say
 _FEW = 8  # one request of so many may do without its chain
+_STEPS_AFTER_FAULT = 1000  # without drafts, where the policy or a chain has raised
 
 
 class DraftPlanner:
@@ -25,55 +31,91 @@ class DraftPlanner:
         self._policy = policy
         self._max_drafts, self._max_model_len = max_drafts, max_model_len
         self._ngrams = ngrams
-        self._rests: bool | None = None  # what the policy said of the coming step, where it was asked already
+        self._asked = self._rests = False  # about the coming step; and what the policy said
+        self._num_silent = 0  # steps to go without asking, because of a fault
 
-    def plan(self, batch: Batch, budget: int) -> None:
-        """Decide what the requests of a batch draft, `budget` tokens at most. It may be asked several times
-        about one step, with what is known by then; `settle` ends that."""
-        committing = [scheduled for scheduled in batch.scheduled if scheduled.commits]
-        if committing:
-            self._plan(batch, committing, budget)
-        batch.speculation = self._policy.report()
+    def plan(self, batch: Batch, budget: int, num_prompt_tokens: int = 0) -> None:
+        """Decide what the requests of a batch draft, `budget` tokens at most, where so many prompt tokens are
+        to join them. It may be asked several times about one step, with what is known by then; `settle` ends
+        that."""
+        self._asked = self._rests = False
+        if not self._attempt(lambda: self._plan(batch, budget, batch.num_tokens + num_prompt_tokens)):
+            for scheduled in batch.scheduled:
+                scheduled.num_drafts, scheduled.allowance, scheduled.chain = 0, NOTHING, NO_CHAIN
 
     def settle(self) -> None:
         """The step that was asked about is made."""
-        self._rests = None
+        if self._asked:
+            self._attempt(self._policy.settle)
+        self._num_silent = max(self._num_silent - 1, 0)
+
+    def observe(self, scheduled: ScheduledRequest, committed: Sequence[int]) -> None:
+        """Learn from what a request committed."""
+        self._attempt(lambda: self._observe(scheduled, committed))
+
+    def observe_step(self, step: StepCost) -> None:
+        """Learn from how long a step without prompts took."""
+        self._attempt(lambda: self._policy.observe_step(step))
+
+    def _attempt(self, action: Callable[[], None]) -> bool:
+        """Guessing is no reason to fail: where it raises, nobody drafts for a while."""
+        if self._num_silent:
+            return False
+        try:
+            action()
+        except Exception:
+            logger.exception("Drafts cannot be planned: the next %d steps go without.", _STEPS_AFTER_FAULT)
+            self._num_silent = _STEPS_AFTER_FAULT
+        return not self._num_silent
+
+    def _observe(self, scheduled: ScheduledRequest, committed: Sequence[int]) -> None:
+        request = scheduled.request
+        request.ngrams.observe(scheduled.chain, committed)
+        # An answer's end cuts off what might have been right.
+        if scheduled.guesses and request.finish_reason is None:
+            self._policy.observe(request.acceptance, scheduled.allowance.expected, scheduled.num_accepted)
 
     def join_chains(self, batch: Batch) -> bool:
         """Let n-gram guesses join a batch that was planned before its requests' last tokens were known. False
         where they have more to say than its trees have room for."""
-        if not self._ngrams or self._rests:
+        if not self._ngrams or self._rests or self._num_silent:
             return True
-        num_left_out = 0
-        for scheduled in batch.scheduled:
-            limit = scheduled.num_drafts or self._limit(scheduled)
-            if not limit:
-                continue
-            scheduled.chain = chain = self._chain(scheduled.request, limit)
-            if chain.gains and (scheduled.num_drafts == 0 or chain.gains[0] >= _SURE):
-                num_left_out += 1
-        return num_left_out * _FEW <= len(batch.scheduled)
+        left_out: list[ScheduledRequest] = []
+        joined = self._attempt(lambda: left_out.extend(filter(self._leaves_out_chain, batch.scheduled)))
+        return joined and len(left_out) * _FEW <= len(batch.scheduled)
 
-    def _plan(self, batch: Batch, committing: list[ScheduledRequest], budget: int) -> None:
+    def _leaves_out_chain(self, scheduled: ScheduledRequest) -> bool:
+        limit = scheduled.num_drafts or self._limit(scheduled)
+        if not limit:
+            return False
+        scheduled.chain = chain = self._chain(scheduled.request, limit)
+        return bool(chain.gains) and (scheduled.num_drafts == 0 or chain.gains[0] >= _SURE)
+
+    def _plan(self, batch: Batch, budget: int, num_tokens: int) -> None:
+        committing = batch.scheduled
         limits = [(scheduled, self._limit(scheduled)) for scheduled in committing]
-        drafting = [scheduled for scheduled, limit in limits if limit > 0]
-        if drafting and self._rests is None:
+        drafting = [(scheduled, limit) for scheduled, limit in limits if limit > 0]
+        if drafting:
+            self._asked = True
             self._rests = self._policy.rests(len(committing))
-        if self._rests:
-            return
-        candidates = [self._candidate(scheduled, limit) for scheduled, limit in limits if limit > 0]
-        num_keys = sum(scheduled.base for scheduled in committing)
-        allowances = self._policy.plan(Load(len(committing), batch.num_tokens, num_keys), candidates)
-        for scheduled, allowance in zip(drafting, allowances, strict=True):
-            request = scheduled.request
-            scheduled.allowance = allowance
-            size = min(allowance.most, budget)
-            num_known = len(request.token_ids) + scheduled.most_gained
-            if not self._pool.extend(request.block_table, num_known + size):
-                # Drafts never push another request out: they make do with the room there is.
-                size = len(request.block_table) * self._pool.block_size - num_known
-            scheduled.num_drafts = size
-            budget -= size
+        if drafting and not self._rests:
+            candidates = [self._candidate(scheduled, limit) for scheduled, limit in drafting]
+            num_keys = sum(scheduled.base for scheduled in committing)
+            allowances = self._policy.plan(Load(len(committing), num_tokens, num_keys), candidates)
+            for (scheduled, _), allowance in zip(drafting, allowances, strict=True):
+                budget -= self._grant(scheduled, allowance, budget)
+        batch.speculation = self._policy.report()
+
+    def _grant(self, scheduled: ScheduledRequest, allowance: Allowance, budget: int) -> int:
+        """How many draft tokens there is room for."""
+        request = scheduled.request
+        size = min(allowance.most, budget)
+        num_known = len(request.token_ids) + scheduled.most_gained
+        if not self._pool.extend(request.block_table, num_known + size):
+            # Drafts never push another request out: they make do with the room there is.
+            size = len(request.block_table) * self._pool.block_size - num_known
+        scheduled.num_drafts, scheduled.allowance = size, allowance.granted(size)
+        return size
 
     def _candidate(self, scheduled: ScheduledRequest, limit: int) -> Candidate:
         request = scheduled.request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,11 @@ class Acceptance:
     expected: float = 0.0
     accepted: float = 0.0
 
-    def ratio(self, prior: float) -> float:
-        """Accepted over expected tokens, starting from `prior` where little has been seen."""
-        return (_PRIOR_TOKENS * prior + self.accepted) / (_PRIOR_TOKENS + self.expected)
+    def ratio(self, prior: float, rested: int = 0) -> float:
+        """Accepted over expected tokens, starting from `prior` where little has been seen; rested: steps
+        without drafts that it has not been told of by `fade`."""
+        kept = _FORGETTING**rested
+        return (_PRIOR_TOKENS * prior + kept * self.accepted) / (_PRIOR_TOKENS + kept * self.expected)
 
     def observe(self, expected: float, accepted: int, memory: float = _MEMORY) -> None:
         self.expected = memory * self.expected + expected
@@ -53,14 +55,26 @@ class Candidate:
 class Allowance:
     """What a request may draft in a step: at most `most` tokens, none that is less likely than `least`.
 
-    expected: draft tokens it is to commit by calibration, the measure of what it will commit.
+    gains: what each of the draft tokens is to commit by calibration, the likeliest first. They may be fewer
+    than `most`, which leaves room for guesses that turn out to be surer than usual.
     chain_only: its n-gram chain makes all of them, and the heads are not asked.
     """
 
     most: int = 0
     least: float = 0.0
-    expected: float = 0.0
+    gains: Sequence[float] = ()
     chain_only: bool = False
+
+    @property
+    def expected(self) -> float:
+        """Draft tokens it is to commit by calibration, the measure of what it will commit."""
+        return sum(self.gains)
+
+    def granted(self, size: int) -> Allowance:
+        """What is left of it where there is room, or there are guesses, for `size` draft tokens."""
+        if size >= self.most:
+            return self
+        return replace(self, most=size, gains=self.gains[:size]) if size > 0 else NOTHING
 
 
 NOTHING = Allowance()

@@ -1,13 +1,12 @@
 """Decides what each step computes and takes in what it brought. Plain Python; never sees a tensor.
 
-There is no prefill mode and no decode mode: a step advances computed tokens toward known tokens, for every
-request as far as the token budget goes. Requests whose known tokens end in the pass get draft tokens too.
+There is no prefill mode and no decode mode: a step advances computed tokens toward known tokens. Requests
+that wait for their next token come first, with draft tokens; then prompts, as far as budget and time go.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,13 @@ from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.draft_planner import DraftPlanner
 from engine.scheduling.drafting import Acceptance
+from engine.scheduling.pacing import Pacing, Unpaced
+from engine.scheduling.prompts import PromptShare, is_being_read, likely_tokens, read_prompts, reusable_hashes
 from engine.scheduling.request import Request, make_block_table
 from engine.scheduling.speculation import SpeculationPolicy
 
+# Tokens of a step that drafts leave to prompts, where these have so many; less of a small budget.
+_KEPT_FOR_PROMPTS = 16
 _STEPS_WHEN_SHORT = 100  # until a pass is tried again that memory was short for: one in a hundred is lost
 
 
@@ -33,8 +36,9 @@ class SchedulerLimits:
 class Scheduler:
     """Continuous batching with chunked prefill, prefix reuse and preemption by recompute.
 
-    The pool must hold at least one request of `max_model_len`, so that the oldest can always go on. `ngrams`:
-    look up what followed a request's last tokens before, for drafters that make use of it.
+    The pool must hold at least one request of `max_model_len`, so that the oldest can always go on. `pacing`:
+    how much of prompts a step reads, by default all there is room for. `ngrams`: look up what followed a
+    request's last tokens before, for drafters that make use of it.
     """
 
     def __init__(
@@ -45,17 +49,18 @@ class Scheduler:
         eos_token_ids: Sequence[int],
         seed: int = 0,
         *,
+        pacing: Pacing | None = None,
         ngrams: bool = False,
     ) -> None:
         self.limits = limits
         self.pool = pool
-        self._policy = policy
+        self._pacing: Pacing = pacing or Unpaced()
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self._ngrams = ngrams
         self._num_arrived = 0
         self._requests: dict[str, Request] = {}
-        self._waiting: deque[Request] = deque()  # preempted ones in front
+        self._waiting: list[Request] = []  # oldest first
         self._running: list[Request] = []  # oldest first
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_short = 0  # steps to go without admitting anybody, because passes had no memory
@@ -118,9 +123,18 @@ class Scheduler:
     def schedule(self) -> Batch:
         batch = Batch()
         self._num_short = max(self._num_short - 1, 0) if self._running else 0
-        budget = self._schedule_running(batch)
-        budget = self._admit_waiting(batch, budget)
-        self._drafts.plan(batch, budget)
+        self._schedule_decoding(batch)
+        num_keys = sum(scheduled.base for scheduled in batch.scheduled)
+        seconds = self._pacing.allowed_seconds(len(batch.scheduled), num_keys)
+        budget = self.limits.max_num_batched_tokens - batch.num_tokens
+        room = self.pool.num_available * self.pool.block_size
+        prompts = self._prompts(joining=bool(self._waiting) and self._waiting[0].num_pending <= room)
+        num_prompt_tokens = likely_tokens(prompts, self._pacing, budget, seconds)
+        # What drafts are worth they may take from prompts, up to what these go on with in any case.
+        kept = min(num_prompt_tokens, _KEPT_FOR_PROMPTS, -(-budget // 2))
+        self._drafts.plan(batch, budget - kept, num_prompt_tokens)
+        budget = self.limits.max_num_batched_tokens - batch.num_tokens
+        self._read_prompts(batch, PromptShare(self._pacing, budget, seconds))
         self._drafts.settle()
         return batch
 
@@ -166,59 +180,71 @@ class Scheduler:
         may_join = bool(self._waiting and self._slots) or self._num_short > 0
         return may_join or [s.request for s in batch.scheduled] != self._running
 
-    def _schedule_running(self, batch: Batch) -> int:
-        """Give every running request its pending tokens, preempting the youngest where blocks run out."""
-        budget = self.limits.max_num_batched_tokens
+    def _schedule_decoding(self, batch: Batch) -> None:
+        """Roots of all that wait for their next token, preempting the youngest where blocks run out."""
         position = 0
-        while position < len(self._running) and budget > 0:
+        while position < len(self._running) and len(batch.scheduled) < self.limits.max_num_batched_tokens:
             request = self._running[position]
-            num_tokens = min(request.num_pending, budget)
-            while not self.pool.extend(request.block_table, request.num_computed + num_tokens):
-                if self._reclaim():
+            position += 1
+            if not request.has_hidden:
+                continue
+            while not self.pool.extend(request.block_table, len(request.token_ids)):
+                if self._reclaim(batch):
                     continue
                 self._preempt(self._running[-1])
                 batch.num_preemptions += 1
                 if request.slot is None:  # it was the youngest itself
-                    return budget
-            batch.scheduled.append(ScheduledRequest(request, num_tokens, base=request.num_computed))
-            budget -= num_tokens
-            position += 1
-        return budget
+                    return
+            batch.scheduled.append(ScheduledRequest(request, 1, base=request.num_computed))
 
-    def _admit_waiting(self, batch: Batch, budget: int) -> int:
+    def _prompts(self, joining: bool) -> list[Request]:
+        """Those that are read, and of those that wait as many as there are places for; oldest first."""
+        prompts = [request for request in self._running if not request.has_hidden]
+        prompts += self._waiting[: len(self._slots)] if joining else []
+        return sorted(prompts, key=lambda request: request.arrival)
+
+    def _read_prompts(self, batch: Batch, share: PromptShare) -> None:
+        """Go on with prompts. No waiting one overtakes another that blocks are short for."""
         blocked = batch.num_preemptions > 0 or self._num_short > 0
-        while self._waiting and self._slots and budget > 0 and not blocked:
-            request = self._waiting[0]
-            request.extend_hashes(self.pool.block_size)
-            # The root is always computed anew: its pass is what the first tokens are drawn from.
-            reusable = (len(request.token_ids) - 1) // self.pool.block_size
-            prefix = self.pool.find_prefix(request.block_hashes[:reusable])
-            self.pool.share(prefix)
-            request.block_table = make_block_table(prefix)
-            # All its known tokens must fit, not only the first chunk: half a prompt helps nobody.
-            if not self.pool.extend(request.block_table, len(request.token_ids)) and not (
-                self._reclaim() and self.pool.extend(request.block_table, len(request.token_ids))
-            ):
-                self.pool.release(prefix)
-                request.block_table = make_block_table()
-                break
-            self._waiting.popleft()
-            insort(self._running, request, key=lambda r: r.arrival)
-            request.slot = self._slots.pop()
-            request.num_registered = len(prefix)
-            request.num_computed = len(prefix) * self.pool.block_size
-            if request.cached_tokens is None:  # a preempted one that finds its own blocks again has no hit
-                request.cached_tokens = request.num_computed
-                batch.prefix_queries += request.num_prompt_tokens
-                batch.prefix_hits += request.num_computed
-            num_tokens = min(request.num_pending, budget)
-            batch.scheduled.append(ScheduledRequest(request, num_tokens, base=request.num_computed))
-            budget -= num_tokens
-        return budget
 
-    def _reclaim(self) -> bool:
-        """Take back the blocks that past drafts left empty; whether there were any. They are not given back
-        at once, so that a request's blocks stay next to each other."""
+        def joins(request: Request) -> bool:
+            nonlocal blocked
+            if request.slot is not None:
+                return True
+            if blocked or is_being_read(request, self._running, self.pool):
+                return False
+            blocked = not self._admit(request, batch)
+            return not blocked
+
+        batch.scheduled += read_prompts(self._prompts(joining=not blocked), share, self.pool, joins)
+
+    def _admit(self, request: Request, batch: Batch) -> bool:
+        """Let a waiting request run, where blocks are there for all its known tokens, not only for a first
+        chunk: half a prompt helps nobody."""
+        prefix = self.pool.find_prefix(reusable_hashes(request, self.pool))
+        self.pool.share(prefix)
+        table = make_block_table(prefix)
+        num_tokens = len(request.token_ids)
+        if not self.pool.extend(table, num_tokens) and not (
+            self._reclaim(batch) and self.pool.extend(table, num_tokens)
+        ):
+            self.pool.release(prefix)
+            return False
+        self._waiting.remove(request)
+        insort(self._running, request, key=lambda r: r.arrival)
+        request.block_table = table
+        request.slot = self._slots.pop()
+        request.num_registered = len(prefix)
+        request.num_computed = len(prefix) * self.pool.block_size
+        if request.cached_tokens is None:  # a preempted one that finds its own blocks again has no hit
+            request.cached_tokens = request.num_computed
+            batch.prefix_queries += request.num_prompt_tokens
+            batch.prefix_hits += request.num_computed
+        return True
+
+    def _reclaim(self, batch: Batch) -> bool:
+        """Take back the blocks that drafts left empty, or would fill in this batch; whether there were any.
+        They are not given back at once, so that a request's blocks stay next to each other."""
         found = False
         for request in self._running:
             needed = -(-len(request.token_ids) // self.pool.block_size)
@@ -227,13 +253,16 @@ class Scheduler:
                 self.pool.release(surplus)
                 del request.block_table[needed:]
                 found = True
+        for scheduled in batch.scheduled:
+            request = scheduled.request
+            scheduled.grant(len(request.block_table) * self.pool.block_size - len(request.token_ids))
         return found
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
         request.num_computed = 0
         request.has_hidden = False
-        self._waiting.appendleft(request)
+        insort(self._waiting, request, key=lambda r: r.arrival)
 
     def _release(self, request: Request) -> None:
         """Give back what a running request holds on the device."""
@@ -289,10 +318,7 @@ class Scheduler:
         request.decode_steps += 1
         request.drafted_tokens += scheduled.num_drafts
         request.accepted_tokens += num_accepted
-        request.ngrams.observe(scheduled.chain, appended)
-        # An answer's end cuts off what might have been right.
-        if scheduled.guesses and request.finish_reason is None:
-            self._policy.observe(request.acceptance, scheduled.allowance.expected, num_accepted)
+        self._drafts.observe(scheduled, appended)
         return RequestOutput(
             request_id=request.request_id,
             token_ids=appended,
@@ -301,6 +327,14 @@ class Scheduler:
             finish_reason=request.finish_reason,
             stop_token_id=request.stop_token_id,
         )
+
+    def learn(self, batch: Batch, seconds: float) -> None:
+        """Take in how long a batch took that nothing disturbed."""
+        chunks = [(s.num_tokens, s.base) for s in batch.scheduled if s.num_tokens > 1]
+        keys = [s.base for s in batch.scheduled if s.num_tokens == 1]
+        self._pacing.observe(len(keys), sum(keys), chunks, seconds)
+        if not chunks:
+            self._drafts.observe_step(batch.cost(seconds))
 
     def _register_blocks(self, request: Request) -> None:
         num_full = request.num_computed // self.pool.block_size

@@ -7,6 +7,7 @@ the pass gets longer by. `AdaptiveSpeculation` spends draft tokens while they ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +46,9 @@ _SOON, _LATE, _SURPRISE = 4, 64, 0.1
 
 
 class SpeculationPolicy(Protocol):
+    """Decides about a step as often as it is asked, and learns of the step once it is made: a plan that is
+    dropped leaves no trace."""
+
     def rests(self, num_committing: int) -> bool:
         """Whether the coming step goes without drafts whatever it is offered: then nothing need be, and
         `plan` is not asked."""
@@ -52,6 +56,10 @@ class SpeculationPolicy(Protocol):
 
     def plan(self, load: Load, candidates: Sequence[Candidate]) -> list[Allowance]:
         """What each candidate may draft."""
+        ...
+
+    def settle(self) -> None:
+        """The step is made as it was last decided."""
         ...
 
     def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
@@ -79,6 +87,9 @@ class FixedSpeculation:
     def plan(self, load: Load, candidates: Sequence[Candidate]) -> list[Allowance]:
         return [Allowance(min(self.num_drafts, candidate.limit)) for candidate in candidates]
 
+    def settle(self) -> None:
+        pass
+
     def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
         pass
 
@@ -87,6 +98,20 @@ class FixedSpeculation:
 
     def report(self) -> SpeculationReport:
         return SpeculationReport("fixed" if self.num_drafts else "off")
+
+
+@dataclass
+class _Decision:
+    """About the coming step, kept apart until the step is made."""
+
+    num_committing: int = 0
+    due: bool = False  # it is to be unlike the others
+    tries: bool = False  # it drafts although that promises little
+    rests: bool = False
+    doubtful: bool | None = None  # whether its plan promises too little, where there is one
+    drafts: bool = False
+    planned: list[Acceptance] = field(default_factory=list)
+    unguessed: list[Acceptance] = field(default_factory=list)  # those of them that heads do not guess for
 
 
 class AdaptiveSpeculation:
@@ -101,17 +126,17 @@ class AdaptiveSpeculation:
         self._gains = np.array(family.gains)  # [num_drafts], falling
         self._cost = cost
         self._doubtful = False  # whether the last plan promised too little
-        self._tries = False  # whether this step drafts all the same
         self._since_change = 0  # steps since one was unlike the others
         self._probe_after = _SOON
         self._num_committing = 0
         self._fruitless = 0  # tries since one drafted
         self._rested = 0  # steps that were not planned since the last one that was
+        self._next: _Decision | None = None
         self._trims = trims
         self._overall = Acceptance()  # over all requests: the prior of each
         self._correction = CostCorrection()
         self._state: SpeculationState = "no_guess"
-        self._estimated = 1.0  # speed-up of the last step's plan
+        self._estimated = 1.0  # speed-up of the last plan
         self._seconds_with = self._seconds_without = 0.0
 
     def rests(self, num_committing: int) -> bool:
@@ -119,37 +144,58 @@ class AdaptiveSpeculation:
         steps cost. Where hardly anything is to be gained, the estimate is likelier to be wrong: there one
         with drafts now and then tells more, and the others do not even take the time to plan."""
         changed = num_committing != self._num_committing
-        self._num_committing = num_committing
-        self._since_change += 1
-        due = self._since_change > (_PAUSE if self._doubtful else self._probe_after)
-        if due:
-            self._since_change = 0
-        self._tries = due and self._doubtful
-        if due == self._doubtful or (changed and not due):
-            return False
-        self._overall.fade()
-        self._rested += 1
-        self._estimated, self._state = 1.0, "not_worthwhile" if self._doubtful else "probing"
-        return True
+        due = self._since_change >= (_PAUSE if self._doubtful else self._probe_after)
+        rests = due != self._doubtful and (due or not changed)
+        self._next = _Decision(num_committing, due, tries=due and self._doubtful, rests=rests)
+        if rests:
+            self._estimated, self._state = 1.0, "not_worthwhile" if self._doubtful else "probing"
+        return rests
 
     def plan(self, load: Load, candidates: Sequence[Candidate]) -> list[Allowance]:
         self._estimated, self._state = 1.0, "no_guess"
-        rested, self._rested = self._rested, 0
+        decision = self._next = self._next or _Decision(load.num_committing)
+        decision.planned = [candidate.acceptance for candidate in candidates]
         if not candidates:
             return []
-        for candidate in candidates:
-            candidate.acceptance.fade(rested)
         prior = self._overall.ratio(1.0)
-        ratios = [candidate.acceptance.ratio(prior) for candidate in candidates]
-        allowances = self._choose(load, candidates, ratios)
-        for candidate, allowance in zip(candidates, allowances, strict=True):
-            if allowance.most == 0 or allowance.chain_only:
-                candidate.acceptance.fade()
-        if all(allowance.most == 0 or allowance.chain_only for allowance in allowances):
-            self._overall.fade()
+        ratios = [acceptance.ratio(prior, self._rested) for acceptance in decision.planned]
+        allowances = self._choose(decision, load, candidates, ratios)
+        decision.drafts = any(allowance.most for allowance in allowances)
+        decision.unguessed = [
+            acceptance
+            for acceptance, allowance in zip(decision.planned, allowances, strict=True)
+            if allowance.most == 0 or allowance.chain_only
+        ]
         return allowances
 
-    def _choose(self, load: Load, candidates: Sequence[Candidate], ratios: list[float]) -> list[Allowance]:
+    def settle(self) -> None:
+        decision, self._next = self._next, None
+        if decision is None:  # nobody could draft, so that it was not asked
+            return
+        self._num_committing = decision.num_committing
+        self._since_change = 0 if decision.due else self._since_change + 1
+        if decision.rests:
+            self._overall.fade()
+            self._rested += 1
+            return
+        if decision.doubtful is None:
+            return
+        self._doubtful = decision.doubtful
+        if decision.drafts:
+            self._fruitless = 0
+        else:
+            self._fruitless += decision.tries
+        for acceptance in decision.planned:
+            acceptance.fade(self._rested)
+        self._rested = 0
+        for acceptance in decision.unguessed:
+            acceptance.fade()
+        if len(decision.unguessed) == len(decision.planned):
+            self._overall.fade()
+
+    def _choose(
+        self, decision: _Decision, load: Load, candidates: Sequence[Candidate], ratios: list[float]
+    ) -> list[Allowance]:
         n = load.num_committing
         base = self._correction.base_seconds(self._cost.base_seconds(n, n, load.num_keys))
         most = max(_LEAST_OFFERS, _MOST_OFFERS // len(candidates))
@@ -163,19 +209,17 @@ class AdaptiveSpeculation:
         # what a draft token costs, not what a committed one is worth.
         best_rate = max(plan.best_rate for plan in plans)
         speed_up = best_rate * base / n
-        patience = n * (_PATIENCE + _GROWING_PATIENCE * self._fruitless) if self._tries else 0.0
+        patience = n * (_PATIENCE + _GROWING_PATIENCE * self._fruitless) if decision.tries else 0.0
         best = max(plans, key=lambda plan: plan.choose(best_rate, patience))
         worthwhile = _WORTHWHILE + _WORTHWHILE_EACH * min(n - 1, _CROWD)
-        self._doubtful = speed_up < worthwhile
-        if self._doubtful and not self._tries:
+        decision.doubtful = speed_up < worthwhile
+        if decision.doubtful and not decision.tries:
             self._state = "not_worthwhile"
             return [NOTHING] * len(candidates)
         allowances = best.allowances(best_rate, [candidate.limit for candidate in candidates], self._trims)
         if any(allowance.most for allowance in allowances):
             self._estimated, self._state = speed_up, "ngrams" if best.chain_only else "heads"
-            self._fruitless = 0
         else:
-            self._fruitless += self._tries
             self._state = "not_worthwhile"
         return allowances
 

@@ -82,7 +82,7 @@ class Spending:
             else Allowance(
                 most=min(limit, _ROOM * int(size)) if trims else int(size),
                 least=least,
-                expected=float(offer[1, :size].sum()),
+                gains=offer[1, :size].tolist(),
                 chain_only=self.chain_only,
             )
             for size, offer, limit in zip(sizes, self._offers, limits, strict=True)

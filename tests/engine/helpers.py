@@ -10,6 +10,7 @@ from typing import Any
 from engine.messages import RequestOutput, SamplingParams, SpeculationParams
 from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.pacing import Pacing
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculation import FixedSpeculation, SpeculationPolicy
@@ -34,11 +35,12 @@ def make_scheduler(
     max_drafts: int = 8,
     policy: SpeculationPolicy | None = None,
     eos: Sequence[int] = (EOS,),
+    pacing: Pacing | None = None,
     ngrams: bool = False,
 ) -> Scheduler:
     limits = SchedulerLimits(max_num_seqs, budget, max_model_len, max_drafts)
     pool = BlockPool(num_blocks, block_size)
-    return Scheduler(limits, pool, policy or FixedSpeculation(0), eos, ngrams=ngrams)
+    return Scheduler(limits, pool, policy or FixedSpeculation(0), eos, pacing=pacing, ngrams=ngrams)
 
 
 def next_token(known: Sequence[int]) -> int:

@@ -63,7 +63,7 @@ def test_abort_takes_effect_before_the_next_step(tiny_model_dir: Path) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         for name in ("a", "b"):
-            inbox.put(AddRequest(name, [*PROMPT, ord(name)], params(50, ignore_eos=True)))
+            inbox.put(AddRequest(name, [ord(name), *PROMPT], params(50, ignore_eos=True)))
         process._take_messages(engine, theirs, inbox)
         before = engine.step().stats
         inbox.put(AbortRequest("a"))

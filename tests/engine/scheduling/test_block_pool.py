@@ -56,6 +56,7 @@ def test_prefix_search_stops_at_the_first_gap() -> None:
     pool.register(table[0], HASHES[0])
     pool.register(table[1], HASHES[2])
     assert pool.find_prefix(HASHES[:3]) == table[:1]
+    assert pool.prefix_length(HASHES[:3]) == 1
 
 
 def test_free_blocks_go_before_cached_ones_and_the_longest_unused_is_evicted_first() -> None:

@@ -313,7 +313,7 @@ def test_host_work_of_64_requests_stays_under_two_milliseconds() -> None:
         policy=AdaptiveSpeculation(family, costs),
     )
     for name in range(64):
-        scheduler.add(str(name), prompt(100 + name), params(600))
+        scheduler.add(str(name), [50 + name, *prompt(100 + name)], params(600))
     times = []
     drafting = 0
     for _ in range(60):

@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
+from engine.scheduling.cost import CostModel
 from engine.scheduling.drafting import Acceptance, Allowance, Candidate, Load, SpeculationReport, StepCost
+from engine.scheduling.pacing import TimedPacing
 from tests.engine.helpers import FakeRunner, continuation, make_scheduler, params, random_accept, run_step
 
 MODEL_LEN = 40
+COST = CostModel(passes=((1, 0.01), (8, 0.02)))  # a few tokens of a prompt take all the time there is
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,14 @@ class RandomSpeculation:
 
     def plan(self, load: Load, candidates: Sequence[Candidate]) -> list[Allowance]:
         sizes = [self._random.randint(0, candidate.limit) for candidate in candidates]
-        return [Allowance(size, expected=size) for size in sizes]
+        return [Allowance(size, gains=(1.0,) * size) for size in sizes]
+
+    def settle(self) -> None:
+        pass
 
     def observe(self, acceptance: Acceptance, expected: float, num_accepted: int) -> None:
         assert 0 <= num_accepted <= expected
+        assert expected > 0  # nothing is learned from a step that verified nothing
 
     def observe_step(self, step: StepCost) -> None:
         pass
@@ -76,6 +83,7 @@ arrivals = st.lists(
     spare_budget=st.integers(0, 20),
     max_drafts=st.integers(0, 12),
     seed=st.integers(0, 1000),
+    paced=st.booleans(),
 )
 def test_every_request_gets_its_tokens_and_every_block_comes_back(
     arrivals: list[Arrival],
@@ -85,6 +93,7 @@ def test_every_request_gets_its_tokens_and_every_block_comes_back(
     spare_budget: int,
     max_drafts: int,
     seed: int,
+    paced: bool,
 ) -> None:
     scheduler = make_scheduler(
         num_blocks=-(-MODEL_LEN // block_size) + spare_blocks,
@@ -94,6 +103,7 @@ def test_every_request_gets_its_tokens_and_every_block_comes_back(
         max_model_len=MODEL_LEN,
         max_drafts=max_drafts,
         policy=RandomSpeculation(seed),
+        pacing=TimedPacing(COST) if paced else None,
     )
     runner = FakeRunner(scheduler, random_accept(seed))
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(arrivals))}

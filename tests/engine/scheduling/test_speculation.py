@@ -96,6 +96,7 @@ class Simulation:
             candidates = [Candidate(acceptance, len(self.family.paths)) for acceptance in self.acceptances]
             resting = policy.rests(count)
             allowances = [NOTHING] * count if resting else policy.plan(Load(count, count), candidates)
+            policy.settle()
             sizes = [allowance.most for allowance in allowances]
             assert all(0 <= size <= len(self.family.paths) for size in sizes)
             committed = count
