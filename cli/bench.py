@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cli import bench_gpu, bench_peers, bench_quality, bench_serve, bench_step
+from cli import bench_gpu, bench_interference, bench_peers, bench_quality, bench_serve, bench_step
 from cli.bench_common import DEFAULT_KV_CACHE, add_prompts, check_positive, engine_settings
 from cli.parser import Subparsers
 from cli.settings import add_flags, build
@@ -23,6 +23,7 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     _register_engine(commands)
     bench_serve.register(commands)
     bench_step.register(commands)
+    bench_interference.register(commands)
     bench_gpu.register(commands)
     _register_host(commands)
     bench_quality.register(commands)
