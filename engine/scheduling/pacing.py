@@ -15,7 +15,7 @@ from engine.scheduling.cost import CostModel, Tracker
 # How long a step with prompt chunks may last, as a multiple of what running requests take without: where some
 # wait for their next token, and where nobody does. Then it is as long as reading weights anew for every chunk
 # takes little of it.
-_SLOWDOWN, _SLOWDOWN_ALONE = 2.5, 4.5
+_SLOWDOWN, _SLOWDOWN_ALONE = 2.5, 4.0
 
 
 class Pacing(Protocol):
