@@ -28,11 +28,12 @@ from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.model.loader import load_config, load_decoder
 from engine.runner import device as hardware
-from engine.runner.drafter import Drafter, DraftInput, Proposal
+from engine.runner.drafter import Drafter, Proposal, RootRows
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kv_cache import KVCache, bytes_per_token, stored_dtype
 from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
+from engine.scheduling.batch import ScheduledRequest
 from engine.scheduling.scheduler import SchedulerLimits
 from heads.checkpoint import load_heads
 from heads.defaults import DEFAULT_MODEL
@@ -69,9 +70,12 @@ class FreeDrafter(Drafter):
         self._offsets = torch.arange(len(family.parents), device=device)
         self._depth, self._vocab_size = family.max_depth, vocab_size
 
-    def propose(self, draft: DraftInput) -> Proposal:
-        width = draft.max_nodes
-        tokens = (draft.roots.unsqueeze(1) + self._offsets[:width]) % self._vocab_size
+    def limit(self, scheduled: ScheduledRequest) -> int:
+        return scheduled.num_drafts
+
+    def grow(self, rows: RootRows) -> Proposal:
+        width = rows.max_nodes
+        tokens = (rows.roots.unsqueeze(1) + self._offsets[:width]) % self._vocab_size
         return Proposal(tokens, self._parents[:width].expand_as(tokens), self._depth)
 
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.containment import Containment
 from engine.errors import ConfigError, RequestError
-from engine.messages import AddRequest, Backend, ModelInfo, SamplingParams, StepOutput, StepStats
+from engine.messages import (
+    MAX_LISTED_TOKENS,
+    AddRequest,
+    Backend,
+    ModelInfo,
+    SamplingParams,
+    StepOutput,
+    StepStats,
+)
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder, Linear
 from engine.model.footprint import weight_bytes
@@ -22,12 +30,11 @@ from engine.native.kept import KeptWeights
 from engine.native.precision import take_over
 from engine.runner import device as hardware
 from engine.runner.capture import capture_graphs, compile_kernels
-from engine.runner.drafter import Drafter
+from engine.runner.drafter import ChainDrafter, Drafter, NoDrafter
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kept_timings import KeptTimings
 from engine.runner.kv_cache import KVCache, bytes_per_token, stored_dtype
 from engine.runner.memory import allocating, first_num_blocks, fit_cache, is_fitted
-from engine.runner.ngram_drafter import NgramDrafter
 from engine.runner.profile import POSITIONS_TIMED, measure_costs
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, CommittedTokens
@@ -90,11 +97,11 @@ class Engine:
             drafter = HeadsDrafter.of(heads, loaded.embedding, _projection(loaded, model_dir))
             heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
         if drafter is None and ngrams:
-            drafter = NgramDrafter()
-        if not speculates:
-            drafter, family = None, _NO_TREE
+            drafter = ChainDrafter()
+        if drafter is None or not speculates:
+            drafter, family = NoDrafter(), _NO_TREE
         family = family.prefix(config.max_tree_nodes - 1)
-        takes_chains = drafter is not None and drafter.takes_chains
+        takes_chains = drafter.takes_chains
         max_drafts = config.max_tree_nodes - 1 if takes_chains else len(family.paths)
         decoder: Decoder | NativeDecoder = loaded
         has_kernels = can_take(loaded)
@@ -107,9 +114,9 @@ class Engine:
         else:
             quantization = quantize_linears(loaded, asked, hardware.spare_memory())
 
-        extra_layers = 0 if drafter is None else drafter.num_cache_layers
+        extra_layers = drafter.num_cache_layers
         token_bytes = bytes_per_token(model, stored, extra_layers)
-        token_bytes += 0 if drafter is None else drafter.cache_bytes_per_token
+        token_bytes += drafter.cache_bytes_per_token
         num_blocks = first_num_blocks(config, token_bytes, device, max_model_len)
         max_tokens = config.max_num_batched_tokens or max(
             hardware.default_batched_tokens(device), config.max_num_seqs
@@ -321,6 +328,12 @@ def _check_request(prompt: list[int], sampling: SamplingParams, info: ModelInfo)
     ):
         if ids and (min(ids) < 0 or max(ids) >= info.vocab_size):
             raise RequestError(name, f"Token ids in {name} must be 0 to {info.vocab_size - 1}.")
+    for name, count in (
+        ("logit_bias", len(sampling.logit_bias)),
+        ("stop_token_ids", len(sampling.stop_token_ids) + len(info.eos_token_ids)),
+    ):
+        if count > MAX_LISTED_TOKENS:
+            raise RequestError(name, f"{name} may list at most {MAX_LISTED_TOKENS} tokens.")
     if sampling.max_tokens < 1:
         raise RequestError("max_tokens", "max_tokens must be at least 1.")
     if (sampling.logprobs or 0) > info.vocab_size:

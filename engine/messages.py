@@ -15,6 +15,8 @@ FinishReason = Literal["stop", "length", "abort"]
 Failure = Literal["error", "out_of_memory"]
 Backend = Literal["native", "triton", "torch"]
 
+MAX_LISTED_TOKENS = 512  # of `logit_bias`, and of what ends a request: its stop tokens and the model's own
+
 
 class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
     """What one request asks of speculation. `max_nodes` counts draft tokens, the root not included."""

@@ -47,7 +47,7 @@ def plan_baselines(
     `draft_layers` layers (None: a fifth of them). No chain is longer than the configuration's largest tree.
     Raises ConfigError for what cannot draft for this model.
     """
-    from engine.runner.ngram_drafter import NgramDrafter
+    from engine.runner.drafter import ChainDrafter
 
     if NONE in names and len(names) > 1:
         raise ConfigError("baselines", "none goes alone")
@@ -56,7 +56,7 @@ def plan_baselines(
     found = []
     if NGRAM in names:
         length = _chain_length(NGRAM_TOKENS, config)
-        found.append(Baseline(NGRAM, length, f"prompt lookup, {length} tokens", NgramDrafter))
+        found.append(Baseline(NGRAM, length, f"prompt lookup, {length} tokens", ChainDrafter))
     if DRAFT in names:
         found.append(_draft_model(config, draft_model, draft_layers))
     return found

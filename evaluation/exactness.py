@@ -73,9 +73,8 @@ def scores_of(
     """
     import torch
 
-    from engine.runner.noise import gumbel, make_keys
+    from engine.runner.noise import gumbel, make_keys, mix_seed
 
-    keys = make_keys(np.array([seed], dtype=np.uint64), np.array([position], dtype=np.uint64))
-    scales = np.array([temperature], dtype=np.float32)
-    noise = gumbel(keys, scales, len(logprobs), torch.device("cpu"))
+    keys = make_keys(torch.tensor([mix_seed(seed)]), torch.tensor([position]))
+    noise = gumbel(keys, torch.tensor([temperature]), len(logprobs))
     return np.asarray(logprobs + noise[0].double().numpy())

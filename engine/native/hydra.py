@@ -16,7 +16,7 @@ from engine.native.library import CDecoder, CLayer, CMatrix, kernels
 from engine.native.matrix import Kind, NativeLinear, fits
 from engine.native.scratch import scratch
 from engine.native.threads import num_threads
-from engine.runner.noise import Noise
+from engine.runner.drafter import RootRows
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer, rope_frequencies
 
@@ -158,25 +158,19 @@ class NativeHydra:
         self._projection = NativeLinear(heads.mapped(lm_head_weight.detach()), None, Kind.INT8)
         self._token_map = heads.token_map
 
-    def grow(
-        self,
-        hidden: Tensor,
-        roots: Tensor,
-        num_nodes: Tensor,
-        max_depth: int,
-        chain_tokens: Tensor,
-        chain_sure: Tensor,
-        least: Tensor,
-        noise: Noise | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`trees.select.grow_trees` over these heads, in one call.
+    def grow(self, hidden: Tensor, rows: RootRows) -> tuple[Tensor, Tensor, Tensor]:
+        """`trees.select.grow_trees` over these heads, in one call: tokens, parents and numbers of nodes.
 
-        hidden: [num_requests, hidden], what heads start from; the rest as there, the chains' two tensors both
-        [num_requests, length]. noise: of the requests' draws, at least max_depth levels, where any samples.
+        hidden: [num_requests, hidden], what heads start from.
         """
         requests, size = hidden.shape
-        start, roots = hidden.float().contiguous(), roots.contiguous()
-        max_nodes, length = int(num_nodes.max()), chain_tokens.shape[1]
+        max_depth, max_nodes, length = rows.levels, rows.max_nodes, rows.chains.length
+        start, roots, num_nodes = (
+            hidden.float().contiguous(),
+            rows.roots.contiguous(),
+            rows.num_nodes.contiguous(),
+        )
+        least = torch.full((requests,), -torch.inf) if rows.least is None else rows.least.contiguous()
         tokens = torch.empty(requests, max_nodes, dtype=torch.int64)
         parents = torch.empty_like(tokens)
         grown = torch.empty(requests, dtype=torch.int64)
@@ -184,8 +178,8 @@ class NativeHydra:
         needed = self._library.gorgon_grow_bytes(
             size, self._projection.out_features, requests, length, max_depth, threads
         )
-        chain_tokens, chain_sure = chain_tokens.contiguous(), chain_sure.contiguous()
-        keys = None if noise is None else np.ascontiguousarray(noise.keys[:, :max_depth])
+        chain_tokens, chain_sure = rows.chains.token_ids.contiguous(), rows.chains.sure.contiguous()
+        keys = None if rows.noise is None else rows.noise.keys[:, :max_depth].contiguous()
         self._library.gorgon_grow(
             self._c_mixes,
             max_depth,
@@ -198,8 +192,8 @@ class NativeHydra:
             start.data_ptr(),
             num_nodes.data_ptr(),
             least.data_ptr(),
-            None if keys is None else keys.ctypes.data,
-            None if noise is None else noise.temperatures.ctypes.data,
+            None if keys is None else keys.data_ptr(),
+            None if rows.noise is None else rows.noise.temperatures.data_ptr(),
             length,
             chain_tokens.data_ptr(),
             chain_sure.data_ptr(),

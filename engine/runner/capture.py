@@ -150,23 +150,21 @@ def _recorded(graph: StepGraph, capture: Capture) -> StepGraph:
 
 
 def _make_drafting(runner: Runner, buffers: StepBuffers, make_attention: MakeAttention) -> DraftGraphs | None:
-    drafter, levels = runner.drafter, num_guessed_levels(runner, buffers.bucket)
-    if drafter is None or not levels:
+    drafter, bucket = runner.drafter, buffers.bucket
+    if not drafter.capturable or bucket.max_nodes == 1:
         return None
-    attention = None
-    if drafter.root_heads is not None:
+    attention, levels = None, num_guessed_levels(runner, bucket)
+    if levels and drafter.root_heads is not None:
         ancestors = torch.zeros_like(buffers.root_slots)
-        roots = buffers.bucket.roots()
-        attention = make_attention(roots, drafter.root_heads, buffers.root_slots, ancestors)
+        attention = make_attention(bucket.roots(), drafter.root_heads, buffers.root_slots, ancestors)
     return DraftGraphs(buffers, attention, runner, levels)
 
 
 def num_guessed_levels(runner: Runner, bucket: Bucket) -> int:
     """How many levels heads guess by the bucket's own graphs."""
-    drafter = runner.drafter
-    if drafter is None or not drafter.can_grow() or bucket.num_requests > _MOST_GUESSING:
+    if not runner.drafter.capturable or bucket.num_requests > _MOST_GUESSING:
         return 0
-    return min(drafter.num_levels, bucket.max_nodes - 1)
+    return min(runner.drafter.num_levels, bucket.max_nodes - 1)
 
 
 def _example(runner: Runner, bucket: Bucket) -> Batch | None:

@@ -19,7 +19,7 @@ from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.runner import sampling
 from engine.runner.attention import paged_attention
-from engine.runner.drafter import Drafter, DraftInput, Proposal, chain_parents
+from engine.runner.drafter import Drafter, Proposal, RootRows, chain_parents
 from engine.runner.kv_cache import KVCache, bytes_per_token
 from engine.runner.noise import Noise
 from engine.runner.per_request import PerRequest
@@ -40,7 +40,7 @@ class _Progress:
 class DraftModelDrafter(Drafter):
     """Pack the decoder's linear layers beforehand where that makes it faster."""
 
-    observes_tensors = False
+    capturable = False
     _cache: KVCache  # there once attached
 
     def __init__(self, decoder: Decoder) -> None:
@@ -65,34 +65,34 @@ class DraftModelDrafter(Drafter):
         positions = self._decoder.config.max_positions - len(scheduled.request.token_ids)
         return max(0, min(scheduled.num_drafts, positions))
 
-    def propose(self, draft: DraftInput) -> Proposal:
-        requests, device = draft.requests, draft.roots.device
-        tokens = torch.nn.functional.pad(draft.roots.unsqueeze(1), (0, draft.max_nodes - 1))
-        bases = [len(request.token_ids) - 1 for request in requests]
+    def grow(self, rows: RootRows) -> Proposal:
+        requests, device = rows.requests, rows.roots.device
+        tokens = torch.nn.functional.pad(rows.roots.unsqueeze(1), (0, rows.max_nodes - 1))
+        bases, budgets = [len(request.token_ids) - 1 for request in requests], rows.num_nodes.tolist()
         # A chain that was accepted whole left its last node, which no draft followed, uncomputed.
         firsts = [min(self._known(request), base) for request, base in zip(requests, bases, strict=True)]
         hidden = self._run(requests, firsts, [base + 1 for base in bases])
         lengths = [base + 1 - first for base, first in zip(bases, firsts, strict=True)]
         ends = integers(list(itertools.accumulate(lengths)), device)
-        noise = Noise.ahead(requests, draft.max_nodes - 1)
+        noise = rows.noise
         tokens[:, 1] = self._guess(hidden[ends - 1], noise, 0)
-        for node in range(1, draft.max_nodes - 1):
-            going_on = [i for i, budget in enumerate(draft.budgets) if budget > node + 1]
+        for node in range(1, rows.max_nodes - 1):
+            going_on = [i for i, budget in enumerate(budgets) if budget > node + 1]
             places = [bases[i] + node for i in going_on]
-            rows = integers(going_on, device)
+            chosen = integers(going_on, device)
             hidden = self._run(
-                [requests[i] for i in going_on], places, [p + 1 for p in places], tokens[rows, node]
+                [requests[i] for i in going_on], places, [p + 1 for p in places], tokens[chosen, node]
             )
-            tokens[rows, node + 1] = self._guess(hidden, noise and noise.rows(going_on), node)
-        for request, base, budget in zip(requests, bases, draft.budgets, strict=True):
+            tokens[chosen, node + 1] = self._guess(hidden, noise and noise.rows(chosen), node)
+        for request, base, budget in zip(requests, bases, budgets, strict=True):
             self._progress[request].length = base + budget - 1
-        return Proposal(tokens, chain_parents(tokens), draft.max_nodes - 1)
+        return Proposal(tokens, chain_parents(tokens), rows.max_nodes - 1)
 
     def _guess(self, hidden: Tensor, noise: Noise | None, level: int) -> Tensor:
         """The likeliest tokens, [num_requests] int64. hidden: [num_requests, hidden]; noise: of the same."""
         logits = self._decoder.logits(hidden)
         if noise is not None:
-            logits = logits.float() + noise.of_level(level, logits.shape[1], logits.device)
+            logits = logits.float() + noise.of_level(level, logits.shape[1])
         return sampling.argmax(logits)
 
     def observe(

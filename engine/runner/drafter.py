@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,34 +12,34 @@ from torch import Tensor
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Attention
 from engine.runner.kv_cache import KVCache
+from engine.runner.noise import Noise
 from engine.runner.step_input import StepInput
 from engine.scheduling.batch import ScheduledRequest
-from engine.scheduling.ngrams import Chain
 from engine.scheduling.request import Request
 from trees.select import Chains
 from trees.verify import DraftTrees
 
 
 @dataclass(frozen=True)
-class DraftInput:
-    """What a drafter may go by, for the requests of a step that have a budget of drafts.
+class RootRows:
+    """What a drafter may go by: the roots of requests that have drafts in the coming pass.
 
-    The root of request i lies at position `len(requests[i].token_ids) - 1`, and every position before it has
-    its KV in the cache.
+    A root's position is that of its request's last known token; every position before it has its KV in the
+    cache. In a CUDA graph all requests of a bucket are among them, those without drafts and padding too: what
+    is guessed for these nobody reads.
     """
 
-    requests: Sequence[Request]
-    chains: Sequence[Chain]  # n-gram guesses of each request, for drafters that take them
-    budgets: Sequence[int]  # nodes of each tree, root included
-    least: Sequence[float]  # of each request: the least probability that is worth a node
-    chain_only: bool  # whether the chains are all that is wanted
     hidden: Tensor  # [num_requests, hidden], the base's row that each root was drawn from
     roots: Tensor  # [num_requests] int64 token ids
-
-    @property
-    def max_nodes(self) -> int:
-        """The largest budget."""
-        return max(self.budgets)
+    positions: Tensor  # [num_requests] int64, the roots'
+    num_nodes: Tensor  # [num_requests] int64, of each tree, root included
+    max_nodes: int  # of any tree
+    levels: int  # of guesses that are to take time of their own; 0 where the chains are all that is wanted
+    chains: Chains  # guesses from the host: what followed the last tokens before
+    noise: Noise | None  # of the coming draws, `levels` of each request; None where all are greedy
+    attention: Attention | None  # over the roots, with the drafter's `root_heads`, where it has any
+    least: Tensor | None = None  # [num_requests] float32: log-probability below which a node is not worth it
+    requests: Sequence[Request] = ()  # empty in a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -51,68 +50,40 @@ class Proposal:
     tokens: Tensor  # [num_requests, max_nodes] int64, column 0 the roots themselves; siblings differ
     parents: Tensor  # [num_requests, max_nodes] int64, the root's is itself; each node after its parent
     max_depth: int  # a bound that the host knows
-    num_nodes: Sequence[int] | None = None  # root included, where some trees are smaller than their budgets
+    num_nodes: Tensor | None = None  # [num_requests] int64, root included, where `RootRows.least` was given
 
 
-@dataclass(frozen=True)
-class RootRows:
-    """What a drafter may go by where nothing but tensors tells: all requests of a pass that decodes, those
-    without drafts and padding among them. What is guessed for these nobody reads."""
-
-    hidden: Tensor  # [num_requests, hidden], the base's row that each root was drawn from
-    roots: Tensor  # [num_requests] int64 token ids
-    positions: Tensor  # [num_requests] int64, the roots'
-    num_nodes: Tensor  # [num_requests] int64, of each tree, root included
-    max_nodes: int  # of any tree
-    levels: int  # of guesses
-    chains: Chains
-    attention: Attention | None  # of the roots, where the drafter asks for one
-
-
-class Drafter(Protocol):
+class Drafter(ABC):
     """Fills trees with guesses. It sees the committed root, so a guess may depend on the path before it.
 
-    A drafter inherits from this class. One with KV of its own asks for `num_cache_layers` more layers of the
-    base's shape in the base's cache, where compaction moves them along, or keeps `cache_bytes_per_token`
-    elsewhere, under the same slots.
+    One with KV of its own asks for `num_cache_layers` more layers of the base's shape in the base's cache,
+    where compaction moves them along, or keeps `cache_bytes_per_token` elsewhere, under the same slots.
     """
 
-    takes_chains: bool = False  # whether it makes use of n-gram guesses
+    takes_chains: bool = False  # whether guesses of the host join its own
     num_levels: int = 0  # of guesses that take time of their own
-    trims: bool = False  # whether it leaves out what is less likely than `DraftInput.least`
+    root_heads: int | None = None  # query heads of its attention over the roots, where it has one
     num_cache_layers: int = 0
     cache_bytes_per_token: int = 0
-    # Whether `observe` reads nothing of a pass without prompts but its tensors, and waits for none of them,
-    # so that a CUDA graph may hold it.
-    observes_tensors: bool = True
+    # Whether `grow`, and `observe` of a pass without prompts, read nothing but tensors and wait for none: a
+    # CUDA graph may hold them.
+    capturable: bool = True
+    # Whether it leaves out what is less likely than `RootRows.least`.
+    trims: bool = False
 
     def attach(self, config: DecoderConfig, cache: KVCache) -> None:
         """Called before the first pass, and again where the cache changes its size: the base model, and the
         cache whose last `num_cache_layers` layers are the drafter's."""
         return
 
+    @abstractmethod
     def limit(self, scheduled: ScheduledRequest) -> int:
         """How many of the draft tokens it has guesses for. Asked before a pass is laid out: what has no guess
         takes no row of it."""
-        return scheduled.num_drafts
-
-    def can_grow(self) -> bool:
-        """Whether `grow` may take the place of `propose` where `DraftInput.chain_only` is not set, so that a
-        CUDA graph may hold it: it reads nothing but tensors, and waits for none of them."""
-        return False
-
-    @property
-    def root_heads(self) -> int | None:
-        """Query heads of the attention that `grow` has read at the roots; None where it needs none."""
-        return None
-
-    def grow(self, rows: RootRows) -> tuple[Tensor, Tensor]:
-        """`propose` on tensors alone: tokens and parents as in `Proposal`. Only where `can_grow` says so."""
-        raise TypeError(f"{type(self).__name__} guesses by propose() alone")
 
     @abstractmethod
-    def propose(self, draft: DraftInput) -> Proposal:
-        """Guesses for every node."""
+    def grow(self, rows: RootRows) -> Proposal:
+        """A tree for every request."""
 
     def observe(
         self, step: StepInput, trees: DraftTrees, hidden: Tensor, rows_before: Callable[[], Tensor]
@@ -124,6 +95,48 @@ class Drafter(Protocol):
         (a prefix from the cache).
         """
         return
+
+
+class NoDrafter(Drafter):
+    """Guesses nothing."""
+
+    def limit(self, scheduled: ScheduledRequest) -> int:
+        return 0
+
+    def grow(self, rows: RootRows) -> Proposal:
+        return propose_chains(rows)  # of which there are none
+
+
+class ChainDrafter(Drafter):
+    """Guesses what the host does, for models without heads: a chain for each request whose last tokens have
+    occurred before, nothing for the others."""
+
+    takes_chains = True
+
+    def limit(self, scheduled: ScheduledRequest) -> int:
+        return min(scheduled.num_drafts, len(scheduled.chain.token_ids))
+
+    def grow(self, rows: RootRows) -> Proposal:
+        return propose_chains(rows)
+
+
+class BlankDrafter(Drafter):
+    """Guesses token 0 below every root, which takes no time: trees as large as they are asked for."""
+
+    def limit(self, scheduled: ScheduledRequest) -> int:
+        return scheduled.num_drafts
+
+    def grow(self, rows: RootRows) -> Proposal:
+        tokens = torch.nn.functional.pad(rows.roots.unsqueeze(1), (0, rows.max_nodes - 1))
+        return Proposal(tokens, torch.zeros_like(tokens), 1)
+
+
+def propose_chains(rows: RootRows) -> Proposal:
+    """Every request's chain as its tree."""
+    drafts, width = rows.chains.token_ids, rows.max_nodes - 1
+    tokens = torch.cat((rows.roots.unsqueeze(1), drafts[:, :width]), dim=1)
+    tokens = torch.nn.functional.pad(tokens, (0, rows.max_nodes - tokens.shape[1]))
+    return Proposal(tokens, chain_parents(tokens), width)
 
 
 def chain_parents(tokens: Tensor) -> Tensor:

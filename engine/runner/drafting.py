@@ -8,62 +8,79 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.runner.drafter import Drafter, DraftInput, Proposal
-from engine.runner.step_input import CommitRows
-from engine.runner.transfer import together
+from engine.runner.attention import paged_attention
+from engine.runner.drafter import Drafter, Proposal, RootRows
+from engine.runner.kv_cache import KVCache
+from engine.runner.sampler import Sampler
+from engine.runner.sampling_table import Demand
+from engine.runner.step_input import CommitRows, build_rows
+from engine.runner.transfer import integers, to_device
 from engine.scheduling.batch import Batch
+from trees.select import make_chains
 from trees.verify import DraftTrees
 
 
-def limit_drafts(drafter: Drafter | None, batch: Batch) -> None:
+def limit_drafts(drafter: Drafter, batch: Batch) -> None:
     """Leave out draft tokens that there are no guesses for, and what was expected of them. Guesses that turn
     out to be too unlikely come later: of them it was expected that some are wrong."""
-    if drafter is not None:
-        for scheduled in batch.scheduled:
-            if scheduled.num_drafts:
-                scheduled.grant(drafter.limit(scheduled))
+    for scheduled in batch.scheduled:
+        if scheduled.num_drafts:
+            scheduled.grant(drafter.limit(scheduled))
 
 
-def levels_of(drafter: Drafter | None, batch: Batch) -> int:
-    """How many levels of guesses a batch asks of heads that a graph may hold. None where one of its requests
-    samples: a graph knows no noise, and all are guessed for without."""
-    if drafter is None or not drafter.can_grow():
-        return 0
+def levels_of(drafter: Drafter, batch: Batch) -> int:
+    """How many levels of guesses a batch asks for that take time of their own."""
     drafting = [s for s in batch.scheduled if s.num_drafts]
-    samples = any(s.request.sampling.temperature > 0.0 for s in drafting)
-    if samples or not any(s.guesses for s in drafting):
+    if not any(s.guesses for s in drafting):
         return 0
     return min(drafter.num_levels, max(s.num_drafts for s in drafting))
 
 
-def propose(drafter: Drafter | None, batch: Batch, hidden: Tensor) -> Proposal | None:
+def propose(
+    drafter: Drafter, batch: Batch, hidden: Tensor, cache: KVCache, sampler: Sampler, demand: Demand
+) -> Proposal | None:
     """Guesses for the requests of a batch that have drafts, None where nobody has; lowers the number of those
     that get fewer. hidden: [num_slots, hidden], the rows that roots were drawn from."""
     drafting = [s for s in batch.scheduled if s.num_drafts]
-    if not drafting or drafter is None:
+    if not drafting:
         return None
-    requests = [scheduled.request for scheduled in drafting]
-    known = {
-        "slots": np.array([request.slot for request in requests], dtype=np.int64),
-        "roots": np.array([request.token_ids[-1] for request in requests], dtype=np.int64),
-    }
-    known_there = together(known, hidden.device)
-    draft = DraftInput(
-        requests=requests,
-        chains=[scheduled.chain for scheduled in drafting],
-        budgets=[scheduled.num_drafts + 1 for scheduled in drafting],
-        least=[scheduled.allowance.least for scheduled in drafting],
-        chain_only=not any(scheduled.guesses for scheduled in drafting),
-        hidden=hidden[known_there["slots"]],
-        roots=known_there["roots"],
+    requests, budgets = [s.request for s in drafting], [s.num_drafts + 1 for s in drafting]
+    bases = [len(request.token_ids) - 1 for request in requests]
+    device, max_nodes, levels = hidden.device, max(budgets), levels_of(drafter, batch)
+    # The pass over the roots alone.
+    roots = build_rows(requests, bases, [base + 1 for base in bases], cache.block_size, device)
+    slots = integers([s.request.slot or 0 for s in drafting], device)
+    attention = noise = least = None
+    if levels and drafter.root_heads is not None:
+        num_kv_heads = cache.k.shape[1]
+        attention = paged_attention(roots, cache, drafter.root_heads, num_kv_heads)
+    guessed = levels if drafter.takes_chains else max_nodes - 1
+    if guessed and Demand.DRAW in demand:
+        noise = sampler.noise_ahead(slots, roots.positions, guessed)
+    if drafter.trims and device.type == "cpu":  # elsewhere the host would have to wait for what was drafted
+        least = to_device(np.array([s.allowance.least for s in drafting], dtype=np.float32), device).log_()
+    proposal = drafter.grow(
+        RootRows(
+            hidden=hidden[slots],
+            roots=roots.token_ids,
+            positions=roots.positions,
+            num_nodes=integers(budgets, device),
+            max_nodes=max_nodes,
+            levels=levels,
+            chains=make_chains([(s.chain.token_ids, s.chain.gains) for s in drafting], max_nodes - 1, device),
+            noise=noise,
+            attention=attention,
+            least=least,
+            requests=requests,
+        )
     )
-    proposal = drafter.propose(draft)
     if proposal.num_nodes is not None:
-        for scheduled, num_nodes in zip(drafting, proposal.num_nodes, strict=True):
+        grown = proposal.num_nodes.tolist()
+        for scheduled, num_nodes in zip(drafting, grown, strict=True):
             scheduled.num_drafts = num_nodes - 1
-        grown = [index for index, num_nodes in enumerate(proposal.num_nodes) if num_nodes > 1]
-        if len(grown) < len(drafting):
-            proposal = replace(proposal, tokens=proposal.tokens[grown], parents=proposal.parents[grown])
+        kept = [index for index, num_nodes in enumerate(grown) if num_nodes > 1]
+        if len(kept) < len(drafting):
+            proposal = replace(proposal, tokens=proposal.tokens[kept], parents=proposal.parents[kept])
     return proposal
 
 
@@ -71,9 +88,7 @@ def make_trees(commits: CommitRows, proposal: Proposal | None) -> DraftTrees:
     """Trees of all that commit, [num_commits, max_nodes]: of most, or of many, the root alone."""
     tokens = torch.nn.functional.pad(commits.roots.unsqueeze(1), (0, commits.max_nodes - 1))
     parents, max_depth = torch.zeros_like(tokens), 0
-    if len(commits.drafting) and proposal is None:  # only when costs are measured: all guess token 0
-        max_depth = 1
-    elif proposal is not None:
+    if proposal is not None:
         all_draft = len(commits.drafting) == len(commits.scheduled)
         members = slice(None) if all_draft else commits.drafting
         # The roots are known, whatever a drafter makes of them.

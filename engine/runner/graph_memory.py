@@ -22,7 +22,7 @@ def kept_bytes(runner: Runner, limits: SchedulerLimits) -> int:
     scratch, total = Scratch(nowhere), 0
     for bucket in default_buckets(limits, config.max_positions):
         plans = [(bucket, config.num_heads)]
-        if drafter is not None and drafter.root_heads is not None and num_guessed_levels(runner, bucket):
+        if drafter.root_heads is not None and num_guessed_levels(runner, bucket):
             plans.append((bucket.roots(), drafter.root_heads))
         for size, num_heads in plans:
             heads = PagedHeads.of(cache, num_heads, config.num_kv_heads)

@@ -1,11 +1,11 @@
 """CUDA graphs of decoding passes: some for each of a few sizes, which smaller passes are padded to.
 
 A pass whose requests each bring their root and a tree, no prompts, has few shapes. It is captured in three
-parts: the *drafting* part asks the heads, once for each number of levels they may be asked for; the *forward*
-part fills the trees in, runs the decoder and lets the drafter look; the *settling* part draws greedy targets,
-accepts, compacts and packs what was committed. Where nobody asks the heads, the first part is left out; where
-a request samples or is penalised, the third runs as it does without graphs. Everything that differs from step
-to step is copied into the same places on the device beforehand, see `engine.runner.step_buffers`.
+parts: the *drafting* part guesses, once for each number of levels that heads may be asked for, and once more
+with the noise of draws; the *forward* part fills the trees in, runs the decoder and lets the drafter look;
+the *settling* part draws targets, accepts, compacts and packs what was committed, once for requests that ask
+for their likeliest tokens alone and once for whatever may be asked. Everything that differs from step to step
+is copied into the same places on the device beforehand, see `engine.runner.step_buffers`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from torch import Tensor
 
 from engine.model.decoder import Attention
 from engine.runner.drafter import Proposal
+from engine.runner.passes import Settled, StepPass, Work
+from engine.runner.sampling_table import EVERYTHING, Demand
 from engine.runner.step_buffers import Bucket, StepBuffers
 from engine.runner.step_input import PassShape, StepInput
 from engine.scheduling.batch import Batch
-from trees.select import Chains
 from trees.verify import DraftTrees
 
+_MOST_DRAWN = (
+    128  # rows that draws are captured for: of more they take much memory, and longer than launching
+)
 _REHEARSALS = 2  # the second finds kernels compiled and workspaces in place
 
 Run = Callable[[], None]
@@ -51,71 +55,61 @@ class FixedAttention:
     prefix_len: Tensor  # [num_tokens] integers
 
 
-class Work(Protocol):
-    """What the graphs hold, on tensors alone."""
-
-    def grow(
-        self, step: StepInput, chains: Chains, levels: int, attention: Attention | None
-    ) -> tuple[Tensor, Tensor]:
-        """Ask the heads about every request: as `engine.runner.drafter.Drafter.grow`."""
-
-    def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
-        """Fill the step in and run it: the hidden rows, [num_tokens, hidden]."""
-
-    def settle(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> Tensor:
-        """Commit what greedy requests gain; as `engine.runner.commit.pack` returns it."""
-
-
 # From a bucket, the number of query heads, and slots and ancestors, both [num_tokens]
 MakeAttention = Callable[[Bucket, int, Tensor, Tensor], FixedAttention]
 
 
 class DraftGraphs:
-    """The graphs by which heads guess for one bucket, one for each number of levels.
+    """The graphs that guess for one bucket: one for each number of levels, from none, the chains alone, and
+    one of all levels for requests that sample.
 
-    attention: of the roots, where the heads need one.
+    attention: of the roots, where the drafter has one.
     """
 
     def __init__(
         self, buffers: StepBuffers, attention: FixedAttention | None, work: Work, num_levels: int
     ) -> None:
         self._buffers, self._attention, self._work = buffers, attention, work
-        self._runs: list[Run] = [partial(self._run, levels) for levels in range(1, num_levels + 1)]
-
-    @property
-    def num_levels(self) -> int:
-        return len(self._runs)
+        self.num_levels = num_levels
+        self._runs: list[Run] = [partial(self._run, levels, False) for levels in range(num_levels + 1)]
+        self._sampled: Run = partial(self._run, num_levels, True)
 
     def rehearse(self, capture: Capture) -> None:
         """On a pass that has been prepared and completed."""
         capture.rehearse(self._runs[-1])
+        if self.num_levels:
+            capture.rehearse(self._sampled)
 
     def record(self, capture: Capture) -> None:
         self._runs = [capture.record(run) for run in self._runs]
+        if self.num_levels:
+            self._sampled = capture.record(self._sampled)
 
     def prepare(self, shape: PassShape) -> None:
         if self._attention is not None:
             self._attention.load(shape.roots())
 
-    def guess(self, levels: int) -> None:
+    def guess(self, levels: int, samples: bool) -> None:
         """Guess for a pass that has been prepared and completed."""
-        self._runs[levels - 1]()
+        run = self._sampled if samples and levels else self._runs[levels]
+        run()
 
-    def _run(self, levels: int) -> None:
+    def _run(self, levels: int, samples: bool) -> None:
         buffers, fixed = self._buffers, self._attention
         buffers.place_roots(None if fixed is None else fixed.prefix_len)
         attention = None if fixed is None else fixed.attention
-        buffers.guess(*self._work.grow(buffers.step(), buffers.chains(), levels, attention))
+        guesses = self._work.grow(buffers.step(), buffers.chains(), levels, samples, attention)
+        buffers.guess(*guesses)
 
 
-class StepGraph:
+class StepGraph(StepPass):
     """The graphs of one bucket; until they are recorded, their work is done as it is written."""
 
     _shape: PassShape  # of the pass that was prepared
     _levels: int
+    _samples: bool
     _trees: DraftTrees
     _hidden: Tensor
-    _packed: Tensor
 
     def __init__(
         self,
@@ -129,72 +123,87 @@ class StepGraph:
         self._drafting = drafting
         self._work = work
         self._forward: Run = self._run_forward
-        self._settle: Run = self._run_settle
+        self._settle_plain: Run = partial(self._run_settle, Demand.NOTHING)
+        self._settle_all: Run | None = None
+        if buffers.bucket.num_tokens <= _MOST_DRAWN:
+            self._settle_all = partial(self._run_settle, EVERYTHING)
+        self._settled: dict[Demand, Settled] = {}
 
     @property
     def bucket(self) -> Bucket:
         return self._buffers.bucket
 
     @property
-    def num_levels(self) -> int:
-        """Of guesses that it can make itself."""
-        return 0 if self._drafting is None else self._drafting.num_levels
+    def num_levels(self) -> int | None:
+        """Of guesses that it can make itself; None where it makes none, not even of chains."""
+        return None if self._drafting is None else self._drafting.num_levels
 
     def rehearse(self, capture: Capture, example: Batch) -> None:
         """Get all parts ready to be recorded. example: a pass that the bucket holds."""
         for _ in range(_REHEARSALS):
-            self.prepare(example, self.num_levels)
+            self.prepare(example, self.num_levels, Demand.NOTHING)
             self._buffers.complete(example, None, [self._buffers.spare_slot] * len(example.scheduled))
             if self._drafting is not None:
                 self._drafting.rehearse(capture)
-            capture.rehearse(self._run_forward)
-            capture.rehearse(self._run_settle)
+            for run in (self._forward, self._settle_plain, self._settle_all):
+                if run is not None:
+                    capture.rehearse(run)
 
     def record(self, capture: Capture) -> None:
         """From now on run what is captured of all parts."""
         if self._drafting is not None:
             self._drafting.record(capture)
-        self._forward = capture.record(self._run_forward)
-        self._settle = capture.record(self._run_settle)
+        self._forward = capture.record(self._forward)
+        self._settle_plain = capture.record(self._settle_plain)
+        if self._settle_all is not None:
+            self._settle_all = capture.record(self._settle_all)
 
-    def prepare(self, batch: Batch, levels: int) -> None:
+    def prepare(self, batch: Batch, levels: int | None, demand: Demand) -> None:
         """Tell the graphs of a pass that the bucket holds, as far as it does not depend on the pass before,
         which need not have ended.
 
-        levels: of guesses that are to be made here, in the place of a proposal; at most `num_levels`.
+        levels: of guesses that are to be made here, at most `num_levels`; None where a proposal brings them.
         """
-        self._levels = levels
+        self._levels = -1 if levels is None else levels
+        self._samples = Demand.DRAW in demand
         self._shape = self._buffers.prepare(batch)
-        if self._drafting is not None and levels:
+        if self._drafting is not None and self._levels >= 0:
             self._drafting.prepare(self._shape)
         self._attention.load(self._shape)
 
     def complete(self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int]) -> StepInput:
-        """Tell them the rest, and guess; returns the pass without padding."""
         self._buffers.complete(batch, proposal, before_slots)
-        if self._drafting is not None and self._levels:
-            self._drafting.guess(self._levels)
+        if self._drafting is not None and self._levels >= 0:
+            self._drafting.guess(self._levels, self._samples)
         return self._buffers.step(batch, self._shape)
 
     def forward(self, step: StepInput) -> tuple[DraftTrees, Tensor]:
-        """Run what was completed: its trees, and its hidden rows [num_tokens, hidden]. Both are gone with the
-        next step."""
         self._forward()
         num_requests = len(step.scheduled)
         return self._trees.first(num_requests), self._hidden[: len(step.token_ids)]
 
-    def settle(self, step: StepInput) -> Tensor:
-        """Commit what was run, whose requests are all greedy; as `Work.settle`."""
-        self._settle()
-        return self._packed[: len(step.scheduled)]
+    def settle(self, step: StepInput, demand: Demand) -> Settled:
+        if demand and self._settle_all is None:
+            return self._work.settle(step, self._trees.first(len(step.scheduled)), self._hidden, demand)
+        run = self._settle_all if demand else self._settle_plain
+        if run is not None:
+            run()
+        settled = self._settled[EVERYTHING if demand else Demand.NOTHING]
+        requests, rows = len(step.scheduled), len(step.token_ids)
+        return Settled(
+            settled.packed[:requests], settled.logits[:rows], settled.rows[:requests], settled.stored
+        )
 
     def _run_forward(self) -> None:
         self._buffers.place(self._attention.prefix_len)
         self._trees = self._buffers.trees()
-        self._hidden = self._work.forward(self._buffers.step(), self._trees, self._attention.attention)
+        step = self._buffers.step()
+        step.fill(self._trees)
+        self._hidden = self._work.forward(step, self._trees, self._attention.attention)
 
-    def _run_settle(self) -> None:
-        self._packed = self._work.settle(self._buffers.step(), self._trees, self._hidden)
+    def _run_settle(self, demand: Demand) -> None:
+        step = self._buffers.step()
+        self._settled[demand] = self._work.settle(step, self._trees, self._hidden, demand)
 
 
 class StepGraphs:

@@ -18,19 +18,15 @@ from engine.model.decoder import Attention
 from engine.native.attention import NativeAttention
 from engine.native.hydra import NativeHydra, NativePrefix, can_take_heads, can_take_prefix
 from engine.native.precision import draft_linear
-from engine.runner.attention import paged_attention
-from engine.runner.drafter import Drafter, DraftInput, Proposal, RootRows
+from engine.runner.drafter import Drafter, Proposal, RootRows, propose_chains
 from engine.runner.kv_cache import KVCache
-from engine.runner.ngram_drafter import propose_chains
-from engine.runner.noise import Noise
-from engine.runner.step_input import CommitRows, PassInput, StepInput, build_rows
-from engine.runner.transfer import integers, to_device
+from engine.runner.step_input import CommitRows, StepInput
 from engine.scheduling.batch import ScheduledRequest
 from heads.base import DraftHeads, plain_linear
 from heads.checkpoint import HeadSet
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
-from trees.select import Guess, grow_trees, make_chains, most_drafts
+from trees.select import Guess, grow_trees, most_drafts
 from trees.verify import DraftTrees
 
 
@@ -39,6 +35,7 @@ class HeadsDrafter(Drafter):
     a request join its tree beside those of the heads."""
 
     takes_chains = True
+    trims = True
 
     def __init__(self, heads: DraftHeads, lm_head_weight: Tensor) -> None:
         if heads.embedding is None:
@@ -50,9 +47,8 @@ class HeadsDrafter(Drafter):
             self._native = NativeHydra(heads, lm_head_weight, heads.embedding)
         self._prefix: _CachedPrefix | _NativeCachedPrefix | None = None
         self.num_levels = heads.num_heads
-        # Elsewhere the host would have to wait for what was drafted.
-        self.trims = heads.embedding.device.type == "cpu"
-        self.num_cache_layers = 0 if heads.prefix_layer is None else 1
+        if heads.prefix_layer is not None:
+            self.num_cache_layers, self.root_heads = 1, heads.prefix_layer.num_heads
 
     @classmethod
     def of(cls, heads: HeadSet, embedding: Tensor, lm_head_weight: Tensor) -> HeadsDrafter:
@@ -88,67 +84,30 @@ class HeadsDrafter(Drafter):
     def limit(self, scheduled: ScheduledRequest) -> int:
         return most_drafts(scheduled.num_drafts, self._heads.num_heads, self._heads.num_tokens)
 
-    def propose(self, draft: DraftInput) -> Proposal:
-        hidden = draft.hidden
-        if draft.chain_only:
-            return propose_chains(draft)
-        max_depth = min(self._heads.num_heads, draft.max_nodes - 1)
-        if self._prefix is not None:
-            hidden = self._prefix.start(draft)
-            if self._native is None:  # heads that the kernels do not take, behind a prefix layer that they do
-                hidden = hidden.to(draft.hidden.dtype)
-        chains = make_chains(
-            [(c.token_ids, c.gains) for c in draft.chains], draft.max_nodes - 1, hidden.device
-        )
-        least = to_device(np.array(draft.least, dtype=np.float32), hidden.device).log_()
-        num_nodes = integers(draft.budgets, hidden.device)
-        noise = Noise.ahead(draft.requests, max_depth)
+    def grow(self, rows: RootRows) -> Proposal:
+        if not rows.levels:
+            return propose_chains(rows)
+        hidden, depth = rows.hidden, max(rows.levels, rows.chains.length)
+        if self._prefix is not None and rows.attention is not None:
+            hidden = self._prefix.start(rows, rows.attention)
         if self._native is not None:
-            tokens, parents, num_nodes = self._native.grow(
-                hidden, draft.roots, num_nodes, max_depth, chains.token_ids, chains.sure, least, noise
-            )
-            return Proposal(tokens, parents, max(max_depth, chains.length), num_nodes.tolist())
+            tokens, parents, num_nodes = self._native.grow(hidden, rows)
+            return Proposal(tokens, parents, depth, num_nodes)
+        guess = self._guess_from(hidden.to(rows.hidden.dtype), rows)
         tokens, parents, num_nodes = grow_trees(
-            self._guess_from(hidden, draft.roots, max_depth, noise),
-            draft.roots,
-            num_nodes,
-            draft.max_nodes,
-            max_depth,
-            chains,
-            least if self.trims else None,
+            guess, rows.roots, rows.num_nodes, rows.max_nodes, rows.levels, rows.chains, rows.least
         )
-        grown = num_nodes.tolist() if self.trims else None
-        return Proposal(tokens, parents, max(max_depth, chains.length), grown)
+        return Proposal(tokens, parents, depth, None if rows.least is None else num_nodes)
 
-    def can_grow(self) -> bool:
-        return not self.trims
-
-    @property
-    def root_heads(self) -> int | None:
-        return None if self._heads.prefix_layer is None else self._heads.prefix_layer.num_heads
-
-    def grow(self, rows: RootRows) -> tuple[Tensor, Tensor]:
-        hidden = rows.hidden
-        if isinstance(self._prefix, _CachedPrefix) and rows.attention is not None:
-            hidden = self._prefix.start_rows(hidden, rows.roots, rows.positions, rows.attention)
-        guess = self._guess_from(hidden, rows.roots, rows.levels)
-        tokens, parents, _ = grow_trees(
-            guess, rows.roots, rows.num_nodes, rows.max_nodes, rows.levels, rows.chains
-        )
-        return tokens, parents
-
-    def _guess_from(self, hidden: Tensor, roots: Tensor, levels: int, noise: Noise | None = None) -> Guess:
-        """The heads as `grow_trees` asks them.
-
-        hidden: [num_requests, hidden], what they start from; noise: of the draws to guess.
-        """
-        state = self._heads.begin(hidden, roots, levels)
+    def _guess_from(self, hidden: Tensor, rows: RootRows) -> Guess:
+        """The heads as `grow_trees` asks them. hidden: [num_requests, hidden], what they start from."""
+        state = self._heads.begin(hidden, rows.roots, rows.levels)
 
         def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
             nonlocal state
             added = None
-            if noise is not None:
-                added = noise.of_level(level, self._heads.num_tokens, hidden.device, self._heads.token_map)
+            if rows.noise is not None:
+                added = rows.noise.of_level(level, self._heads.num_tokens, self._heads.token_map)
             guesses, log_probs, state = self._heads.guess(level, state, tokens, origins, num_guesses, added)
             return guesses, log_probs
 
@@ -159,12 +118,6 @@ class HeadsDrafter(Drafter):
     ) -> None:
         if self._prefix is not None:
             self._prefix.write(step, trees, hidden, rows_before())
-
-
-def _rows_of_roots(draft: DraftInput, block_size: int) -> PassInput:
-    """The pass over the roots alone."""
-    bases = [len(request.token_ids) - 1 for request in draft.requests]
-    return build_rows(draft.requests, bases, [base + 1 for base in bases], block_size, draft.roots.device)
 
 
 def _rows_above(commits: CommitRows, trees: DraftTrees) -> tuple[Tensor, Tensor]:
@@ -183,14 +136,9 @@ class _CachedPrefix:
         self._layer, self._embedding, self._cache = layer, embedding, cache
         self._number = cache.num_layers - 1
 
-    def start(self, draft: DraftInput) -> Tensor:
+    def start(self, rows: RootRows, attention: Attention) -> Tensor:
         """What heads start from at each root, [num_requests, hidden]."""
-        rows = _rows_of_roots(draft, self._cache.block_size)
-        attention = paged_attention(rows, self._cache, self._layer.num_heads, self._layer.num_kv_heads)
-        return self.start_rows(draft.hidden, draft.roots, rows.positions, attention)
-
-    def start_rows(self, hidden: Tensor, roots: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """The same from tensors; see RootRows."""
+        hidden, roots, positions = rows.hidden, rows.roots, rows.positions
         entries = self._layer.entries(hidden, F.embedding(roots, self._embedding))
         q = self._layer.queries(entries, positions)
         read = attention(self._number, q, *self._layer.keys_values(entries, positions))
@@ -218,11 +166,10 @@ class _NativeCachedPrefix:
         self._native, self._layer, self._cache = native, layer, cache
         self._number = cache.num_layers - 1
 
-    def start(self, draft: DraftInput) -> Tensor:
-        rows = _rows_of_roots(draft, self._cache.block_size)
-        return self._native.start(
-            self._attention(rows), self._number, rows.token_ids, rows.positions, draft.hidden
-        )
+    def start(self, rows: RootRows, attention: Attention) -> Tensor:
+        if not isinstance(attention, NativeAttention):
+            raise TypeError("our kernels read the cache by their own attention")
+        return self._native.start(attention, self._number, rows.roots, rows.positions, rows.hidden)
 
     def write(self, step: StepInput, trees: DraftTrees, hidden: Tensor, before: Tensor) -> None:
         firsts = (step.starts[:-1], before, np.arange(len(before)))
@@ -230,8 +177,5 @@ class _NativeCachedPrefix:
         if len(step.commits.drafting):
             above, is_draft = _rows_above(step.commits, trees)
             drafts.append((step.commits.rows[is_draft].numpy(), hidden, above[is_draft].numpy()))
-        attention = self._attention(step)
+        attention = NativeAttention(step, self._cache, self._layer.num_heads, self._layer.num_kv_heads)
         self._native.write(attention, self._number, step.token_ids, step.positions, hidden, [firsts, *drafts])
-
-    def _attention(self, rows: PassInput) -> NativeAttention:
-        return NativeAttention(rows, self._cache, self._layer.num_heads, self._layer.num_kv_heads)

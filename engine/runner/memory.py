@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 from engine.messages import SamplingParams
 from engine.runner import device as hardware
 from engine.runner.capture_stream import on_capture_stream
-from engine.runner.drafter import Drafter
+from engine.runner.drafter import BlankDrafter, Drafter
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.drafting import Acceptance, Allowance
@@ -96,9 +96,9 @@ def fit_cache(
 
 def _measure_pass_bytes(runner: Runner, limits: SchedulerLimits, device: torch.device) -> int:
     """Bytes that the largest passes took beyond what lay there before."""
-    # Without a drafter trees are as large as they are asked for: one that knows no guess leaves them out.
+    # A drafter that knows no guess leaves trees out.
     with _peak(device) as peak:
-        for drafter in (runner.drafter, None):
+        for drafter in (runner.drafter, BlankDrafter()):
             for batch in largest_passes(limits, runner.cache.num_blocks, runner.cache.block_size):
                 _execute(runner, batch, drafter)
     return peak()
@@ -112,9 +112,9 @@ def _measure_graph_bytes(runner: Runner, limits: SchedulerLimits, device: torch.
 
     batch = largest_trees(limits, runner.cache.num_blocks, runner.cache.block_size, _GREEDY)
     with on_capture_stream():
-        _execute(runner, batch, None)  # leaves the workspaces
+        _execute(runner, batch, BlankDrafter())  # leaves the workspaces
         with _peak(device) as peak:
-            _execute(runner, batch, None)
+            _execute(runner, batch, BlankDrafter())
     return peak() + kept_bytes(runner, limits)
 
 
@@ -127,7 +127,7 @@ def _peak(device: torch.device) -> Generator[Callable[[], int], None, None]:
     torch.cuda.synchronize(device)
 
 
-def _execute(runner: Runner, batch: Batch, drafter: Drafter | None) -> None:
+def _execute(runner: Runner, batch: Batch, drafter: Drafter) -> None:
     """Run it with this drafter."""
     kept, runner.drafter = runner.drafter, drafter
     try:

@@ -5,106 +5,96 @@ Maddison et al., A* Sampling, 2014, section 2). The noise of a token depends on 
 seed, the position and the token: no tree, batch or neighbour can change what is drawn. And a drafter that
 adds the same noise to its own logits guesses what will be drawn, not just what is likely, while what is drawn
 is the model's alone (coupled draws: Daliri, Musco and Suresh, arXiv 2408.07978).
+
+All of it is arithmetic on tensors of one device: a CUDA graph may hold it. 64-bit keys travel as int64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.native import noise as native
-from engine.runner.transfer import to_device
-from engine.scheduling.request import Request
 
-COLDEST = 1e-6  # a lower temperature draws the same tokens, until dividing by it overflows
 _LARGEST_SHARE = 1.0 - 2.0**-24  # below 1 in float32
 _LOW = 0xFFFFFFFF
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64's
 _MOST_AT_ONCE = 1 << 24  # numbers of 8 bytes, of which there are several for each of noise
 
 
-def make_keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One key per pair, by the finaliser of SplitMix64 (Steele et al., 2014) over both."""
-    return _mix(_mix(seeds) + positions * np.uint64(0x9E3779B97F4A7C15))
+def mix_seed(seed: int) -> int:
+    """What `make_keys` takes of a request's seed, as int64 has it."""
+    x = (seed + _GOLDEN) % 2**64
+    x = (x ^ (x >> 30)) * _FIRST % 2**64
+    x = (x ^ (x >> 27)) * _SECOND % 2**64
+    return _signed(x ^ (x >> 31))
 
 
-def keys_of_draws(requests: Sequence[Request], offsets: Sequence[NDArray[np.int64]]) -> NDArray[np.uint64]:
-    """Of draws so many tokens after each request's known ones, one request's after the other's."""
-    counts = [len(offset) for offset in offsets]
-    seeds = np.array([request.seed % 2**64 for request in requests], dtype=np.uint64)
-    known = np.array([len(request.token_ids) for request in requests], dtype=np.int64)
-    positions = np.repeat(known, counts) + np.concatenate(offsets)
-    return make_keys(np.repeat(seeds, counts), positions.astype(np.uint64))
+def make_keys(mixed_seeds: Tensor, positions: Tensor) -> Tensor:
+    """One key per pair, by the finaliser of SplitMix64 (Steele et al., 2014) over both.
+
+    mixed_seeds: int64, as `mix_seed` makes them; positions: int64 of a shape that goes with theirs. A
+    position is that of the token to be drawn.
+    """
+    return _mix(mixed_seeds + positions * _signed(_GOLDEN))
 
 
-def gumbel(
-    keys: NDArray[np.uint64],
-    scales: NDArray[np.float32],
-    num_tokens: int,
-    device: torch.device,
-    token_ids: Tensor | None = None,
-) -> Tensor:
+def gumbel(keys: Tensor, scales: Tensor, num_tokens: int, token_ids: Tensor | None = None) -> Tensor:
     """Noise of each key times its scale, [num_keys, num_tokens] float32.
 
-    token_ids: [num_tokens] int64 of which tokens; None for all of a vocabulary of num_tokens.
+    keys: [num_keys] int64; scales: [num_keys] float32; token_ids: [num_tokens] int64 of which tokens, None
+    for all of a vocabulary of num_tokens.
     """
-    if device.type == "cpu" and (made := native.gumbel(keys, scales, token_ids, num_tokens)) is not None:
+    if keys.device.type == "cpu" and (made := native.gumbel(keys, scales, token_ids, num_tokens)) is not None:
         return made
     if token_ids is None:
-        token_ids = torch.arange(num_tokens, device=device)
-    halves = np.stack((keys & np.uint64(_LOW), keys >> np.uint64(32)), axis=1).astype(np.int64)
-    low, high = to_device(halves, device).unsqueeze(2).unbind(1)  # [num_keys, 1]
-    out = torch.empty(len(keys), num_tokens, device=device)
+        token_ids = torch.arange(num_tokens, device=keys.device)
+    low, high = (keys & _LOW).unsqueeze(1), ((keys >> 32) & _LOW).unsqueeze(1)
+    out = torch.empty(len(keys), num_tokens, device=keys.device)
     at_once = max(1, _MOST_AT_ONCE // num_tokens)
     for rows, a, b in zip(*(torch.split(x, at_once) for x in (out, low, high)), strict=True):
         mixed = _mix_32(_mix_32((token_ids + a) & _LOW) ^ b)
         shares = ((mixed.float() + 0.5) * 2.0**-32).clamp_(max=_LARGEST_SHARE)
         # Small shares are those that win: log1p tells them apart down to 2**-33.
         torch.log1p(shares.neg_(), out=rows).neg_().log_().neg_()
-    return out.mul_(to_device(scales, device).unsqueeze(1))
+    return out.mul_(scales.unsqueeze(1))
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What the coming draws of some requests are made with.
+    """What the coming draws of some requests are made with."""
 
-    keys: [num_requests, num_levels] uint64, of the first token after the known ones, of the second, ...;
-    temperatures: [num_requests] float32, 0 where a request is greedy.
-    """
+    # [num_requests, num_levels] int64, of the first token after the known ones, of the second, ...
+    keys: Tensor
+    temperatures: Tensor  # [num_requests] float32, 0 where a request is greedy
 
-    keys: NDArray[np.uint64]
-    temperatures: NDArray[np.float32]
-
-    @classmethod
-    def ahead(cls, requests: Sequence[Request], num_levels: int) -> Noise | None:
-        """None where all requests are greedy, by their temperature or because one token is all they leave."""
-        params = [request.sampling for request in requests]
-        temperatures = np.array([0.0 if p.top_k == 1 else p.temperature for p in params], dtype=np.float32)
-        if not temperatures.any():
-            return None
-        keys = keys_of_draws(requests, [np.arange(num_levels)] * len(requests))
-        return cls(keys.reshape(len(requests), num_levels), temperatures)
-
-    def rows(self, indices: Sequence[int]) -> Noise:
-        """Of some of the requests."""
+    def rows(self, indices: Tensor) -> Noise:
+        """Of some of the requests. indices: [num_rows] int64"""
         return Noise(self.keys[indices], self.temperatures[indices])
 
-    def of_level(
-        self, level: int, num_tokens: int, device: torch.device, token_ids: Tensor | None = None
-    ) -> Tensor:
+    def of_level(self, level: int, num_tokens: int, token_ids: Tensor | None = None) -> Tensor:
         """What to add to the logits of that level's guesses, [num_requests, num_tokens]; see `gumbel`."""
-        return gumbel(self.keys[:, level], self.temperatures, num_tokens, device, token_ids)
+        return gumbel(self.keys[:, level], self.temperatures, num_tokens, token_ids)
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _signed(bits: int) -> int:
+    """An unsigned number of 64 bits as int64 has it."""
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+def _mix(x: Tensor) -> Tensor:
+    """int64 of any shape, whose arithmetic wraps as that of unsigned numbers does."""
+    x = x + _signed(_GOLDEN)
+    x = (x ^ _shifted(x, 30)) * _signed(_FIRST)
+    x = (x ^ _shifted(x, 27)) * _signed(_SECOND)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, without copies of the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix_32(x: Tensor) -> Tensor:

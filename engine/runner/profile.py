@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from engine.messages import SamplingParams
+from engine.runner.drafter import BlankDrafter
 from engine.runner.kept_timings import KeptTimings
 from engine.runner.runner import Runner
 from engine.scheduling.batch import Batch, ScheduledRequest
@@ -39,7 +40,7 @@ def measure_costs(runner: Runner, limits: SchedulerLimits, kept: KeptTimings | N
     starts have measured of the same, and where what this one finds goes.
     """
     known = {} if kept is None else kept.load()
-    drafter, runner.drafter = runner.drafter, None
+    drafter, runner.drafter = runner.drafter, BlankDrafter()
     batches = {n: _batch(runner, limits, n) for n in _TOKENS if n <= limits.max_num_batched_tokens}
     runs = {n: partial(runner.execute, batch) for n, batch in batches.items() if batch is not None}
     timings = {"passes": _measure(runs, known.get("passes", {}))}
@@ -48,7 +49,7 @@ def measure_costs(runner: Runner, limits: SchedulerLimits, kept: KeptTimings | N
     runner.drafter = drafter
     first_key, next_key = contexts.key_seconds(timings["contexts"])
     cost = CostModel(_curve(timings["passes"]), context=_CONTEXT, first_key=first_key, next_key=next_key)
-    if drafter is not None and drafter.num_levels:
+    if drafter.num_levels:
         most = min(limits.max_num_seqs, runner.cache.num_blocks)
         for name, drafts in (("first_level", 1), ("all_levels", max(_DRAFTS, drafter.num_levels))):
             asked = {n: _guessing(runner, limits, n, drafts) for n in _REQUESTS if n <= most}

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from engine.model.decoder import Attention, Decoder
 from engine.native.decoder import NativeDecoder
-from engine.runner.attention import paged_attention
-from engine.runner.commit import compact, pack, unpack
+from engine.runner.commit import Commitment, compact, pack, unpack
 from engine.runner.device import torch_threads
-from engine.runner.drafter import Drafter, Proposal, RootRows
-from engine.runner.drafting import levels_of, limit_drafts, make_trees, propose
+from engine.runner.drafter import Drafter, NoDrafter, Proposal, RootRows
+from engine.runner.drafting import levels_of, limit_drafts, propose
 from engine.runner.graphs import StepGraph, StepGraphs
 from engine.runner.kv_cache import KVCache
+from engine.runner.passes import EagerPass, Settled, StepPass
 from engine.runner.per_request import PerRequest
-from engine.runner.sampler import Sampler, is_plain, token_logprobs
-from engine.runner.step_input import CommitRows, StepInput
-from engine.runner.step_layout import build_step
-from engine.runner.transfer import to_host
+from engine.runner.sampler import Sampler, token_logprobs
+from engine.runner.sampling_table import Demand
+from engine.runner.step_input import StepInput
+from engine.runner.transfer import integers, to_host
 from engine.scheduling.batch import Batch, CommittedTokens
 from trees.select import Chains
 from trees.verify import DraftTrees, deepest_accepted
@@ -45,13 +45,6 @@ class _Prepared:
     graph: StepGraph
 
 
-@dataclass(frozen=True)
-class _Judged:
-    packed: Tensor  # what the host has to know, see `engine.runner.commit.pack`
-    logits: Tensor  # [num_nodes_total, vocab]
-    rows: Tensor  # [num_commits, hidden], each request's last committed node's
-
-
 class Runner:
     """Executes batches. Between steps it keeps the KV cache and one hidden row per running request, the row
     that request's next draft starts from."""
@@ -61,25 +54,25 @@ class Runner:
     ) -> None:
         self.decoder = decoder
         self.cache = cache
-        self.drafter = drafter
+        self.drafter = drafter or NoDrafter()
         config = decoder.config
         self._device = decoder.embedding.device
         # Beside our own kernels torch has little to do, for which waiting threads cost more than they save.
         self._torch_threads = 1 if isinstance(decoder, NativeDecoder) else None
-        self._sampler = Sampler(config.vocab_size, config.eos_token_ids)
         # Two more rows: what padding writes, and zeros.
-        self._hidden = decoder.embedding.new_zeros(max_num_seqs + 2, config.hidden_size)
         self.spare_slot, self._zero_slot = max_num_seqs, max_num_seqs + 1
+        self._hidden = decoder.embedding.new_zeros(max_num_seqs + 2, config.hidden_size)
+        self._sampler = Sampler(config.vocab_size, config.eos_token_ids, max_num_seqs + 2, self._device)
+        self._eager = EagerPass(self, cache, config.num_heads, config.num_kv_heads)
         self._graphs = StepGraphs()
         self._prepared: _Prepared | None = None
         self._behind: PerRequest[_Behind] = PerRequest(lambda _: _Behind())
-        if drafter is not None:
-            drafter.attach(config, cache)
+        self.drafter.attach(config, cache)
 
     @property
     def trims(self) -> bool:
         """Whether trees may turn out smaller than they were planned."""
-        return self.drafter is not None and self.drafter.trims
+        return self.drafter.trims and self._device.type == "cpu"
 
     def use_graphs(self, graphs: StepGraphs) -> None:
         """Run what passes they hold by them. Their work is this runner's."""
@@ -89,8 +82,7 @@ class Runner:
         """Give the cache another size; what it held is gone, and so are graphs."""
         self._graphs = StepGraphs()
         self.cache.resize(num_blocks)
-        if self.drafter is not None:
-            self.drafter.attach(self.decoder.config, self.cache)
+        self.drafter.attach(self.decoder.config, self.cache)
 
     @property
     def works_by_itself(self) -> bool:
@@ -111,145 +103,121 @@ class Runner:
             return self._launch(batch)
 
     def _launch(self, batch: Batch) -> Collect:
-        prepared, self._prepared = self._prepared, None
-        if prepared is not None and prepared.batch is batch:
-            return self._replay(prepared.graph, batch, None)
-        graph, proposal = self._draft(batch)
-        if graph is not None:
-            graph.prepare(batch, min(levels_of(self.drafter, batch), graph.num_levels))
-            return self._replay(graph, batch, proposal)
-        results = self._run(batch, proposal)
-        return lambda: results
+        demand = self._sampler.prepare(batch.scheduled)
+        way, proposal = self._choose(batch, demand)
+        step = way.complete(batch, proposal, self._before_slots(batch))
+        trees, hidden = way.forward(step)
+        if not self.drafter.capturable:
+            self._observe(step, trees, hidden)
+        if not step.commits.scheduled:  # prompts' chunks alone
+            self._keep_rows(step, None, hidden)
+            return lambda: [CommittedTokens([]) for _ in batch.scheduled]
+        settled = way.settle(step, demand)
+        packed = to_host(settled.packed)
+
+        def collect() -> list[CommittedTokens]:
+            with torch.inference_mode(), torch_threads(self._torch_threads):
+                results = self._collect(step, settled, unpack(packed()))
+                self._keep_rows(step, settled, hidden)
+            for scheduled, result in zip(batch.scheduled, results, strict=True):
+                if scheduled.commits:
+                    known = len(scheduled.request.token_ids)
+                    self._behind[scheduled.request].length = known + len(result.token_ids) - 1
+            return results
+
+        return collect
 
     @torch.inference_mode()
     def prepare(self, batch: Batch) -> None:
         """Lay out a pass that will be launched next, unless another is, while the one before it runs. Its
         requests all decode, and gain `most_gained` tokens at most before."""
         self._prepared = None
-        if self.drafter is not None and not self.drafter.observes_tensors:
+        if not self.drafter.capturable:
             return
         limit_drafts(self.drafter, batch)
-        levels = levels_of(self.drafter, batch)
         graph = self._graphs.find(batch)
-        guessed = levels > 0 or not any(s.num_drafts for s in batch.scheduled)
-        if graph is not None and guessed and levels <= graph.num_levels:
-            graph.prepare(batch, levels)
+        if graph is not None and self._tell(graph, batch, self._sampler.prepare(batch.scheduled)):
             self._prepared = _Prepared(batch, graph)
-
-    def _run(self, batch: Batch, proposal: Proposal | None) -> list[CommittedTokens]:
-        """Without a graph."""
-        step, trees = self._fill(batch, proposal)
-        config = self.decoder.config
-        attention = paged_attention(step, self.cache, config.num_heads, config.num_kv_heads)
-        hidden = self.decoder(step.token_ids, step.positions, attention)
-        self._observe(step, trees, hidden)
-        results = [CommittedTokens([]) for _ in batch.scheduled]
-        if step.commits.scheduled:
-            results = self._commit(batch, step, trees, hidden)
-        if self.drafter is not None:
-            self._keep_chunk_rows(step, hidden)
-        return results
-
-    def _replay(self, graph: StepGraph, batch: Batch, proposal: Proposal | None) -> Collect:
-        """By a graph that has been prepared."""
-        step = graph.complete(batch, proposal, self._before_slots(batch))
-        trees, hidden = graph.forward(step)
-        if self.drafter is not None and not self.drafter.observes_tensors:
-            self._observe(step, trees, hidden)
-        if not all(is_plain(scheduled.request.sampling) for scheduled in batch.scheduled):
-            results = self._commit(batch, step, trees, hidden)
-            return lambda: results
-        packed = to_host(graph.settle(step))
-        return lambda: self._collect(batch, step.commits, packed(), None)
-
-    def grow(
-        self, step: StepInput, chains: Chains, levels: int, attention: Attention | None
-    ) -> tuple[Tensor, Tensor]:
-        """See `engine.runner.graphs.Work`."""
-        if self.drafter is None:
-            raise RuntimeError("there is nobody to guess")
-        commits = step.commits
-        rows = RootRows(
-            hidden=self._hidden[commits.state_slots],
-            roots=commits.roots,
-            positions=step.positions[step.first_rows],
-            num_nodes=commits.num_nodes,
-            max_nodes=commits.max_nodes,
-            levels=levels,
-            chains=chains,
-            attention=attention,
-        )
-        return self.drafter.grow(rows)
-
-    def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
-        """See `engine.runner.graphs.Work`."""
-        step.fill(trees)
-        hidden: Tensor = self.decoder(step.token_ids, step.positions, attention)
-        if self.drafter is not None and self.drafter.observes_tensors:
-            self._observe(step, trees, hidden)
-        return hidden
-
-    def settle(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> Tensor:
-        """See `engine.runner.graphs.Work`."""
-        judged = self._judge(step.commits, trees, hidden)
-        self._hidden[step.commits.state_slots] = judged.rows
-        return judged.packed
-
-    def _judge(self, commits: CommitRows, trees: DraftTrees, hidden: Tensor) -> _Judged:
-        """Draw targets, accept and compact. hidden: [num_tokens, hidden]."""
-        hidden = hidden.index_select(0, commits.rows)
-        logits = self.decoder.logits(hidden)
-        verdict = self._sampler.judge(logits, commits, trees)
-        last = deepest_accepted(verdict.edges, trees)
-        compact(self.cache, commits, last, trees)
-        return _Judged(pack(trees, last, verdict.targets), logits, hidden[commits.first_row + last])
-
-    def _commit(
-        self, batch: Batch, step: StepInput, trees: DraftTrees, hidden: Tensor
-    ) -> list[CommittedTokens]:
-        judged = self._judge(step.commits, trees, hidden)
-        results = self._collect(batch, step.commits, judged.packed, judged.logits)
-        # Last of all, as are the rows of chunks: a pass that fails before is repeated from the same rows. One
-        # that settles by a graph has replaced them by then: its guesses may be worse.
-        self._hidden[step.commits.state_slots] = judged.rows
-        return results
-
-    def _observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> None:
-        if self.drafter is not None:
-            self.drafter.observe(
-                step, trees, hidden, partial(self._hidden.index_select, 0, step.before_slots)
-            )
 
     def draft(self, batch: Batch) -> None:
         """Only the guesses of a pass, to measure what they cost."""
         with torch.inference_mode(), torch_threads(self._torch_threads):
-            self._guess(batch)
+            way, proposal = self._choose(batch, self._sampler.prepare(batch.scheduled))
+            way.complete(batch, proposal, self._before_slots(batch))
 
-    def _guess(self, batch: Batch) -> None:
-        graph, proposal = self._draft(batch)
-        if graph is None:
-            self._fill(batch, proposal)
-        else:
-            graph.prepare(batch, min(levels_of(self.drafter, batch), graph.num_levels))
-            graph.complete(batch, proposal, self._before_slots(batch))
-
-    def _draft(self, batch: Batch) -> tuple[StepGraph | None, Proposal | None]:
-        """The graph for a pass, and what the drafter guesses where the graph does not do it; from then on it
-        is known how large trees are."""
+    def _choose(self, batch: Batch, demand: Demand) -> tuple[StepPass, Proposal | None]:
+        """The way to run a pass, told of it, and the guesses that it does not make itself; from then on it is
+        known how large trees are."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared.batch is batch:
+            return prepared.graph, None
         limit_drafts(self.drafter, batch)
-        if levels_of(self.drafter, batch):
-            graph = self._graphs.find(batch)
-            if graph is not None and graph.num_levels:
-                return graph, None
-        proposal = propose(self.drafter, batch, self._hidden)
-        return self._graphs.find(batch), proposal
+        graph = self._graphs.find(batch)
+        if graph is not None and self._tell(graph, batch, demand):
+            return graph, None
+        proposal = propose(self.drafter, batch, self._hidden, self.cache, self._sampler, demand)
+        graph = self._graphs.find(batch)  # trees may have become smaller
+        if graph is None:
+            return self._eager, proposal
+        graph.prepare(batch, None, demand)
+        return graph, proposal
 
-    def _fill(self, batch: Batch, proposal: Proposal | None) -> tuple[StepInput, DraftTrees]:
-        """The pass of a batch with its trees filled in."""
-        step = build_step(batch, self.cache.block_size, self._device, self._before_slots(batch))
-        trees = make_trees(step.commits, proposal)
-        step.fill(trees)
-        return step, trees
+    def _tell(self, graph: StepGraph, batch: Batch, demand: Demand) -> bool:
+        """Prepare a graph for a pass that it can make all guesses of; whether it can."""
+        levels = levels_of(self.drafter, batch)
+        drafts = any(s.num_drafts for s in batch.scheduled)
+        if drafts and (graph.num_levels is None or levels > graph.num_levels):
+            return False
+        graph.prepare(batch, levels if drafts else None, demand)
+        return True
+
+    # --- what the device does, see `engine.runner.passes.Work`
+
+    def grow(
+        self, step: StepInput, chains: Chains, levels: int, samples: bool, attention: Attention | None
+    ) -> tuple[Tensor, Tensor]:
+        commits, positions = step.commits, step.positions[step.first_rows]
+        noise = None
+        if levels and samples:
+            noise = self._sampler.noise_ahead(commits.state_slots, positions, levels)
+        proposal = self.drafter.grow(
+            RootRows(
+                hidden=self._hidden[commits.state_slots],
+                roots=commits.roots,
+                positions=positions,
+                num_nodes=commits.num_nodes,
+                max_nodes=commits.max_nodes,
+                levels=levels,
+                chains=chains,
+                noise=noise,
+                attention=attention,
+            )
+        )
+        return proposal.tokens, proposal.parents
+
+    def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
+        hidden: Tensor = self.decoder(step.token_ids, step.positions, attention)
+        if self.drafter.capturable:
+            self._observe(step, trees, hidden)
+        return hidden
+
+    def settle(self, step: StepInput, trees: DraftTrees, hidden: Tensor, demand: Demand) -> Settled:
+        commits = step.commits
+        hidden = hidden.index_select(0, commits.rows)
+        logits = self.decoder.logits(hidden)
+        verdict = self._sampler.judge(logits, step, trees, demand)
+        last = deepest_accepted(verdict.edges, trees)
+        compact(self.cache, commits, last, trees)
+        rows = hidden[commits.first_row + last]
+        in_graph = not commits.scheduled
+        if in_graph:
+            self._hidden[commits.state_slots] = rows
+        return Settled(pack(trees, last, verdict.targets), logits, rows, stored=in_graph)
+
+    def _observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> None:
+        self.drafter.observe(step, trees, hidden, partial(self._hidden.index_select, 0, step.before_slots))
+
+    # --- what is kept from pass to pass
 
     def _before_slots(self, batch: Batch) -> list[int]:
         """Where the hidden row of the token before each request's first in this pass is kept; zeros lie where
@@ -261,31 +229,54 @@ class Runner:
             slots.append(request.slot if known and request.slot is not None else self._zero_slot)
         return slots
 
-    def _keep_chunk_rows(self, step: StepInput, hidden: Tensor) -> None:
-        """Keep the last row of every prompt chunk that another one follows."""
-        for scheduled, end in zip(step.scheduled, step.starts[1:], strict=True):
+    def _keep_rows(self, step: StepInput, settled: Settled | None, hidden: Tensor) -> None:
+        """Keep the rows that next drafts start from, and the last row of every prompt chunk that another one
+        follows, all by one operator, the last of a pass: one that fails before is repeated from the same
+        rows. (A pass that settles by a graph has replaced them by then: its guesses may be worse.)"""
+        chunks = [
+            (s.request, int(end) - 1)
+            for s, end in zip(step.scheduled, step.starts[1:], strict=True)
+            if not s.commits
+        ]
+        slots, rows = step.commits.state_slots, hidden[:0] if settled is None else settled.rows
+        if chunks:
+            places = integers([request.slot or 0 for request, _ in chunks], hidden.device)
+            slots = torch.cat((slots, places))
+            rows = torch.cat((rows, hidden[integers([end for _, end in chunks], hidden.device)]))
+        if settled is None or not settled.stored:
+            self._hidden[slots] = rows
+        for scheduled in step.scheduled:
             if not scheduled.commits:
                 request = scheduled.request
-                self._hidden[request.slot] = hidden[int(end) - 1]
                 self._behind[request].length = request.num_computed + scheduled.num_tokens
 
-    def _collect(
-        self, batch: Batch, commits: CommitRows, packed: Tensor, logits: Tensor | None
-    ) -> list[CommittedTokens]:
-        """Bring the committed tokens to the host, in one transfer.
-
-        packed: as `pack` returns it; logits: [num_nodes_total, vocab], where requests ask for logprobs.
-        """
-        committed = []
-        for first, scheduled, made in zip(commits.offsets, commits.scheduled, unpack(packed), strict=True):
-            request, logprobs = scheduled.request, None
-            num_top = request.sampling.logprobs
-            if num_top is not None and logits is not None:
-                rows = logits[[first + node for node in made.nodes]]
-                logprobs = token_logprobs(rows, made.token_ids, num_top)
-            committed.append(CommittedTokens(made.token_ids, logprobs, made.draft_depth))
-        for scheduled, tokens in zip(commits.scheduled, committed, strict=True):  # nothing can fail any more
-            request = scheduled.request
-            self._behind[request].length = len(request.token_ids) + len(tokens.token_ids) - 1
+    def _collect(self, step: StepInput, settled: Settled, made: list[Commitment]) -> list[CommittedTokens]:
+        """Committed tokens of all requests of a pass, empty where one has not reached its root."""
+        committed = [CommittedTokens(m.token_ids, draft_depth=m.draft_depth) for m in made]
+        self._add_logprobs(step, settled.logits, made, committed)
         results = iter(committed)
-        return [next(results) if s.commits else CommittedTokens([]) for s in batch.scheduled]
+        return [next(results) if s.commits else CommittedTokens([]) for s in step.scheduled]
+
+    @staticmethod
+    def _add_logprobs(
+        step: StepInput, logits: Tensor, made: list[Commitment], committed: list[CommittedTokens]
+    ) -> None:
+        """Those of all requests that ask for them, in one transfer. logits: [num_nodes_total, vocab]."""
+        rows: list[int] = []
+        token_ids: list[int] = []
+        num_top: list[int] = []
+        asking = []
+        for first, s, m, tokens in zip(
+            step.commits.offsets, step.commits.scheduled, made, committed, strict=True
+        ):
+            top = s.request.sampling.logprobs
+            if top is not None:
+                asking.append(tokens)
+                rows += [first + node for node in m.nodes]
+                token_ids += m.token_ids
+                num_top += [top] * len(m.token_ids)
+        if not asking:
+            return
+        found = iter(token_logprobs(logits[rows], token_ids, num_top))
+        for tokens in asking:
+            tokens.logprobs = [next(found) for _ in tokens.token_ids]

@@ -1,27 +1,30 @@
 """Draws one target at every node of every tree, with the node's own path as its context.
 
-Greedy rows without adjustments cost one argmax and nothing else; what a request asks beyond that is done on
-its own rows in float32.
+Where nobody asks for more, targets are argmaxes and nothing else happens. What requests ask beyond that,
+processors do to their rows (`engine.runner.processors`), and a draw is an argmax with noise
+(`engine.runner.noise`). Host-side work is choosing rows; the rest is tensors, so that a CUDA graph may hold
+it, for all rows of a pass and everything that may be asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.messages import SamplingParams, SpeculationParams, TokenLogprobs
+from engine.messages import TokenLogprobs
 from engine.native import noise as native
 from engine.native.noise import Draws
 from engine.runner import sampling
-from engine.runner.noise import COLDEST, gumbel, keys_of_draws
-from engine.runner.step_input import CommitRows
-from engine.runner.transfer import to_device
+from engine.runner.noise import Noise, gumbel
+from engine.runner.per_request import PerRequest
+from engine.runner.processors import DrawRows, LogitBias, MinimumLength, Penalties, Processor
+from engine.runner.sampling_table import EVERYTHING, Demand, SamplingTable
+from engine.runner.step_input import CommitRows, StepInput
+from engine.scheduling.batch import ScheduledRequest
 from engine.scheduling.request import Request
 from trees.verify import DraftTrees, exact_edges
 
@@ -32,184 +35,219 @@ class Verdict:
     edges: Tensor  # [num_commits, max_nodes] bool: the node may follow its parent
 
 
-def _is_adjusted(params: SamplingParams) -> bool:
-    return bool(
-        params.logit_bias
-        or params.min_tokens
-        or params.repetition_penalty != 1.0
-        or params.frequency_penalty
-        or params.presence_penalty
-    )
-
-
-def is_plain(params: SamplingParams) -> bool:
-    """Whether a request asks for its likeliest tokens and nothing else."""
-    return params.temperature == 0.0 and not _is_adjusted(params) and params.logprobs is None
-
-
 class Sampler:
-    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
+    """num_slots: rows of the runner's per-request state."""
 
-    def judge(self, logits: Tensor, commits: CommitRows, trees: DraftTrees) -> Verdict:
+    def __init__(
+        self, vocab_size: int, eos_token_ids: tuple[int, ...], num_slots: int, device: torch.device
+    ) -> None:
+        self._table = SamplingTable(num_slots, device)
+        # In this order.
+        self._processors: tuple[Processor, ...] = (
+            LogitBias(num_slots, device),
+            Penalties(num_slots, vocab_size, device, self._table),
+            MinimumLength(num_slots, device, eos_token_ids),
+        )
+        self._demands: PerRequest[Demand] = PerRequest(self._load)
+
+    def prepare(self, scheduled: Sequence[ScheduledRequest]) -> Demand:
+        """Take in what the requests of the coming pass ask for; returns it."""
+        demand = Demand.NOTHING
+        for s in scheduled:
+            asked = self._demands[s.request]
+            demand |= asked
+            if s.request.slot is not None:
+                for processor in self._processors:
+                    if processor.demand in asked:
+                        processor.catch_up(s.request, s.request.slot)
+        return demand
+
+    def _load(self, request: Request) -> Demand:
+        if request.slot is None:
+            raise RuntimeError(f"request {request.request_id} does not run")
+        self._table.load(request, request.slot)
+        for processor in self._processors:
+            processor.load(request, request.slot)
+        return Demand.of(request.sampling)
+
+    def noise_ahead(self, slots: Tensor, roots: Tensor, num_levels: int) -> Noise:
+        """Of the draws that follow each root; see `SamplingTable.noise_ahead`."""
+        return self._table.noise_ahead(slots, roots, num_levels)
+
+    def judge(self, logits: Tensor, step: StepInput, trees: DraftTrees, demand: Demand) -> Verdict:
         """Targets of all nodes, and which nodes agree with them.
 
-        logits: [num_nodes_total, vocab].
+        logits: [num_nodes_total, vocab]; demand: as `prepare` returns it. A pass without a list of its
+        requests, as a graph holds it, gets all that it may ask for done to all rows.
         """
+        commits = step.commits
         targets = torch.zeros_like(trees.tokens)
-        targets.view(-1)[commits.places] = sampling.argmax(logits)
-        sampled: list[tuple[int, Tensor]] = []  # (index among commits, its float32 rows, adjusted)
-        typical: list[tuple[int, Tensor]] = []
-        for index, scheduled in enumerate(commits.scheduled):
-            params = scheduled.request.sampling
-            if params.temperature == 0.0 and not _is_adjusted(params):
-                continue
-            first, count = commits.offsets[index], scheduled.num_drafts + 1
-            rows = logits[first : first + count].float()
-            if _is_adjusted(params):
-                rows = self._adjust(rows, scheduled.request, index, trees)
-            if params.temperature == 0.0:
-                targets[index, :count] = sampling.argmax(rows)
-            else:
-                (typical if params.speculation.acceptance == "typical" else sampled).append((index, rows))
-        _draw_targets(sampled, commits, targets, trees)
-        typical_probs = _draw_targets(typical, commits, targets, trees, keeps_probs=True)
+        if not demand:
+            targets.view(-1)[commits.places] = sampling.argmax(logits)
+            return Verdict(targets, exact_edges(targets, trees))
+        rows = _draw_rows(step, trees)
+        for processor in self._processors:
+            if processor.demand & demand:
+                logits = self._process(processor, logits, rows, commits)
+        drawn, typical = self._draw(logits, rows, commits, demand)
+        targets.view(-1)[commits.places] = drawn
         edges = exact_edges(targets, trees)
-        for (index, rows), probs in zip(typical, typical_probs, strict=True):
-            speculation, count = commits.scheduled[index].request.sampling.speculation, len(rows)
-            tokens, parents = trees.tokens[index, :count], trees.parents[index, :count]
-            edges[index, :count] = _typical_edges(probs, speculation, tokens, parents)
+        if typical is not None:
+            self._follow_typical(edges, typical, rows, commits, trees)
         return Verdict(targets, edges)
 
-    def _adjust(self, rows: Tensor, request: Request, index: int, trees: DraftTrees) -> Tensor:
-        """Logit bias, penalties and minimum length on the rows of one request's tree.
+    def _process(self, processor: Processor, logits: Tensor, rows: DrawRows, commits: CommitRows) -> Tensor:
+        """Only on the rows of those who ask for it, where the host knows them."""
+        asking = self._rows_of(commits, processor.demand)
+        if asking is None:
+            return processor.apply(logits.float(), rows)
+        processed = processor.apply(logits[asking].float(), rows.select(asking))
+        return logits.float().index_copy(0, asking, processed)
 
-        rows: [num_nodes, vocab] float32; index: of the request among the trees.
-        """
-        rows = rows.clone()  # adjustments must not reach the logits that logprobs are taken from
-        params = request.sampling
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=rows.device)
-            rows[:, ids] += torch.tensor(list(params.logit_bias.values()), device=rows.device)
-        if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
-            rows = self._penalise(rows, request, index, trees)
-        if request.num_output_tokens < params.min_tokens:
-            early = request.num_output_tokens + trees.depths[index, : rows.shape[0]] < params.min_tokens
-            ends = (*self._eos_token_ids, *params.stop_token_ids)
-            for token_id in ends:
-                rows[early, token_id] = float("-inf")
-        return rows
+    def _draw(
+        self, logits: Tensor, rows: DrawRows, commits: CommitRows, demand: Demand
+    ) -> tuple[Tensor, _Typical | None]:
+        """Targets [num_rows] int64, and what typical acceptance has to know."""
+        if Demand.DRAW not in demand:
+            return sampling.argmax(logits), None
+        if not commits.scheduled:  # in a graph
+            drawn, probs = _draw_with_noise(logits.float(), self._draws(rows), EVERYTHING, waits=False)
+            return drawn, _Typical(None, probs)
+        typical = self._rows_of(commits, Demand.TYPICAL) if Demand.TYPICAL in demand else _none(rows)
+        asking = self._rows_of(commits, Demand.DRAW)
+        if asking is None and typical is not None and not len(typical):
+            return _draw_exactly(logits.float(), self._draws(rows), demand), None
+        drawn = sampling.argmax(logits)
+        exact = self._rows_of(commits, Demand.DRAW, without=Demand.TYPICAL)
+        if exact is None or len(exact):
+            exact = _all(rows) if exact is None else exact
+            drawn[exact] = _draw_exactly(logits[exact].float(), self._draws(rows.select(exact)), demand)
+        typical = _all(rows) if typical is None else typical
+        if not len(typical):
+            return drawn, None
+        # Of these the probabilities are needed too.
+        draws = self._draws(rows.select(typical))
+        drawn[typical], probs = _draw_with_noise(logits[typical].float(), draws, EVERYTHING)
+        return drawn, _Typical(typical, probs)
 
-    def _penalise(self, rows: Tensor, request: Request, index: int, trees: DraftTrees) -> Tensor:
-        params, num_nodes = request.sampling, rows.shape[0]
-        prompt = np.array(request.token_ids[: request.num_prompt_tokens])
-        output = np.array(request.token_ids[request.num_prompt_tokens :], dtype=np.int64)
-        in_prompt = torch.from_numpy(np.bincount(prompt, minlength=self._vocab_size) > 0).to(rows.device)
-        committed = torch.from_numpy(np.bincount(output, minlength=self._vocab_size)).to(rows)
-        counts = committed.repeat(num_nodes, 1)
-        # The root is committed already; what a node adds are the drafts on its path.
-        paths = trees.paths[index, :num_nodes]
-        depth = torch.arange(paths.shape[1], device=rows.device)
-        on_path = (depth > 0) & (depth <= trees.depths[index, :num_nodes].unsqueeze(1))
-        counts.scatter_add_(1, trees.tokens[index][paths], on_path.to(rows))
-        return sampling.apply_penalties(
-            rows,
-            counts,
-            in_prompt | (counts > 0),
-            params.repetition_penalty,
-            params.frequency_penalty,
-            params.presence_penalty,
+    def _draws(self, rows: DrawRows) -> Draws:
+        table, slots = self._table, rows.slots
+        return Draws(
+            keys=table.keys(slots, rows.positions),
+            temperatures=table.real("temperature", slots).float(),
+            top_k=table.top_k(slots),
+            top_p=table.real("top_p", slots),
+            min_p=table.real("min_p", slots).float(),
         )
 
+    def _rows_of(
+        self, commits: CommitRows, demand: Demand, without: Demand = Demand.NOTHING
+    ) -> Tensor | None:
+        """Rows of the requests that ask for one thing and not for another, [num_asking]; None for all."""
+        chosen = [
+            np.arange(first, first + s.num_drafts + 1)
+            for first, s in zip(commits.offsets, commits.scheduled, strict=True)
+            if demand in (asked := self._demands[s.request]) and not asked & without
+        ]
+        if len(chosen) == len(commits.scheduled):
+            return None
+        rows = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+        return torch.from_numpy(rows).to(commits.rows.device)
 
-def _draw_targets(
-    sampled: list[tuple[int, Tensor]],
-    commits: CommitRows,
-    targets: Tensor,
-    trees: DraftTrees,
-    *,
-    keeps_probs: bool = False,
-) -> Sequence[Tensor]:
-    """Write the targets of these requests, all rows in one draw.
-
-    sampled: (index among commits, rows [num_nodes, vocab] float32). Returns the probabilities that each
-    request's rows are drawn from, [num_nodes, vocab], where they are to be kept.
-    """
-    if not sampled:
-        return []
-    depths = trees.depths.cpu().numpy()
-    requests = [commits.scheduled[index].request for index, _ in sampled]
-    draws = _draws(requests, [depths[index, : len(rows)] for index, rows in sampled])
-    drawn, probs = _draw([rows for _, rows in sampled], draws, keeps_probs)
-    counts = [len(rows) for _, rows in sampled]
-    for (index, rows), tokens in zip(sampled, torch.split(drawn, counts), strict=True):
-        targets[index, : len(rows)] = tokens
-    return [] if probs is None else torch.split(probs, counts)
+    def _follow_typical(
+        self, edges: Tensor, typical: _Typical, rows: DrawRows, commits: CommitRows, trees: DraftTrees
+    ) -> None:
+        """Let nodes of those who ask for typical acceptance follow their parents where they may; writes into
+        edges, [num_commits, max_nodes] bool."""
+        chosen = _all(rows) if typical.rows is None else typical.rows
+        places = commits.places[chosen]
+        slots = rows.slots[chosen]
+        # Where each row's parent lies among the chosen ones: as far from it as in its tree.
+        nodes, parents = places % commits.max_nodes, trees.parents.reshape(-1)[places]
+        above = torch.arange(len(chosen), device=chosen.device) - nodes + parents
+        probs = typical.probs / typical.probs.sum(dim=1, keepdim=True)
+        threshold = sampling.typical_threshold(
+            probs, self._table.real("epsilon", slots).float(), self._table.real("delta", slots).float()
+        )
+        follows = probs[above, trees.tokens.reshape(-1)[places]] > threshold[above]
+        asked = self._table.real("is_typical", slots) > 0.0
+        edges.view(-1)[places] = torch.where(asked, follows, edges.view(-1)[places])
 
 
-def _draws(requests: list[Request], depths: list[NDArray[np.int64]]) -> Draws:
-    """How the rows of these requests' trees are drawn from. depths: of each request's nodes, [num_nodes]."""
-    counts, params = [len(depth) for depth in depths], [request.sampling for request in requests]
+@dataclass(frozen=True)
+class _Typical:
+    rows: Tensor | None  # [num_rows] int64 of requests that ask for typical acceptance; None for all
+    probs: Tensor  # [num_rows, vocab], what they are drawn from; any sum
 
-    def per_row(values: list[float] | list[int], dtype: type[Any]) -> NDArray[Any]:
-        return np.repeat(np.array(values, dtype=dtype), counts)
 
-    return Draws(
-        keys=keys_of_draws(requests, depths),
-        temperatures=per_row([max(p.temperature, COLDEST) for p in params], np.float32),
-        top_k=per_row([p.top_k for p in params], np.int64),
-        top_p=per_row([p.top_p for p in params], np.float64),
-        min_p=per_row([p.min_p for p in params], np.float32),
+def _none(rows: DrawRows) -> Tensor:
+    return rows.slots.new_zeros(0)
+
+
+def _all(rows: DrawRows) -> Tensor:
+    return torch.arange(len(rows.slots), device=rows.slots.device)
+
+
+def _draw_rows(step: StepInput, trees: DraftTrees) -> DrawRows:
+    commits = step.commits
+    owners = commits.places // commits.max_nodes
+    depths = trees.depths.reshape(-1)[commits.places]
+    paths = trees.paths.flatten(0, 1)[commits.places, 1:]
+    return DrawRows(
+        slots=commits.state_slots[owners],
+        positions=step.positions[commits.rows] + 1,
+        drafted=trees.tokens[owners].gather(1, paths),
+        is_drafted=torch.arange(paths.shape[1], device=paths.device) < depths.unsqueeze(1),
     )
 
 
-def _draw(parts: list[Tensor], draws: Draws, keeps_probs: bool) -> tuple[Tensor, Tensor | None]:
-    """Tokens [num_rows] int64 and, where they are to be kept, the probabilities that they are drawn from,
-    [num_rows, vocab].
+def _draw_exactly(logits: Tensor, draws: Draws, demand: Demand) -> Tensor:
+    """Tokens [num_rows] int64. logits: [num_rows, vocab] float32, of requests with temperatures."""
+    drawn = native.draw(logits, draws)
+    return _draw_with_noise(logits, draws, demand)[0] if drawn is None else drawn
 
-    parts: all rows, one after the other, [some rows, vocab] float32.
+
+def _draw_with_noise(
+    logits: Tensor, draws: Draws, demand: Demand, *, waits: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens [num_rows] int64 and the probabilities that they are drawn from, [num_rows, vocab].
+
+    logits: [num_rows, vocab] float32; where a temperature is 0 the likeliest token is taken. waits: whether
+    the host may look at what was asked; by default where it is the device itself.
     """
-    drawn = None if keeps_probs else native.draw(parts, draws)
-    if drawn is not None:
-        return drawn, None
-    device, rows, bounds = parts[0].device, torch.cat(parts), torch.finfo(torch.float32)
+    waits = logits.device.type == "cpu" if waits is None else waits
+    bounds, is_greedy = torch.finfo(torch.float32), draws.temperatures == 0.0
     # From the largest down: where temperatures are low, scores are large, and noise would be lost.
-    rows = rows - rows.amax(dim=1, keepdim=True).clamp(bounds.min, bounds.max)
-    scaled = rows / to_device(draws.temperatures, device).unsqueeze(1)
-    probs = None
-    if keeps_probs or draws.top_k.any() or (draws.top_p < 1.0).any() or draws.min_p.any():
-        top_p = torch.from_numpy(draws.top_p).to(device)
-        probs = sampling.truncate(
-            scaled, to_device(draws.top_k, device), top_p, to_device(draws.min_p, device)
-        )
-    # Nodes at one depth of a tree share their noise.
-    keys, places = np.unique(draws.keys, return_inverse=True)
-    noise = gumbel(keys, np.ones(len(keys), dtype=np.float32), scaled.shape[1], device)
-    drawn = sampling.draw(scaled, noise[to_device(places, device)], probs)
-    return drawn, probs if keeps_probs else None
+    below = logits - logits.amax(dim=1, keepdim=True).clamp(bounds.min, bounds.max)
+    scaled = below / torch.where(is_greedy, 1.0, draws.temperatures).unsqueeze(1)
+    probs = scaled.softmax(dim=1)
+    if Demand.CUTS in demand:
+        cuts = (draws.top_k.masked_fill(is_greedy, 0), draws.top_p.masked_fill(is_greedy, 1.0))
+        probs = sampling.truncate(scaled, *cuts, draws.min_p.masked_fill(is_greedy, 0.0), waits=waits)
+    noise = gumbel(draws.keys, (~is_greedy).float(), scaled.shape[1])
+    return sampling.draw(scaled, noise, probs if Demand.CUTS in demand else None), probs
 
 
-def _typical_edges(probs: Tensor, speculation: SpeculationParams, tokens: Tensor, parents: Tensor) -> Tensor:
-    """probs: [num_nodes, vocab], truncated, any sum; tokens, parents: [num_nodes] -> [num_nodes] bool."""
-    probs = probs / probs.sum(dim=1, keepdim=True)
-    threshold = sampling.typical_threshold(probs, speculation.epsilon, speculation.delta)
-    return probs[parents, tokens] > threshold[parents]
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Log-probabilities of committed tokens under the model's own, unadjusted distribution, read by the host
+    at once.
 
-
-def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
-    """Log-probabilities of committed tokens under the model's own, unadjusted distribution.
-
-    logits: [num_tokens, vocab], the rows the tokens were drawn from.
+    logits: [num_tokens, vocab], the rows the tokens were drawn from; num_top: alternatives of each token.
     """
     log_probs = logits.float().log_softmax(dim=1)
-    chosen = (
-        log_probs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
-    )
-    values, ids = log_probs.topk(num_top, dim=1)
+    chosen = torch.tensor(token_ids, device=logits.device).unsqueeze(1)
+    values, ids = log_probs.topk(max(num_top), dim=1)
+    # Token ids below 2**53 are whole numbers in float64, too: one transfer.
+    found = torch.cat((log_probs.gather(1, chosen).double(), values.double(), ids.double()), dim=1).tolist()
+    most = values.shape[1]
     return [
-        TokenLogprobs(token_id, logprob, list(zip(top_ids, top_values, strict=True)))
-        for token_id, logprob, top_ids, top_values in zip(
-            token_ids, chosen, ids.tolist(), values.tolist(), strict=True
+        TokenLogprobs(
+            token_id,
+            row[0],
+            [
+                (int(i), value)
+                for i, value in zip(row[1 + most : 1 + most + top], row[1 : 1 + top], strict=True)
+            ],
         )
+        for token_id, row, top in zip(token_ids, found, num_top, strict=True)
     ]

@@ -1,7 +1,6 @@
 """The arithmetic of sampling: pure functions from logits to tokens.
 
-Order: logit bias, penalties, minimum length, temperature, top-k, top-p, min-p. A draw is the argmax of what
-that leaves and noise (`engine/runner/noise.py`).
+A draw is the argmax of what penalties, temperature and cuts leave, and of noise (`engine/runner/noise.py`).
 """
 
 from __future__ import annotations
@@ -34,56 +33,65 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def apply_penalties(
-    logits: Tensor, output_counts: Tensor, seen: Tensor, repetition: float, frequency: float, presence: float
+    logits: Tensor,
+    output_counts: Tensor,
+    seen: Tensor,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
 ) -> Tensor:
-    """Penalties of one request's rows, as OpenAI (frequency, presence) and CTRL (repetition) define them.
+    """Penalties as OpenAI (frequency, presence) and CTRL (repetition) define them.
 
     logits: [num_rows, vocab] float32; output_counts: [num_rows, vocab] how often each token was generated
-    before that row; seen: [num_rows, vocab] bool, prompt included.
+    before that row; seen: [num_rows, vocab] bool, prompt included; the penalties: [num_rows, 1] float32.
     """
-    if repetition != 1.0:
-        penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
-        penalised = penalised.clamp(-_LARGEST, _LARGEST)
-        logits = torch.where(seen, penalised, logits)
+    penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
+    penalised = penalised.clamp(-_LARGEST, _LARGEST)
+    logits = torch.where(seen & (repetition != 1.0), penalised, logits)
     return logits - frequency * output_counts - presence * (output_counts > 0)
 
 
-def truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *, waits: bool = True) -> Tensor:
     """Probabilities after top-k, top-p and min-p; what falls away is zero, the rest is not rescaled.
 
     logits: [num_rows, vocab] float32, temperature applied; top_k: [num_rows] int64, 0 off; top_p, min_p:
     [num_rows]. Tokens tied with the last one kept are kept too: bfloat16 logits tie often, and which of
-    them a sort puts first must not matter.
+    them a sort puts first must not matter. waits: look at what was asked, and sort no more than it takes;
+    without, the whole vocabulary is sorted and no shape depends on a value.
     """
     vocab = logits.shape[1]
-    largest_k = int(top_k.max())
-    if largest_k:
+    order = None if waits else logits.argsort(dim=1, descending=True)
+    if order is not None or bool(top_k.any()):
         k = torch.where(top_k == 0, vocab, top_k.clamp(max=vocab))
-        best = logits.topk(min(largest_k, vocab), dim=1).values
+        if order is None:
+            best = logits.topk(min(int(top_k.max()), vocab), dim=1).values
+        else:
+            best = logits.gather(1, order)
         kth = best.gather(1, (k.clamp(max=best.shape[1]) - 1).unsqueeze(1))
         kth = torch.where((top_k == 0).unsqueeze(1), float("-inf"), kth)
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(dim=1)
-    if bool((top_p < 1.0).any()):
-        floor = _nucleus_floor(probs, top_p)
-        probs = torch.where(probs >= floor, probs, 0.0)
-    if bool((min_p > 0.0).any()):
-        floor = probs.amax(dim=1, keepdim=True) * min_p.unsqueeze(1)
-        probs = torch.where(probs >= floor, probs, 0.0)
-    return probs
+    if order is not None:
+        probs = torch.where(probs >= _floor_of(probs.gather(1, order), top_p), probs, 0.0)
+    elif bool((top_p < 1.0).any()):
+        probs = torch.where(probs >= _nucleus_floor(probs, top_p), probs, 0.0)
+    return torch.where(probs >= probs.amax(dim=1, keepdim=True) * min_p.unsqueeze(1), probs, 0.0)
 
 
 def _nucleus_floor(probs: Tensor, top_p: Tensor) -> Tensor:
     """The smallest probability inside each row's nucleus, [num_rows, 1]; 0 where top_p is 1."""
-    candidates = min(_NUCLEUS_TRIAL, probs.shape[1])
-    best = probs.topk(candidates, dim=1).values
-    mass = best.cumsum(dim=1, dtype=torch.float64)
-    limited = top_p < 1.0
-    if bool((limited & (mass[:, -1] < top_p)).any()):
+    best = probs.topk(min(_NUCLEUS_TRIAL, probs.shape[1]), dim=1).values
+    mass = best.sum(dim=1, dtype=torch.float64)
+    if bool(((top_p < 1.0) & (mass < top_p)).any()):
         best = probs.sort(dim=1, descending=True).values
-        mass = best.cumsum(dim=1, dtype=torch.float64)
+    return _floor_of(best, top_p)
+
+
+def _floor_of(best: Tensor, top_p: Tensor) -> Tensor:
+    """The same from the largest probabilities of each row, falling, [num_rows, any]."""
+    mass = best.cumsum(dim=1, dtype=torch.float64)
     last = (mass < top_p.unsqueeze(1)).sum(dim=1, keepdim=True).clamp(max=best.shape[1] - 1)
-    return torch.where(limited.unsqueeze(1), best.gather(1, last), 0.0)
+    return torch.where((top_p < 1.0).unsqueeze(1), best.gather(1, last), 0.0)
 
 
 def draw(logits: Tensor, noise: Tensor, probs: Tensor | None = None) -> Tensor:
@@ -98,10 +106,10 @@ def draw(logits: Tensor, noise: Tensor, probs: Tensor | None = None) -> Tensor:
     return argmax(scores)
 
 
-def typical_threshold(probs: Tensor, epsilon: float, delta: float) -> Tensor:
+def typical_threshold(probs: Tensor, epsilon: Tensor, delta: Tensor) -> Tensor:
     """Medusa's typical acceptance, min(epsilon, delta * exp(-entropy)) per row (arXiv 2401.10774, 2.3.1).
 
-    probs: [num_rows, vocab], each row's sum 1 -> [num_rows]
+    probs: [num_rows, vocab], each row's sum 1; epsilon, delta: [num_rows] -> [num_rows]
     """
     entropy = -torch.xlogy(probs, probs).sum(dim=1)
-    return torch.clamp(delta * torch.exp(-entropy), max=epsilon)
+    return torch.minimum(delta * torch.exp(-entropy), epsilon)

@@ -20,7 +20,7 @@ def test_the_scheduler_stays_whole() -> None:
 
     scheduler = make_scheduler(num_requests=3, num_steps=5)
     for index in range(3):
-        scheduler.add(str(index), list(range(256)), SamplingParams(max_tokens=10**6))
+        scheduler.add(str(index), list(range(index, index + 256)), SamplingParams(max_tokens=10**6))
     for _ in range(WARM_UP_STEPS + 5):
         batch = scheduler.schedule()
         assert len(batch.scheduled) == 3 and not batch.num_preemptions

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.runner.drafter import Drafter, DraftInput, Proposal
+from engine.runner.drafter import Drafter, Proposal, RootRows
+from engine.scheduling.batch import ScheduledRequest
 from tests.engine.families import chain
 from trees.family import TreeFamily
 
@@ -18,18 +19,23 @@ class ShapedDrafter(Drafter):
     A TinyEngine gives it its own family.
     """
 
+    capturable = False  # it looks at requests
+
     def __init__(self, seed: int, vocab_size: int, family: TreeFamily, scrambled: bool) -> None:
         self.family = family
         self._generator = random.Random(seed)
         self._vocab_size = vocab_size
         self._scrambled = scrambled
 
-    def propose(self, draft: DraftInput) -> Proposal:
+    def limit(self, scheduled: ScheduledRequest) -> int:
+        return scheduled.num_drafts
+
+    def grow(self, rows: RootRows) -> Proposal:
         tokens, parents = [], []
-        for index, request in enumerate(draft.requests):
-            assert request.token_ids[-1] == int(draft.roots[index])
-            assert 1 < draft.budgets[index] <= draft.max_nodes
-            shape = self._shape(draft.max_nodes)
+        for index, request in enumerate(rows.requests):
+            assert request.token_ids[-1] == int(rows.roots[index])
+            assert 1 < int(rows.num_nodes[index]) <= rows.max_nodes
+            shape = self._shape(rows.max_nodes)
             children: list[list[int]] = [[] for _ in shape]
             for node in range(1, len(shape)):
                 children[shape[node]].append(node)

@@ -16,9 +16,8 @@ from engine.loop import Engine
 from engine.messages import AddRequest, RequestOutput, StepStats
 from engine.runner.device import is_out_of_memory
 from engine.runner.draft_model import DraftModelDrafter, first_layers
-from engine.runner.drafter import Drafter
+from engine.runner.drafter import ChainDrafter, Drafter
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.ngram_drafter import NgramDrafter
 from engine.scheduling.batch import Batch, CommittedTokens
 from tests.engine.families import full
 from tests.engine.helpers import params
@@ -30,7 +29,7 @@ CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't al
 LENGTH = 30
 PROMPTS = [[(11 * i + 3 * p + p * p) % VOCAB for p in range(n)] for i, n in enumerate((3, 20, 37, 50, 9))]
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
-    "n-grams": NgramDrafter,
+    "n-grams": ChainDrafter,
     "hydra": lambda: HeadsDrafter(bound(hydra()), tiny_decoder().lm_head.weight),
     "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1)),
 }

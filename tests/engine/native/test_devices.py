@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,11 +17,8 @@ def test_nothing_is_compiled_for_tensors_on_another_device(monkeypatch: pytest.M
     for module in (attention, matrix, noise):
         monkeypatch.setattr(module, "kernels", compile_them)
     rows = torch.empty(2, 64, device=ELSEWHERE)
-    one = np.zeros(1)
-    draws = noise.Draws(
-        one.astype(np.uint64), one.astype(np.float32), one.astype(np.int64), one, one.astype(np.float32)
-    )
+    draws = noise.Draws(*(torch.empty(2, device=ELSEWHERE) for _ in range(5)))
     assert not matrix.fits(rows.bfloat16())
     assert matrix.argmax(rows) is None
-    assert noise.draw([rows], draws) is None
+    assert noise.draw(rows, draws) is None
     assert not attention.reads_cache(rows.bfloat16())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +15,7 @@ from engine.config import EngineConfig
 from engine.loop import Engine
 from engine.native.hydra import NativeHydra
 from engine.native.library import kernels
+from engine.runner.drafter import RootRows
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.noise import Noise
 from heads.hydra import HydraHeads
@@ -145,18 +145,30 @@ def test_trees_grown_in_one_call_are_those_grown_step_by_step(
     sizes, depth = torch.tensor(budgets), min(3, most - 1)
     noise = None
     if temperatures is not None:
-        keys = np.random.default_rng(seed).integers(2**64, size=(count, 3), dtype=np.uint64)
-        noise = Noise(keys, np.array(temperatures[:count], dtype=np.float32))
+        keys = torch.randint(-(2**63), 2**63 - 1, (count, 3), generator=generator)
+        noise = Noise(keys, torch.tensor(temperatures[:count]))
     state = levels.begin(hidden)
 
     def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
         nonlocal state
-        added = noise and noise.of_level(level, heads.num_tokens, CPU, heads.token_map)
+        added = noise and noise.of_level(level, heads.num_tokens, heads.token_map)
         guesses, sure, state = levels.guess(native, level, state, tokens, origins, num_guesses, added)
         return guesses, sure
 
     tokens, parents, grown = grow_trees(guess, roots, sizes, most, depth, chains, least)
-    found = native.grow(hidden, roots, sizes, depth, chains.token_ids, chains.sure, least, noise)
+    rows = RootRows(
+        hidden=hidden,
+        roots=roots,
+        positions=torch.zeros_like(roots),
+        num_nodes=sizes,
+        max_nodes=most,
+        levels=depth,
+        chains=chains,
+        noise=noise,
+        attention=None,
+        least=least,
+    )
+    found = native.grow(hidden, rows)
     assert found[2].tolist() == grown.tolist()
     for row, num_nodes in enumerate(grown.tolist()):
         assert found[0][row, :num_nodes].tolist() == tokens[row, :num_nodes].tolist()

@@ -21,11 +21,11 @@ from tests.engine.tiny import TinyEngine
 
 
 class Short(Repeating):
-    """Has memory for a number of buckets, whose two parts are rehearsed twice each. `num_recorded`: parts."""
+    """Has memory for a number of buckets, whose parts are rehearsed twice each. `num_recorded`: parts."""
 
     def __init__(self, room: int = 100, error: Exception | None = None) -> None:
         super().__init__()
-        self._left = 4 * room
+        self._left = 6 * room
         self._error = error or torch.OutOfMemoryError("CUDA out of memory")
         self.num_recorded = 0
 
@@ -65,8 +65,11 @@ def test_smaller_sizes_are_tried_where_the_largest_has_no_memory() -> None:
 
 
 def test_time_that_is_short_leaves_out_the_seldom_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, capture = TinyEngine(full(12), None, block_size=4, num_blocks=100).runner, Short()
-    clock = SimpleNamespace(perf_counter=lambda: 5.0 * capture.num_recorded)  # ten seconds a bucket
+    runner = TinyEngine(full(12), make_drafter("mixed"), block_size=4, num_blocks=100).runner
+    capture = Short()
+    clock = SimpleNamespace(
+        perf_counter=lambda: 10.0 * (capture.num_recorded // 3)
+    )  # of a bucket's three parts
     monkeypatch.setattr("engine.runner.capture.time", clock)
     for seconds, count in ((29.0, 3), (19.0, 2), (-1.0, 0)):
         capture.num_recorded = 0

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from engine.runner.capture import default_buckets
 from engine.runner.draft_model import DraftModelDrafter, first_layers
-from engine.runner.drafter import Drafter
-from engine.runner.ngram_drafter import NgramDrafter
+from engine.runner.drafter import ChainDrafter, Drafter
 from engine.runner.step_buffers import Bucket
 from engine.scheduling.scheduler import SchedulerLimits
 from tests.engine.families import chain, families, full
@@ -114,7 +113,7 @@ def engine_with(drafter: Callable[[], Drafter | None], **sizes: Any) -> Callable
 HEADS = {
     "medusa": lambda: drafter_of(bound(medusa())),
     "hydra": lambda: drafter_of(bound(hydra())),
-    "n-grams": NgramDrafter,
+    "n-grams": ChainDrafter,
     "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1)),
 }
 
@@ -130,7 +129,9 @@ def test_heads_and_ngrams_guess_the_same(drafter: Callable[[], Drafter], num_blo
     assert replays > LENGTH
 
 
-def test_the_cached_prefix_layer_equals_a_dense_pass() -> None:
+def test_the_cached_prefix_layer_equals_a_dense_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Passes by a graph, guesses without: those can be compared.
+    monkeypatch.setattr("engine.runner.capture._MOST_GUESSING", 0)
     heads = hydra()
     bound(heads)
     drafter = Recording(heads)
@@ -148,7 +149,7 @@ def test_without_drafts() -> None:
     assert replays >= 2 * (LENGTH - 3)
 
 
-def test_requests_that_sample_leave_the_second_part_alone() -> None:
+def test_whatever_requests_ask_for_is_drawn_by_a_graph() -> None:
     arrivals = arrivals_of([2, 3, 4], [0, 0, 6], [LENGTH] * 3)
     asks: list[dict[str, Any]] = [
         {"temperature": 0.9, "seed": 5},
@@ -158,10 +159,10 @@ def test_requests_that_sample_leave_the_second_part_alone() -> None:
     for arrival, more in zip(arrivals, asks, strict=True):
         arrival.sampling = params(LENGTH, ignore_eos=True, **more)
     _, _, replays = run_both(engine_with(lambda: make_drafter("mixed scrambled")), arrivals)
-    mixed, steps = replays, LENGTH // 2
-    assert mixed > steps
+    assert replays > LENGTH
     alone, _, replays = run_both(engine_with(lambda: make_drafter("mixed scrambled")), arrivals[:1])
-    assert replays == len(alone[arrivals[0].request_id].outputs) - 1  # all but the prompt's, one part each
+    # All but the prompt's, two parts each.
+    assert replays == 2 * (len(alone[arrivals[0].request_id].outputs) - 1)
 
 
 def test_logprobs_are_the_same() -> None:
@@ -179,7 +180,7 @@ def test_logprobs_are_the_same() -> None:
 
 def test_answers_end_at_the_end_token() -> None:
     arrivals = [
-        replace(arrival, sampling=params(LENGTH, logit_bias={EOS: 4.0} if i % 2 else None))
+        replace(arrival, sampling=params(LENGTH, logit_bias={EOS: 4.0} if i % 2 else {}))
         for i, arrival in enumerate(arrivals_of([2, 3, 4, 5], [0, 1, 4, 9], [LENGTH] * 4))
     ]
     run_both(engine_with(lambda: make_drafter("mixed scrambled")), arrivals)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.runner.drafter import Drafter, DraftInput, Proposal
+from engine.runner.drafter import Drafter, Proposal, RootRows
 from engine.runner.kv_cache import KVCache
 from tests.engine.drafters import RandomDrafter, ScriptedDrafter
 from tests.engine.families import chain, families, full
@@ -161,12 +161,12 @@ class Inspector(ScriptedDrafter):
 
     inspected = 0
 
-    def propose(self, draft: DraftInput) -> Proposal:
-        for row, request in zip(draft.hidden, draft.requests, strict=True):
+    def grow(self, rows: RootRows) -> Proposal:
+        for row, request in zip(rows.hidden, rows.requests, strict=True):
             expected = plain_pass(request.token_ids[:-1]).hidden[-1]
             torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-5)
             self.inspected += 1
-        return super().propose(draft)
+        return super().grow(rows)
 
 
 def test_drafter_sees_the_row_each_root_was_drawn_from() -> None:

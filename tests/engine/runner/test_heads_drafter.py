@@ -6,16 +6,15 @@ import gc
 import weakref
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.runner.drafter import DraftInput, Proposal
+from engine.runner.drafter import Proposal, RootRows
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kv_cache import KVCache
-from engine.runner.noise import gumbel, make_keys
+from engine.runner.noise import gumbel, make_keys, mix_seed
 from heads.base import DraftHeads
 from heads.hydra import HydraHeads
 from heads.medusa import MedusaHeads
@@ -93,9 +92,8 @@ def test_heads_know_the_noise_of_the_draws_that_they_guess(monkeypatch: pytest.M
                 assert noise is None
                 continue
             # One token is out when the first trees are grown.
-            position = np.array([len(PROMPTS[0]) + 1 + head], dtype=np.uint64)
-            keys = make_keys(np.array([7], dtype=np.uint64), position)
-            drawn_with = gumbel(keys, np.ones(1, dtype=np.float32), VOCAB, CPU)[0]
+            keys = make_keys(torch.tensor([mix_seed(7)]), torch.tensor([len(PROMPTS[0]) + 1 + head]))
+            drawn_with = gumbel(keys, torch.ones(1), VOCAB)[0]
             assert noise is not None and heads.token_map is not None
             torch.testing.assert_close(noise[0], 0.8 * drawn_with[heads.token_map])
             assert not noise[1].any()
@@ -126,9 +124,9 @@ class Recording(HeadsDrafter):
 
         heads.begin = recorded  # type: ignore[method-assign]
 
-    def propose(self, draft: DraftInput) -> Proposal:
-        self._known = [list(request.token_ids) for request in draft.requests]
-        return super().propose(draft)
+    def grow(self, rows: RootRows) -> Proposal:
+        self._known = [list(request.token_ids) for request in rows.requests]
+        return super().grow(rows)
 
 
 def test_the_cached_prefix_layer_equals_a_dense_pass_after_chunks_trees_and_compaction() -> None:

@@ -17,6 +17,7 @@ from engine.runner import memory
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import Drafter
 from engine.runner.graph_memory import kept_bytes
+from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.memory import cache_memory, first_num_blocks, fit_cache, largest_passes
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import SchedulerLimits
@@ -134,7 +135,7 @@ def test_graphs_are_left_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def execute(batch: Batch) -> None:
         temperatures = {s.request.sampling.temperature for s in batch.scheduled}
-        ran.append((batch.num_tokens, runner.drafter is not None, temperatures))
+        ran.append((batch.num_tokens, isinstance(runner.drafter, HeadsDrafter), temperatures))
 
     monkeypatch.setattr(runner, "execute", execute)
     kept = kept_bytes(runner, limits)
@@ -149,7 +150,7 @@ def test_graphs_are_left_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ran) == 4 + 6 and [drafts for _, drafts, _ in ran[:4]] == [True, True, False, False]
     # As many trees as there can be, none smaller for want of guesses, and greedy as graphs are.
     assert ran[-1] == (ran[1][0], False, {0.0})
-    assert runner.drafter is not None
+    assert isinstance(runner.drafter, HeadsDrafter)
 
 
 def test_workspaces_of_the_captures_stream_are_in_use_before_the_cache_is_sized(

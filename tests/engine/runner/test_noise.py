@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from numpy.typing import NDArray
 from scipy import stats
+from torch import Tensor
 
 from engine.native import noise as native
 from engine.native.library import kernels
-from engine.runner.noise import Noise, gumbel, make_keys
+from engine.runner.noise import Noise, gumbel, make_keys, mix_seed
+from engine.runner.sampling_table import SamplingTable
 from engine.scheduling.drafting import Acceptance
 from engine.scheduling.request import Request
 from tests.engine.helpers import params
 from tests.engine.tiny import CPU
 
-ONE = np.ones(1, dtype=np.float32)
+ONE = torch.ones(1)
 
 
 @pytest.fixture(params=["kernels", "torch"])
@@ -34,8 +34,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     yield request.param
 
 
-def keys_of(seeds: Any, positions: Any) -> NDArray[np.uint64]:
-    return make_keys(np.asarray(seeds, dtype=np.uint64), np.asarray(positions, dtype=np.uint64))
+def keys_of(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """One key per pair; one of either is paired with all of the others."""
+    return make_keys(torch.tensor([mix_seed(seed) for seed in seeds]), torch.tensor(positions))
 
 
 def splitmix(x: int) -> int:
@@ -49,19 +50,19 @@ def splitmix(x: int) -> int:
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 100_000))
 def test_key_is_a_function_of_seed_and_position(seed: int, position: int) -> None:
-    [key] = keys_of([seed], [position])
-    assert key == splitmix((splitmix(seed) + position * 0x9E3779B97F4A7C15) % 2**64)
+    [key] = keys_of([seed], [position]).tolist()
+    assert key % 2**64 == splitmix((splitmix(seed) + position * 0x9E3779B97F4A7C15) % 2**64)
 
 
 @pytest.mark.parametrize("by", ["token", "position", "seed"])
 def test_noise_is_gumbel_and_independent_of_its_neighbours(by: str, way: str) -> None:
-    count, running = 20_000, np.arange(20_000)
+    count, running = 20_000, range(20_000)
     if by == "token":
-        values = gumbel(keys_of([5], [12]), ONE, count, CPU)[0]
+        values = gumbel(keys_of([5], [12]), ONE, count)[0]
     else:
         keys = keys_of(running, [12]) if by == "seed" else keys_of([5], running)
         tokens = torch.tensor([31_000])
-        values = gumbel(keys, np.ones(count, dtype=np.float32), 1, CPU, tokens)[:, 0]
+        values = gumbel(keys, torch.ones(count), 1, tokens)[:, 0]
     values = values.double().numpy()
     assert stats.kstest(values, "gumbel_r").pvalue > 1e-3
     for distance in (1, 2, 16, 64):
@@ -70,8 +71,7 @@ def test_noise_is_gumbel_and_independent_of_its_neighbours(by: str, way: str) ->
 
 def test_the_largest_are_as_large_as_chance_has_them(way: str) -> None:
     # Whether rare tokens get their share depends on the far end: of so many values, 1 in e ** 10 exceeds 10.
-    keys = keys_of(np.arange(400), [3])
-    values = gumbel(keys, np.ones(400, dtype=np.float32), 49_152, CPU)
+    values = gumbel(keys_of(range(400), [3]), torch.ones(400), 49_152)
     assert bool(values.isfinite().all())
     for bound in (10.0, 13.0, 15.0):
         expected = values.numel() * -np.expm1(-np.exp(-bound))
@@ -89,41 +89,45 @@ def test_the_largest_are_as_large_as_chance_has_them(way: str) -> None:
 def test_a_tokens_noise_is_the_same_among_others_and_by_torch(
     seeds: list[int], num_tokens: int, scale: float, data: st.DataObject
 ) -> None:
-    keys, scales = keys_of(seeds, [7]), np.full(len(seeds), scale, dtype=np.float32)
-    whole = gumbel(keys, scales, num_tokens, CPU)
+    keys, scales = keys_of(seeds, [7]), torch.full((len(seeds),), scale)
+    whole = gumbel(keys, scales, num_tokens)
     some = torch.tensor(data.draw(st.lists(st.integers(0, num_tokens - 1), min_size=1, max_size=40)))
-    assert torch.equal(gumbel(keys, scales, len(some), CPU, some), whole[:, some])
-    assert torch.equal(gumbel(keys[:1], scales[:1], num_tokens, CPU), whole[:1])
+    assert torch.equal(gumbel(keys, scales, len(some), some), whole[:, some])
+    assert torch.equal(gumbel(keys[:1], scales[:1], num_tokens), whole[:1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "gumbel", lambda *_: None)
         patch.setattr("engine.runner.noise._MOST_AT_ONCE", 3 * num_tokens - 1)  # two keys at a time
-        torch.testing.assert_close(gumbel(keys, scales, num_tokens, CPU), whole, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(gumbel(keys, scales, num_tokens), whole, rtol=1e-5, atol=2e-6)
 
 
-def request_of(temperature: float, length: int, seed: int, top_k: int = 0) -> Request:
-    return Request(
-        request_id="0",
-        arrival=0,
-        token_ids=[0] * length,
-        num_prompt_tokens=length,
-        sampling=params(9, temperature=temperature, top_k=top_k),
-        seed=seed,
-        acceptance=Acceptance(),
-    )
+def noise_of(requests: Sequence[tuple[float, int, int, int]], num_levels: int) -> Noise:
+    """The noise ahead of requests, each (temperature, tokens that are known, seed, top-k)."""
+    table = SamplingTable(len(requests), CPU)
+    for slot, (temperature, length, seed, top_k) in enumerate(requests):
+        request = Request(
+            request_id="0",
+            arrival=0,
+            token_ids=[0] * length,
+            num_prompt_tokens=length,
+            sampling=params(9, temperature=temperature, top_k=top_k),
+            seed=seed,
+            acceptance=Acceptance(),
+        )
+        table.load(request, slot)
+    roots = torch.tensor([length - 1 for _, length, _, _ in requests])
+    return table.noise_ahead(torch.arange(len(requests)), roots, num_levels)
 
 
 def test_noise_ahead_is_that_of_the_next_positions() -> None:
-    requests = [request_of(0.7, 9, -1), request_of(0.0, 4, 3), request_of(1.5, 30, 2**64 + 5)]
-    noise = Noise.ahead(requests, 3)
-    assert noise is not None
+    noise = noise_of([(0.7, 9, -1, 0), (0.0, 4, 3, 0), (1.5, 30, 2**64 + 5, 0)], 3)
     for level in range(3):
-        made = noise.of_level(level, 50, CPU)
+        made = noise.of_level(level, 50)
         for row, (temperature, position, seed) in enumerate(((0.7, 9, 2**64 - 1), (0.0, 4, 3), (1.5, 30, 5))):
-            [expected] = gumbel(keys_of([seed], [position + level]), ONE, 50, CPU)
+            [expected] = gumbel(keys_of([seed], [position + level]), ONE, 50)
             torch.testing.assert_close(made[row], temperature * expected)
-    torch.testing.assert_close(noise.rows([2]).of_level(1, 50, CPU), noise.of_level(1, 50, CPU)[2:])
+    torch.testing.assert_close(noise.rows(torch.tensor([2])).of_level(1, 50), noise.of_level(1, 50)[2:])
 
 
 def test_greedy_requests_have_none() -> None:
-    assert Noise.ahead([request_of(0.0, 9, 1), request_of(0.0, 3, 2)], 4) is None
-    assert Noise.ahead([request_of(0.9, 9, 1, top_k=1)], 4) is None
+    noise = noise_of([(0.0, 9, 1, 0), (0.9, 9, 1, 1)], 4)
+    assert not any(noise.of_level(level, 50).any() for level in range(4))

@@ -10,9 +10,8 @@ import pytest
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder
 from engine.runner.draft_model import DraftModelDrafter, first_layers
-from engine.runner.drafter import DraftInput, Proposal
+from engine.runner.drafter import ChainDrafter, Proposal, RootRows
 from engine.runner.drafting import limit_drafts
-from engine.runner.ngram_drafter import NgramDrafter
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.drafting import Acceptance, Allowance
 from engine.scheduling.ngrams import Chain
@@ -33,16 +32,16 @@ def arrivals(prompts: tuple[tuple[int, ...], ...], **sampling: Any) -> list[Arri
     ]
 
 
-class CountingNgrams(NgramDrafter):
+class CountingNgrams(ChainDrafter):
     """Notes what it was asked for and proposed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.budgets: list[int] = []
 
-    def propose(self, draft: DraftInput) -> Proposal:
-        self.budgets += draft.budgets
-        return super().propose(draft)
+    def grow(self, rows: RootRows) -> Proposal:
+        self.budgets += rows.num_nodes.tolist()
+        return super().grow(rows)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
@@ -51,7 +50,7 @@ def test_ngrams_leave_the_text_as_it_is(sampling: dict[str, Any], num_blocks: in
     requests = arrivals((REPEATING, FRESH, REPEATING[:13], FRESH[:3]), **sampling)
     sizes = {"num_blocks": num_blocks, "block_size": 4, "max_model_len": 80}
     expected = TinyEngine(**sizes).run(requests)
-    engine = TinyEngine(chain(6), NgramDrafter(), **sizes)
+    engine = TinyEngine(chain(6), ChainDrafter(), **sizes)
     for name, result in engine.run(requests).items():
         assert result.tokens == expected[name].tokens
 
@@ -149,6 +148,6 @@ def test_of_drafts_that_nobody_guesses_nothing_is_expected(length: int) -> None:
     found = Chain([7] * length, [0.5] * length)
     gains = (0.5, 0.25, 0.125, 0.0625)
     scheduled = ScheduledRequest(request, 1, 4, chain=found, allowance=Allowance(4, gains=gains))
-    limit_drafts(NgramDrafter(), Batch([scheduled]))
+    limit_drafts(ChainDrafter(), Batch([scheduled]))
     assert scheduled.num_drafts == min(length, 4)
     assert scheduled.allowance.expected == sum(gains[:length]) and scheduled.guesses == (length > 0)

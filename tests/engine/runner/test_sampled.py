@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.runner.drafter import Drafter, DraftInput, Proposal
+from engine.runner.drafter import Drafter, Proposal, RootRows
+from engine.scheduling.batch import ScheduledRequest
 from tests.engine.drafters import RandomDrafter, ScriptedDrafter
 from tests.engine.families import chain, full
 from tests.engine.helpers import params
@@ -157,9 +158,12 @@ def test_temperature_near_zero_is_greedy() -> None:
 class OneGuess(Drafter):
     """Always drafts the same two tokens below the root."""
 
-    def propose(self, draft: DraftInput) -> Proposal:
-        guesses = torch.tensor([[5, 9]]).expand(len(draft.roots), 2)
-        tokens = torch.cat((draft.roots.unsqueeze(1), guesses), dim=1)
+    def limit(self, scheduled: ScheduledRequest) -> int:
+        return scheduled.num_drafts
+
+    def grow(self, rows: RootRows) -> Proposal:
+        guesses = torch.tensor([[5, 9]]).expand(len(rows.roots), 2)
+        tokens = torch.cat((rows.roots.unsqueeze(1), guesses), dim=1)
         return Proposal(tokens, torch.zeros_like(tokens), 1)
 
 
@@ -270,11 +274,14 @@ class TestTypicalAcceptance:
         sampling = params(30, temperature=0.8, seed=3, ignore_eos=True, speculation=speculation)
 
         class Ranked(Drafter):
-            def propose(self, draft: DraftInput) -> Proposal:
-                [request] = draft.requests
+            def limit(self, scheduled: ScheduledRequest) -> int:
+                return scheduled.num_drafts
+
+            def grow(self, rows: RootRows) -> Proposal:
+                [request] = rows.requests
                 guessed = plain_pass(request.token_ids).logits[-1].argsort(descending=True)[guess]
                 return Proposal(
-                    torch.stack((draft.roots[0], guessed)).unsqueeze(0), torch.zeros(1, 2).long(), 1
+                    torch.stack((rows.roots[0], guessed)).unsqueeze(0), torch.zeros(1, 2).long(), 1
                 )
 
         engine = TinyEngine(chain(1), Ranked())

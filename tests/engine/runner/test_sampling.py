@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from engine.runner import sampling
-from engine.runner.noise import gumbel, make_keys
-from tests.engine.tiny import CPU
+from engine.runner.noise import gumbel, make_keys, mix_seed
 
 # Tied or well apart: of two logits that differ by one rounding float32 and float64 tell different stories.
 logit_rows = st.lists(st.integers(-64, 64).map(lambda eighths: eighths / 8), min_size=1, max_size=20)
@@ -102,7 +101,10 @@ def test_penalties_equal_a_plain_reading(
         expected.append(value - frequency * times - (presence if times else 0.0))
     seen = torch.tensor([prompt]) | (torch.tensor([counts]) > 0)
     got = sampling.apply_penalties(
-        torch.tensor([logits]), torch.tensor([counts]).float(), seen, repetition, frequency, presence
+        torch.tensor([logits]),
+        torch.tensor([counts]).float(),
+        seen,
+        *(torch.tensor([[value]]) for value in (repetition, frequency, presence)),
     )
     assert got[0].tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -114,8 +116,8 @@ def test_draws_are_as_frequent_as_probable(masked: bool) -> None:
     probs = logits.softmax(dim=1)
     if masked:
         probs = torch.where(probs >= 0.1, probs, 0.0)
-    keys = make_keys(np.arange(draws, dtype=np.uint64), np.full(draws, 5, dtype=np.uint64))
-    noise = gumbel(keys, np.ones(draws, dtype=np.float32), 8, CPU)
+    seeds = torch.tensor([mix_seed(seed) for seed in range(draws)])
+    noise = gumbel(make_keys(seeds, torch.full((draws,), 5)), torch.ones(draws), 8)
     counts = torch.bincount(sampling.draw(logits, noise, probs if masked else None), minlength=8)
     expected = draws * probs[0].double() / probs[0].double().sum()
     assert counts[expected == 0].sum() == 0
@@ -138,11 +140,11 @@ def test_typical_threshold_is_epsilon_or_what_the_entropy_allows(
 ) -> None:
     probs = torch.tensor([logits], dtype=torch.float64).softmax(dim=1)
     entropy = -sum(p * math.log(p) for p in probs[0].tolist() if p > 0)
-    [threshold] = sampling.typical_threshold(probs, epsilon, delta).tolist()
+    [threshold] = sampling.typical_threshold(probs, torch.tensor([epsilon]), torch.tensor([delta])).tolist()
     assert threshold == pytest.approx(min(epsilon, delta * math.exp(-entropy)), rel=1e-6)
 
 
 def test_typical_threshold_with_impossible_tokens() -> None:
     probs = torch.tensor([[0.5, 0.5, 0.0]])
-    [threshold] = sampling.typical_threshold(probs, 0.9, 0.3).tolist()
+    [threshold] = sampling.typical_threshold(probs, torch.tensor([0.9]), torch.tensor([0.3])).tolist()
     assert threshold == pytest.approx(0.15)

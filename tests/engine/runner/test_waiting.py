@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.runner.drafter import ChainDrafter
 from engine.runner.graphs import Run
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.ngram_drafter import NgramDrafter
 from tests.engine.families import full
 from tests.engine.graphs import Repeating, add_graphs, move_all
 from tests.engine.helpers import params
@@ -98,7 +98,7 @@ def test_the_watch_sees_what_would_wait(monkeypatch: pytest.MonkeyPatch, inferen
 DRAFTERS = {
     "hydra": lambda: drafter_of(bound(hydra())),
     "medusa": lambda: drafter_of(bound(medusa())),
-    "n-grams": NgramDrafter,
+    "n-grams": ChainDrafter,
     "none": lambda: None,
 }
 
@@ -117,9 +117,7 @@ def test_a_greedy_step_waits_once(monkeypatch: pytest.MonkeyPatch, make: Any, wi
         with watching(monkeypatch) as watch:
             outputs = engine.runner.execute(batch)
         assert watch.waits == ["tolist"]
-        guessed += isinstance(engine.runner.drafter, HeadsDrafter) and any(
-            s.num_drafts for s in batch.scheduled
-        )
+        guessed += any(s.num_drafts for s in batch.scheduled)
         engine.scheduler.update(batch, outputs)
         steps += 1
     assert steps > 5

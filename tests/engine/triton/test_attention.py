@@ -115,7 +115,7 @@ def test_a_long_context_is_split_and_merged() -> None:
 def test_a_split_that_a_row_sees_nothing_of_has_no_share() -> None:
     # The first half of the prompt chunk ends before the second run of 128 keys, as do the first nodes.
     plan = check(make_case([(120, 20, 0), (120, 0, 20)], (2, 1, 16)), num_programs=400)
-    assert plan.merges[:, 3].tolist() == [2, 2]
+    assert set(plan.merges[:, 3].tolist()) == {2}
 
 
 def test_a_float8_cache_is_read_as_what_it_holds() -> None:

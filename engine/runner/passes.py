@@ -1,0 +1,89 @@
+"""How a pass is run: laid out, filled with guesses, computed and settled. As it is written here, or by a CUDA
+graph that was captured of the same work (`engine.runner.graphs`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.model.decoder import Attention
+from engine.runner.attention import paged_attention
+from engine.runner.drafter import Proposal
+from engine.runner.drafting import make_trees
+from engine.runner.kv_cache import KVCache
+from engine.runner.sampling_table import Demand
+from engine.runner.step_input import StepInput
+from engine.runner.step_layout import build_step
+from engine.scheduling.batch import Batch
+from trees.select import Chains
+from trees.verify import DraftTrees
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a pass has come to, still on the device. It is gone with the next pass."""
+
+    packed: Tensor  # what the host has to know, see `engine.runner.commit.pack`
+    logits: Tensor  # [num_nodes_total, vocab], before anything was done to them
+    rows: Tensor  # [num_commits, hidden], each request's last committed node's
+    stored: bool  # whether these rows are where the next drafts start from already
+
+
+class Work(Protocol):
+    """What the device does in a pass, on tensors alone."""
+
+    def grow(
+        self, step: StepInput, chains: Chains, levels: int, samples: bool, attention: Attention | None
+    ) -> tuple[Tensor, Tensor]:
+        """Guess for every request of a pass that decodes: tokens and parents as in `Proposal`."""
+
+    def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
+        """Fill the step in and run it: the hidden rows, [num_tokens, hidden]."""
+
+    def settle(self, step: StepInput, trees: DraftTrees, hidden: Tensor, demand: Demand) -> Settled:
+        """Draw targets, accept and compact. demand: what may be asked of draws."""
+
+
+class StepPass(ABC):
+    """One pass. Its methods are called in this order, the first one perhaps while another pass still runs."""
+
+    @abstractmethod
+    def complete(self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int]) -> StepInput:
+        """Lay out the rest of the pass, and guess what `proposal` does not. before_slots: see StepInput."""
+
+    @abstractmethod
+    def forward(self, step: StepInput) -> tuple[DraftTrees, Tensor]:
+        """Run it: its trees, and its hidden rows [num_tokens, hidden]."""
+
+    @abstractmethod
+    def settle(self, step: StepInput, demand: Demand) -> Settled:
+        """Commit what was run."""
+
+
+class EagerPass(StepPass):
+    """A pass of any shape, operator by operator."""
+
+    _trees: DraftTrees
+    _hidden: Tensor
+
+    def __init__(self, work: Work, cache: KVCache, num_heads: int, num_kv_heads: int) -> None:
+        self._work, self._cache = work, cache
+        self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
+
+    def complete(self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int]) -> StepInput:
+        step = build_step(batch, self._cache.block_size, self._cache.k.device, before_slots)
+        self._trees = make_trees(step.commits, proposal)
+        step.fill(self._trees)  # attention is laid out by what each row sees
+        return step
+
+    def forward(self, step: StepInput) -> tuple[DraftTrees, Tensor]:
+        attention = paged_attention(step, self._cache, self._num_heads, self._num_kv_heads)
+        self._hidden = self._work.forward(step, self._trees, attention)
+        return self._trees, self._hidden
+
+    def settle(self, step: StepInput, demand: Demand) -> Settled:
+        return self._work.settle(step, self._trees, self._hidden, demand)

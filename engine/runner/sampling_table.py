@@ -1,0 +1,112 @@
+"""What each running request asks of its draws, where the device reads it: one row for every row of the
+runner's per-request state, written once when a request takes that row over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Flag, auto
+
+import torch
+from torch import Tensor
+
+from engine.messages import SamplingParams
+from engine.runner.noise import Noise, make_keys, mix_seed
+from engine.scheduling.request import Request
+
+COLDEST = 1e-6  # a lower temperature draws the same tokens, until dividing by it overflows
+_REALS = (
+    "temperature", "top_p", "min_p", "repetition", "frequency", "presence", "is_typical", "epsilon", "delta",
+    "draft_temperature",
+)  # fmt: skip
+_NOBODY = {"top_p": 1.0, "repetition": 1.0}  # what a row holds that no request has had
+
+
+class Demand(Flag):
+    """What requests ask for beyond their likeliest tokens."""
+
+    NOTHING = 0
+    BIAS = auto()
+    PENALTIES = auto()
+    MIN_TOKENS = auto()
+    DRAW = auto()  # a temperature
+    CUTS = auto()  # top-k, top-p or min-p
+    TYPICAL = auto()  # typical acceptance
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Demand:
+        """Of one request."""
+        demand = cls.NOTHING
+        if params.logit_bias:
+            demand |= cls.BIAS
+        if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
+            demand |= cls.PENALTIES
+        if params.min_tokens:
+            demand |= cls.MIN_TOKENS
+        if params.temperature > 0.0:
+            demand |= cls.DRAW
+            if params.top_k or params.top_p < 1.0 or params.min_p:
+                demand |= cls.CUTS
+            if params.speculation.acceptance == "typical":
+                demand |= cls.TYPICAL
+        return demand
+
+
+EVERYTHING = ~Demand.NOTHING
+
+
+class SamplingTable:
+    """Numbers of each request: by name with `real`, and what its draws' noise is made of."""
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        nobody = torch.tensor([_NOBODY.get(name, 0.0) for name in _REALS], dtype=torch.float64)
+        self._reals = nobody.repeat(num_slots, 1).to(device)
+        self._seeds = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
+
+    def load(self, request: Request, slot: int) -> None:
+        """Write a request's row."""
+        params = request.sampling
+        temperature = max(params.temperature, COLDEST) if params.temperature > 0.0 else 0.0
+        speculation = params.speculation
+        values = {
+            "temperature": temperature,
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+            "repetition": params.repetition_penalty,
+            "frequency": params.frequency_penalty,
+            "presence": params.presence_penalty,
+            "is_typical": float(Demand.TYPICAL in Demand.of(params)),
+            "epsilon": speculation.epsilon,
+            "delta": speculation.delta,
+            # One token is all that a top-k of 1 leaves: its noise decides nothing.
+            "draft_temperature": 0.0 if params.top_k == 1 else params.temperature,
+        }
+        self._reals[slot] = torch.tensor([values[name] for name in _REALS], dtype=torch.float64)
+        self._seeds[slot] = mix_seed(request.seed)
+        self._top_k[slot] = params.top_k
+
+    def real(self, name: str, slots: Tensor) -> Tensor:
+        """One number of each of these rows, [num_rows] float64. slots: [num_rows] int64"""
+        return self._reals[:, _REALS.index(name)][slots]
+
+    def top_k(self, slots: Tensor) -> Tensor:
+        """[num_rows] int64, 0 where it is off"""
+        return self._top_k[slots]
+
+    def keys(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Of the draws of tokens at these positions, int64 of the same shape. slots: the same shape."""
+        return make_keys(self._seeds[slots], positions)
+
+    def noise_ahead(self, slots: Tensor, roots: Tensor, num_levels: int) -> Noise:
+        """Of the draws that follow each root. slots, roots: [num_requests] int64, the roots' positions."""
+        ahead = torch.arange(1, num_levels + 1, device=roots.device)
+        keys = self.keys(slots.unsqueeze(1).expand(-1, num_levels), roots.unsqueeze(1) + ahead)
+        return Noise(keys, self.real("draft_temperature", slots).float())
+
+
+def demand_of(requests: Sequence[Request]) -> Demand:
+    """What any of these requests asks for."""
+    demand = Demand.NOTHING
+    for request in requests:
+        demand |= Demand.of(request.sampling)
+    return demand
