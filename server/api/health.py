@@ -17,5 +17,5 @@ async def health(request: Request) -> JSONResponse:
     if service.lifecycle.stopping:
         return JSONResponse({"status": "stopping"}, 503)
     if not service.engine.is_healthy():
-        return JSONResponse({"status": "engine is not making progress"}, 503)
+        return JSONResponse({"status": "engine is restarting or makes no progress"}, 503)
     return JSONResponse({"status": "ok"})

@@ -3,8 +3,9 @@
  *
  * A call is a row of phases; each is cut into pieces, and a piece is whose claims it first, each thread from a
  * share of its own and then from the others'. A thread that the kernel does not run therefore holds up nobody:
- * the caller does its pieces, and waits for those alone that somebody has begun. Who did begin one and was then
- * taken from its core for long rests for a while, since the machine has no core for it. */
+ * the caller does its pieces, and waits for those alone that somebody has begun. A
+ * thread that loses its core for long in the middle of a piece takes no part for a while: the machine has no core
+ * for it. */
 #pragma once
 #include <immintrin.h>
 #include <linux/futex.h>
