@@ -77,7 +77,7 @@ class Problem:
         if not self.cache.has_triton:
             self.cache.write(layer, self.step.slots, k, v)
             return
-        from engine.triton.cache import store  # imports triton, which not every machine has
+        from engine.backends.triton.cache import store  # imports triton, which not every machine has
 
         out = torch.empty_like(q).flatten(1)
         store(self.cache.k[layer], self.cache.v[layer], self.step.slots, q, k, v, out)

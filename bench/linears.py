@@ -83,11 +83,11 @@ def load(model_dir: Path, quantization: Quantization, native: bool) -> Linears |
     """None where this machine has no kernels for the model, or no operators for the format."""
     import torch
 
+    from engine.backends.native.decoder import can_take
+    from engine.backends.native.precision import take_over
     from engine.errors import ConfigError
     from engine.model.loader import load_decoder
     from engine.model.precision import quantize_linears, resolve_quantization
-    from engine.native.decoder import can_take
-    from engine.native.precision import take_over
 
     device, dtype = torch.device("cpu"), torch.bfloat16
     decoder = load_decoder(model_dir, dtype, device)

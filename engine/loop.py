@@ -8,6 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from engine.backends.native.decoder import NativeDecoder, can_run, can_take
+from engine.backends.native.kept import KeptWeights
+from engine.backends.native.precision import take_over
 from engine.config import EngineConfig
 from engine.containment import Containment
 from engine.errors import ConfigError, RequestError
@@ -25,9 +28,6 @@ from engine.model.decoder import Decoder, Linear
 from engine.model.footprint import weight_bytes
 from engine.model.loader import load_config, load_decoder, load_vocabulary
 from engine.model.precision import quantize_linears, resolve_quantization
-from engine.native.decoder import NativeDecoder, can_run, can_take
-from engine.native.kept import KeptWeights
-from engine.native.precision import take_over
 from engine.runner import device as hardware
 from engine.runner.capture import capture_graphs, compile_kernels
 from engine.runner.drafter import ChainDrafter, Drafter, NoDrafter

@@ -105,11 +105,11 @@ def read_texts(config: EngineConfig, texts: Sequence[Sequence[int]]) -> Text:
     import torch
     import torch.nn.functional as F
 
+    from engine.backends.native.decoder import NativeDecoder, can_take
+    from engine.backends.native.precision import take_over
     from engine.model.decoder import Decoder
     from engine.model.loader import load_decoder
     from engine.model.precision import quantize_linears, resolve_quantization
-    from engine.native.decoder import NativeDecoder, can_take
-    from engine.native.precision import take_over
     from engine.runner import device as hardware
     from engine.runner.attention import paged_attention
     from engine.runner.kv_cache import KVCache, stored_dtype

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from engine.backends.native.decoder import NativeDecoder
 from engine.model.decoder import Decoder
-from engine.native.decoder import NativeDecoder
 
 _SECOND_COPY = "_copy"
 

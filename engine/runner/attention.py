@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.backends.native.attention import NativeAttention
 from engine.model.decoder import Attention
-from engine.native.attention import NativeAttention
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import PassInput
 from trees.family import MAX_DRAFT_NODES
@@ -123,7 +123,9 @@ def paged_attention(step: PassInput, cache: KVCache, num_heads: int, num_kv_head
     if cache.has_kernels:
         return NativeAttention(step, cache, num_heads, num_kv_heads)
     if cache.has_triton:
-        from engine.triton.attention import TritonAttention  # imports triton, which not every machine has
+        from engine.backends.triton.attention import (
+            TritonAttention,  # imports triton, which not every machine has
+        )
 
         return TritonAttention.for_step(step, cache, num_heads, num_kv_heads)
     return PagedAttention(step, cache, num_heads, num_kv_heads)

@@ -44,7 +44,7 @@ def compile_kernels(runner: Runner) -> None:
     if not cache.has_triton:
         return
     try:
-        from engine.triton.attention import warm_up  # imports triton, which not every machine has
+        from engine.backends.triton.attention import warm_up  # imports triton, which not every machine has
 
         warm_up(cache, decoder.config.num_heads, decoder.config.num_kv_heads, decoder.embedding.dtype)
     except Exception:  # Triton raises whatever its compilers do
@@ -179,9 +179,11 @@ def _example(runner: Runner, bucket: Bucket) -> Batch | None:
 
 
 def _triton_attention(runner: Runner, limits: SchedulerLimits) -> MakeAttention:
-    from engine.triton.attention import TritonAttention  # imports triton, which not every machine has
-    from engine.triton.plan import AttentionPlan, Capacity, Scratch
-    from engine.triton.tiles import PagedHeads
+    from engine.backends.triton.attention import (
+        TritonAttention,  # imports triton, which not every machine has
+    )
+    from engine.backends.triton.plan import AttentionPlan, Capacity, Scratch
+    from engine.backends.triton.tiles import PagedHeads
 
     cache, num_kv_heads = runner.cache, runner.decoder.config.num_kv_heads
     scratch = Scratch(cache.k.device)

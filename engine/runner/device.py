@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
+from engine.backends.native.threads import use_threads
 from engine.config import Device, Dtype
 from engine.errors import ConfigError
 from engine.host import available_memory
-from engine.native.threads import use_threads
 
 _CPU_CACHE_LIMIT = 2 << 30  # bytes; enough for tens of long requests, and no more than a laptop can spare
 _CPU_CACHE_SHARE = 0.25  # of the memory that is free

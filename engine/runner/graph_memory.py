@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from engine.backends.triton.plan import AttentionPlan, Capacity, Scratch, programs_at_once
+from engine.backends.triton.tiles import PagedHeads, choose_tile
 from engine.runner.capture import default_buckets, num_guessed_levels
 from engine.runner.runner import Runner
 from engine.scheduling.scheduler import SchedulerLimits
-from engine.triton.plan import AttentionPlan, Capacity, Scratch, programs_at_once
-from engine.triton.tiles import PagedHeads, choose_tile
 
 
 def kept_bytes(runner: Runner, limits: SchedulerLimits) -> int:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.backends.native.attention import NativeAttention
+from engine.backends.native.hydra import NativeHydra, NativePrefix, can_take_heads, can_take_prefix
+from engine.backends.native.precision import draft_linear
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Attention
-from engine.native.attention import NativeAttention
-from engine.native.hydra import NativeHydra, NativePrefix, can_take_heads, can_take_prefix
-from engine.native.precision import draft_linear
 from engine.runner.drafter import Drafter, Proposal, RootRows, propose_chains
 from engine.runner.kv_cache import KVCache
 from engine.runner.step_input import CommitRows, StepInput

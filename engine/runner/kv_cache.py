@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.native.attention import reads_cache
+from engine.backends.triton import support
 from engine.config import KVCacheDtype
 from engine.model.config import DecoderConfig
-from engine.native.attention import reads_cache
-from engine.triton import support
 
 FP8 = torch.float8_e4m3fn
 _LARGEST_FP8 = torch.finfo(FP8).max
@@ -112,7 +112,7 @@ class KVCache:
         are read before anything is written: a destination may be another of its moves' source.
         """
         if self.has_triton:
-            from engine.triton.cache import compact
+            from engine.backends.triton.cache import compact
 
             compact(self.k, self.v, sources, destinations)
             return

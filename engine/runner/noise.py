@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.native import noise as native
+from engine.backends.native import noise as native
 
 _LARGEST_SHARE = 1.0 - 2.0**-24  # below 1 in float32
 _LOW = 0xFFFFFFFF

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.backends.native.decoder import NativeDecoder
 from engine.model.decoder import Attention, Decoder
-from engine.native.decoder import NativeDecoder
 from engine.runner.commit import Commitment, compact, pack, unpack
 from engine.runner.device import torch_threads
 from engine.runner.drafter import Drafter, NoDrafter, Proposal, RootRows

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.native import noise as native
+from engine.backends.native.noise import Draws
 from engine.messages import TokenLogprobs
-from engine.native import noise as native
-from engine.native.noise import Draws
 from engine.runner import sampling
 from engine.runner.noise import Noise, gumbel
 from engine.runner.per_request import PerRequest

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.native import matrix
+from engine.backends.native import matrix
 
 _ARGMAX_BLOCKS = 64
 _LARGEST = 1e30  # bound of a penalised logit: finite in float32 even after division by COLDEST

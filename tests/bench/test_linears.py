@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import bench.linears
+from engine.backends.native.library import kernels
+from engine.backends.native.matrix import Kind, NativeLinear
 from engine.model.quantization import Int4Linear
-from engine.native.library import kernels
-from engine.native.matrix import Kind, NativeLinear
 from tests.engine.tiny import CONFIG, save_tiny_model
 
 # The kernels take this one.

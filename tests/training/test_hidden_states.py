@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.native.decoders import WIDE, random_decoder
+from tests.engine.backends.native.decoders import WIDE, random_decoder
 from tests.training.tiny import PROMPT, tiny_decoder, tiny_documents
 from training import hidden_states
 from training.dataset import Document

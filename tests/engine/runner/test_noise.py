@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from scipy import stats
 from torch import Tensor
 
-from engine.native import noise as native
-from engine.native.library import kernels
+from engine.backends.native import noise as native
+from engine.backends.native.library import kernels
 from engine.runner.noise import Noise, gumbel, make_keys, mix_seed
 from engine.runner.sampling_table import SamplingTable
 from engine.scheduling.drafting import Acceptance

@@ -1,0 +1,133 @@
+"""The decoder on CPUs by our own kernels: `engine.model.decoder.Decoder` in one call for all layers.
+
+Whatever a token is batched with, its row comes out the same to the last bit: prompts, trees and single tokens
+are read by one kernel, and sums never depend on the number of rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from engine.backends.native.attention import MAX_HEAD_DIM, NativeAttention
+from engine.backends.native.library import CDecoder, CLayer, kernels
+from engine.backends.native.matrix import LANES, Kind, NativeLinear, fits
+from engine.backends.native.scratch import scratch
+from engine.model.config import DecoderConfig
+from engine.model.decoder import Attention, Decoder, DecoderLayer, Linear
+
+
+class NativeDecoder(nn.Module):
+    """Takes over a decoder in bfloat16 whose weights fit (`can_take`) or are packed already; its linear
+    layers' weights are freed, a tied embedding aside.
+
+    choose: the number format of a weight, from the layer's name and the weight [out, in].
+    """
+
+    def __init__(self, decoder: Decoder, choose: Callable[[str, Tensor], Kind]) -> None:
+        super().__init__()
+        library = kernels()
+        assert library is not None and can_take(decoder)
+        self._library = library
+        self.config: DecoderConfig = decoder.config
+        self.embedding = decoder.embedding
+        self.lm_head = _take(decoder, "lm_head", choose)
+        c = self.config
+        layers = []
+        kept: list[Tensor] = []  # what the structures point to
+
+        def pointer(values: Tensor) -> int:
+            kept.append(values.detach().float().contiguous())
+            return kept[-1].data_ptr()
+
+        matrices = nn.ModuleList()
+        for layer in decoder.layers:
+            assert isinstance(layer, DecoderLayer)
+            taken = {name: _take(layer, name, choose) for name in ("qkv", "o", "gate_up", "down")}
+            matrices.extend(taken.values())
+            layers.append(
+                CLayer(
+                    input_norm=pointer(layer.input_norm.weight),
+                    post_norm=pointer(layer.post_norm.weight),
+                    q_norm=None if layer.q_norm is None else pointer(layer.q_norm.weight),
+                    k_norm=None if layer.k_norm is None else pointer(layer.k_norm.weight),
+                    **{name: linear.c for name, linear in taken.items()},
+                )
+            )
+        self.layers, self.norm = matrices, decoder.norm
+        self._kept = kept
+        self._c_layers = (CLayer * len(layers))(*layers)
+        self._c = CDecoder(
+            num_layers=c.num_layers,
+            hidden=c.hidden_size,
+            intermediate=c.intermediate_size,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            norm_eps=c.norm_eps,
+            embedding=self.embedding.data_ptr(),
+            final_norm=pointer(decoder.norm.weight),
+            cos=pointer(decoder.cos),
+            sin=pointer(decoder.sin),
+            layers=self._c_layers,
+        )
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Hidden rows after the final norm, [num_tokens, hidden] bfloat16.
+
+        token_ids, positions: [num_tokens] int64, contiguous. attention: over the paged cache.
+        """
+        assert isinstance(attention, NativeAttention)
+        out = torch.empty(len(token_ids), self.config.hidden_size, dtype=torch.bfloat16)
+        paging = attention.paging
+        needed = self._library.gorgon_pass_bytes(ctypes.byref(self._c), paging.num_tokens, paging.num_threads)
+        self._library.gorgon_pass(
+            ctypes.byref(self._c),
+            ctypes.byref(paging),
+            token_ids.data_ptr(),
+            positions.data_ptr(),
+            out.data_ptr(),
+            scratch.pointer(needed),
+        )
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [num_rows, hidden] bfloat16 -> [num_rows, vocab_size] float32"""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+
+def can_run(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine has the kernels for decoders in this number format on this device."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and kernels() is not None
+
+
+def can_take(decoder: Decoder) -> bool:
+    """Whether `can_run` holds and the kernels have this decoder's shapes."""
+    c = decoder.config
+    weights = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
+    return (
+        can_run(decoder.embedding.dtype, decoder.embedding.device)
+        and all(map(fits, weights))
+        and c.head_dim % 32 == 0
+        and c.head_dim <= MAX_HEAD_DIM
+        and c.intermediate_size % (2 * LANES) == 0
+        and c.hidden_size % (2 * LANES) == 0
+    )
+
+
+def pack(name: str, linear: nn.Module, choose: Callable[[str, Tensor], Kind]) -> NativeLinear:
+    """The native form of a linear layer."""
+    assert isinstance(linear, Linear)
+    return NativeLinear(linear.weight, linear.bias, choose(name, linear.weight))
+
+
+def _take(parent: nn.Module, name: str, choose: Callable[[str, Tensor], Kind]) -> NativeLinear:
+    """The native form of a linear layer, whose own weight the parent then forgets."""
+    linear = parent.get_submodule(name)
+    taken = linear if isinstance(linear, NativeLinear) else pack(name, linear, choose)
+    setattr(parent, name, nn.Identity())
+    return taken
