@@ -22,10 +22,10 @@ from bench.device_time import elapsed_seconds, repeatable
 from bench.gpu_options import GpuBenchOptions
 from bench.gpu_targets import OWN
 from bench.step import Measured, figures_of
+from engine.backends.kv_cache import KVCache, bytes_per_token
+from engine.backends.torch.attention import PagedAttention
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Attention
-from engine.runner.attention import PagedAttention
-from engine.runner.kv_cache import KVCache, bytes_per_token
 from trees.family import TreeFamily
 
 # Of a row's read-out, by the norm of the difference: what rounding makes of it. One wrong key makes more.

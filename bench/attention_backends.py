@@ -1,7 +1,8 @@
 """The ways to attend over the paged cache that `gorgon bench gpu` puts beside each other.
 
 Each stores a pass's keys and values and reads the cache as the engine lays it out, by the visibility rule of
-`engine.runner.attention`. What follows from lengths alone is made beforehand, as the engine's plan is.
+`engine.backends.torch.attention`. What follows from lengths alone is made beforehand, as the engine's plan
+is.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 from bench.attention_passes import Problem
 from bench.flex_attention import FlexAttention, PagedFlexAttention
 from bench.gpu_targets import OWN
+from engine.backends.torch.attention import PagedAttention, paged_attention, visibility
 from engine.model.decoder import Attention
-from engine.runner.attention import PagedAttention, paged_attention, visibility
 
 _WORKSPACE_BYTES = 256 << 20  # FlashInfer's, for what it reads in splits
 

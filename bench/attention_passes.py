@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bench.gpu_options import GpuBenchOptions
+from engine.backends.kv_cache import KVCache
+from engine.backends.rows import PassInput
 from engine.messages import SamplingParams
-from engine.runner.kv_cache import KVCache
-from engine.runner.step_input import PassInput, build_rows
+from engine.runner.step_input import build_rows
 from engine.scheduling.drafting import Acceptance
 from engine.scheduling.request import Request, make_block_table
 from trees.family import TreeFamily

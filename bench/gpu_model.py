@@ -21,6 +21,7 @@ from bench.device_time import busy_seconds
 from bench.gpu_options import GpuBenchOptions
 from bench.shapes import SHAPES, random_decoder, random_heads
 from bench.step import WARM_UP_STEPS, Measured, decoding, figures_of, measure_steps
+from engine.backends.kv_cache import KVCache, bytes_per_token, stored_dtype
 from engine.config import EngineConfig
 from engine.loop import Engine
 from engine.messages import SpeculationParams
@@ -30,7 +31,6 @@ from engine.model.loader import load_config, load_decoder
 from engine.runner import device as hardware
 from engine.runner.drafter import Drafter, Proposal, RootRows
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.kv_cache import KVCache, bytes_per_token, stored_dtype
 from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
 from engine.scheduling.batch import ScheduledRequest

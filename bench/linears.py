@@ -85,9 +85,9 @@ def load(model_dir: Path, quantization: Quantization, native: bool) -> Linears |
 
     from engine.backends.native.decoder import can_take
     from engine.backends.native.precision import take_over
+    from engine.backends.torch.precision import quantize_linears, resolve_quantization
     from engine.errors import ConfigError
     from engine.model.loader import load_decoder
-    from engine.model.precision import quantize_linears, resolve_quantization
 
     device, dtype = torch.device("cpu"), torch.bfloat16
     decoder = load_decoder(model_dir, dtype, device)

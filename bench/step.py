@@ -21,12 +21,12 @@ import torch
 from bench.bandwidth import Bandwidth
 from bench.facts import machine_facts
 from bench.report import print_json, print_table
+from engine.backends.kv_cache import bytes_per_token
 from engine.config import EngineConfig
 from engine.errors import ConfigError, GorgonError
 from engine.loop import Engine
 from engine.messages import AddRequest, SamplingParams, SpeculationParams, StepStats
 from engine.model.loader import load_config
-from engine.runner.kv_cache import bytes_per_token
 
 WARM_UP_STEPS = 3
 NO_LIMIT = SpeculationParams()

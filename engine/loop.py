@@ -8,9 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache, bytes_per_token, stored_dtype
 from engine.backends.native.decoder import NativeDecoder, can_run, can_take
 from engine.backends.native.kept import KeptWeights
 from engine.backends.native.precision import take_over
+from engine.backends.torch.precision import quantize_linears, resolve_quantization
 from engine.config import EngineConfig
 from engine.containment import Containment
 from engine.errors import ConfigError, RequestError
@@ -27,13 +29,11 @@ from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder, Linear
 from engine.model.footprint import weight_bytes
 from engine.model.loader import load_config, load_decoder, load_vocabulary
-from engine.model.precision import quantize_linears, resolve_quantization
 from engine.runner import device as hardware
 from engine.runner.capture import capture_graphs, compile_kernels
 from engine.runner.drafter import ChainDrafter, Drafter, NoDrafter
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kept_timings import KeptTimings
-from engine.runner.kv_cache import KVCache, bytes_per_token, stored_dtype
 from engine.runner.memory import allocating, first_num_blocks, fit_cache, is_fitted
 from engine.runner.profile import POSITIONS_TIMED, measure_costs
 from engine.runner.runner import Runner

@@ -111,8 +111,8 @@ def _chain_length(wanted: int, config: EngineConfig) -> int:
 
 
 def _load_drafter(folder: Path, num_layers: int, config: EngineConfig) -> Drafter:
+    from engine.backends.torch.packing import pack_linears
     from engine.model.loader import load_decoder
-    from engine.model.packing import pack_linears
     from engine.runner.device import resolve_device, resolve_dtype
     from engine.runner.draft_model import DraftModelDrafter, first_layers
 

@@ -73,7 +73,7 @@ def scores_of(
     """
     import torch
 
-    from engine.runner.noise import gumbel, make_keys, mix_seed
+    from engine.backends.noise import gumbel, make_keys, mix_seed
 
     keys = make_keys(torch.tensor([mix_seed(seed)]), torch.tensor([position]))
     noise = gumbel(keys, torch.tensor([temperature]), len(logprobs))

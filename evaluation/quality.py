@@ -23,7 +23,7 @@ from evaluation.exactness import compare_answers
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.runner.step_input import PassInput
+    from engine.backends.rows import PassInput
 
 FORMATS: tuple[Quantization, ...] = ("none", "int8", "int4")
 CONCURRENCY = 8
@@ -105,14 +105,14 @@ def read_texts(config: EngineConfig, texts: Sequence[Sequence[int]]) -> Text:
     import torch
     import torch.nn.functional as F
 
+    from engine.backends.kv_cache import KVCache, stored_dtype
     from engine.backends.native.decoder import NativeDecoder, can_take
     from engine.backends.native.precision import take_over
+    from engine.backends.torch.attention import paged_attention
+    from engine.backends.torch.precision import quantize_linears, resolve_quantization
     from engine.model.decoder import Decoder
     from engine.model.loader import load_decoder
-    from engine.model.precision import quantize_linears, resolve_quantization
     from engine.runner import device as hardware
-    from engine.runner.attention import paged_attention
-    from engine.runner.kv_cache import KVCache, stored_dtype
 
     device = hardware.resolve_device(config.device)
     dtype = hardware.resolve_dtype(config.dtype, device)
@@ -143,7 +143,7 @@ def _whole_text(text: Sequence[int], block_size: int) -> PassInput:
     import numpy as np
     import torch
 
-    from engine.runner.step_input import PassInput
+    from engine.backends.rows import PassInput
 
     positions = torch.arange(len(text))
     return PassInput(

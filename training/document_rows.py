@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache
 from engine.backends.native.attention import NativeAttention
 from engine.backends.native.decoder import NativeDecoder, can_take
 from engine.backends.native.matrix import Kind
+from engine.backends.rows import PassInput
 from engine.model.decoder import Decoder
-from engine.runner.kv_cache import KVCache
-from engine.runner.step_input import PassInput
 from training.dataset import Document
 
 _BLOCK_SIZE = 32

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.runner.kv_cache import KVCache
+from engine.backends.kv_cache import KVCache
 from engine.runner.step_input import CommitRows
 from trees.verify import DraftTrees
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from engine.backends.native.threads import use_threads
+from engine.backends.threads import use_threads
 from engine.config import Device, Dtype
 from engine.errors import ConfigError
 from engine.host import available_memory

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from engine.backends.kv_cache import KVCache, bytes_per_token
+from engine.backends.noise import Noise
+from engine.backends.torch.attention import paged_attention
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.runner import sampling
-from engine.runner.attention import paged_attention
 from engine.runner.drafter import Drafter, Proposal, RootRows, chain_parents
-from engine.runner.kv_cache import KVCache, bytes_per_token
-from engine.runner.noise import Noise
 from engine.runner.per_request import PerRequest
 from engine.runner.step_input import StepInput, build_rows
 from engine.runner.transfer import integers

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache
+from engine.backends.noise import Noise
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Attention
-from engine.runner.kv_cache import KVCache
-from engine.runner.noise import Noise
 from engine.runner.step_input import StepInput
 from engine.scheduling.batch import ScheduledRequest
 from engine.scheduling.request import Request

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.runner.attention import paged_attention
+from engine.backends.kv_cache import KVCache
+from engine.backends.torch.attention import paged_attention
 from engine.runner.drafter import Drafter, Proposal, RootRows
-from engine.runner.kv_cache import KVCache
 from engine.runner.sampler import Sampler
 from engine.runner.sampling_table import Demand
 from engine.runner.step_input import CommitRows, build_rows

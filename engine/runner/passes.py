@@ -10,11 +10,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache
+from engine.backends.torch.attention import paged_attention
 from engine.model.decoder import Attention
-from engine.runner.attention import paged_attention
 from engine.runner.drafter import Proposal
 from engine.runner.drafting import make_trees
-from engine.runner.kv_cache import KVCache
 from engine.runner.sampling_table import Demand
 from engine.runner.step_input import StepInput
 from engine.runner.step_layout import build_step

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache
 from engine.backends.native.decoder import NativeDecoder
 from engine.model.decoder import Attention, Decoder
 from engine.runner.commit import Commitment, compact, pack, unpack
@@ -16,7 +17,6 @@ from engine.runner.device import torch_threads
 from engine.runner.drafter import Drafter, NoDrafter, Proposal, RootRows
 from engine.runner.drafting import levels_of, limit_drafts, propose
 from engine.runner.graphs import StepGraph, StepGraphs
-from engine.runner.kv_cache import KVCache
 from engine.runner.passes import EagerPass, Settled, StepPass
 from engine.runner.per_request import PerRequest
 from engine.runner.sampler import Sampler, token_logprobs

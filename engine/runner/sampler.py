@@ -2,7 +2,7 @@
 
 Where nobody asks for more, targets are argmaxes and nothing else happens. What requests ask beyond that,
 processors do to their rows (`engine.runner.processors`), and a draw is an argmax with noise
-(`engine.runner.noise`). Host-side work is choosing rows; the rest is tensors, so that a CUDA graph may hold
+(`engine.backends.noise`). Host-side work is choosing rows; the rest is tensors, so that a CUDA graph may hold
 it, for all rows of a pass and everything that may be asked.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from engine.backends.native import noise as native
 from engine.backends.native.noise import Draws
+from engine.backends.noise import Noise, gumbel
 from engine.messages import TokenLogprobs
 from engine.runner import sampling
-from engine.runner.noise import Noise, gumbel
 from engine.runner.per_request import PerRequest
 from engine.runner.processors import DrawRows, LogitBias, MinimumLength, Penalties, Processor
 from engine.runner.sampling_table import EVERYTHING, Demand, SamplingTable

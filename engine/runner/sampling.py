@@ -1,6 +1,6 @@
 """The arithmetic of sampling: pure functions from logits to tokens.
 
-A draw is the argmax of what penalties, temperature and cuts leave, and of noise (`engine/runner/noise.py`).
+A draw is the argmax of what penalties, temperature and cuts leave, and of noise (`engine/backends/noise.py`).
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from enum import Flag, auto
 import torch
 from torch import Tensor
 
+from engine.backends.noise import Noise, make_keys, mix_seed
 from engine.messages import SamplingParams
-from engine.runner.noise import Noise, make_keys, mix_seed
 from engine.scheduling.request import Request
 
 COLDEST = 1e-6  # a lower temperature draws the same tokens, until dividing by it overflows

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.backends.rows import IntArray, PassShape
 from engine.runner.drafter import Proposal
-from engine.runner.step_input import CommitRows, IntArray, PassShape, StepInput
+from engine.runner.step_input import CommitRows, StepInput
 from engine.scheduling.batch import Batch, ScheduledRequest
 from trees.family import MAX_DRAFT_NODES
 from trees.select import Chains

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.runner.step_input import CommitRows, IntArray, StepInput, lay_out_rows
+from engine.backends.rows import IntArray
+from engine.runner.step_input import CommitRows, StepInput, lay_out_rows
 from engine.runner.transfer import together
 from engine.scheduling.batch import Batch, ScheduledRequest
 

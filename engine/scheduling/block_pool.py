@@ -1,6 +1,6 @@
 """The KV cache's blocks as numbers: who holds which, what each one contains, which to give away next.
 
-Plain Python. The tensors behind the numbers belong to `engine.runner.kv_cache`.
+Plain Python. The tensors behind the numbers belong to `engine.backends.kv_cache`.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from bench.gpu_model import profile_family
 from bench.gpu_options import GpuBenchOptions
 from bench.shapes import SHAPES
 from cli.main import main
+from engine.backends.kv_cache import KVCache
+from engine.backends.torch.attention import visibility
 from engine.model.decoder import Attention
-from engine.runner.attention import visibility
-from engine.runner.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 CONFIG = SHAPES["tiny"]

@@ -18,9 +18,9 @@ from bench.gpu_model import profile_family
 from bench.gpu_targets import TARGETS
 from bench.shapes import SHAPES, random_decoder
 from cli.main import main as gorgon
+from engine.backends.kv_cache import FP8, bytes_per_token
 from engine.model.decoder import Decoder
 from engine.model.footprint import weight_bytes
-from engine.runner.kv_cache import FP8, bytes_per_token
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--shapes", "tiny", "--steps", "2"]

@@ -12,7 +12,7 @@ import torch
 import bench.linears
 from engine.backends.native.library import kernels
 from engine.backends.native.matrix import Kind, NativeLinear
-from engine.model.quantization import Int4Linear
+from engine.backends.torch.quantization import Int4Linear
 from tests.engine.tiny import CONFIG, save_tiny_model
 
 # The kernels take this one.

@@ -12,11 +12,11 @@ import torch
 from bench.bandwidth import Bandwidth
 from bench.step import StepBenchError, StepBenchOptions, measure, measure_steps
 from cli.main import main
+from engine.backends.torch.packing import pack_linears
 from engine.config import EngineConfig
 from engine.loop import Engine
 from engine.model.decoder import Decoder
 from engine.model.footprint import weight_bytes
-from engine.model.packing import pack_linears
 from tests.engine.tiny import CONFIG, tiny_decoder
 from tests.evaluation.tiny import save_head_set, save_model
 

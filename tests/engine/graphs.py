@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.runner.attention import visibility
+from engine.backends.kv_cache import KVCache
+from engine.backends.rows import PassShape
+from engine.backends.torch.attention import visibility
 from engine.runner.capture import make_graphs
 from engine.runner.graphs import FixedAttention, MakeAttention, Run
-from engine.runner.kv_cache import KVCache
 from engine.runner.runner import Runner
 from engine.runner.step_buffers import Bucket
-from engine.runner.step_input import PassShape
 
 MAX_CONTEXT = 144  # positions that a request may have in these tests
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from engine.runner.step_input import PassInput
+from engine.backends.rows import PassInput
 from tests.engine.tiny import CONFIG
 
 

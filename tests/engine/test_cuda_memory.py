@@ -12,11 +12,11 @@ import torch
 
 from bench.gpu import main
 from bench.shapes import random_decoder
+from engine.backends.kv_cache import FP8, KVCache
+from engine.backends.torch.scaled import ScaledFP8Linear, ScaledInt8Linear
 from engine.config import EngineConfig
 from engine.loop import Engine
 from engine.messages import AddRequest
-from engine.model.scaled import ScaledFP8Linear, ScaledInt8Linear
-from engine.runner.kv_cache import FP8, KVCache
 from tests.engine.helpers import params
 from tests.engine.tiny import CONFIG, CPU
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.backends.kv_cache import KVCache
 from engine.messages import RequestOutput, SamplingParams
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.runner.drafter import Drafter
-from engine.runner.kv_cache import KVCache
 from engine.runner.runner import Runner
 from engine.scheduling.speculation import FixedSpeculation, SpeculationPolicy
 from tests.engine.drafters import ShapedDrafter

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from engine.backends.native.library import CPaging, kernels
-from engine.backends.native.threads import num_threads
+from engine.backends.rows import PassInput
+from engine.backends.threads import num_threads
 
 if TYPE_CHECKING:
-    from engine.runner.kv_cache import KVCache
-    from engine.runner.step_input import PassInput
+    from engine.backends.kv_cache import KVCache
 
 
 MAX_HEAD_DIM = 256

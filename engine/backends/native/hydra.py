@@ -14,7 +14,7 @@ from engine.backends.native.attention import NativeAttention
 from engine.backends.native.library import CDecoder, CLayer, CMatrix, kernels
 from engine.backends.native.matrix import Kind, NativeLinear, fits
 from engine.backends.native.scratch import scratch
-from engine.backends.native.threads import num_threads
+from engine.backends.threads import num_threads
 from engine.model.rope import rotation_table
 from engine.runner.drafter import RootRows
 from heads.hydra import HydraHeads

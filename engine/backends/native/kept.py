@@ -43,7 +43,7 @@ class KeptWeights:
         with contextlib.suppress(RegistryError):  # no place for a cache; that has been told
             self._folder = cache_dir() / "packed"
         self._model = digest(str(model_dir.resolve()))
-        state = digest(files_of(model_dir), asked, code_of("model", "backends/native"))
+        state = digest(files_of(model_dir), asked, code_of("model", "backends"))
         self._name = f"{self._model}-{state}.weights"
         self._is_there = False
 

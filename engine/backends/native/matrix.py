@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from engine.backends.native.library import CMatrix, kernels
 from engine.backends.native.scratch import scratch
-from engine.backends.native.threads import num_threads
+from engine.backends.threads import num_threads
+from engine.backends.torch.quantization import GROUP_SIZE, change, quantize_int4, quantize_int8
 from engine.errors import ConfigError
-from engine.model.quantization import GROUP_SIZE, change, quantize_int4, quantize_int8
 
 LANES = 16  # outputs of a block
 

@@ -1,5 +1,5 @@
-"""Draws and their noise by our own kernels: `engine.runner.sampling` and `engine.runner.noise` are what they
-compute, up to rounding."""
+"""Draws and their noise by our own kernels: `engine.runner.sampling` and `engine.backends.noise` say what
+they compute, up to rounding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.backends.native.library import kernels
 from engine.backends.native.matrix import LANES
 from engine.backends.native.scratch import scratch
-from engine.backends.native.threads import num_threads
+from engine.backends.threads import num_threads
 
 
 def gumbel(keys: Tensor, scales: Tensor, token_ids: Tensor | None, num_tokens: int) -> Tensor | None:

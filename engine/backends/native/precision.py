@@ -11,11 +11,11 @@ from torch import Tensor
 from engine.backends.native.decoder import NativeDecoder, pack
 from engine.backends.native.kept import KeptWeights
 from engine.backends.native.matrix import Kind, NativeLinear, fits, int8_error
+from engine.backends.torch.packing import fast_linear, replace_linears
+from engine.backends.torch.precision import BFLOAT16, MAX_ERROR, name_formats
+from engine.backends.torch.quantization import int4_error
 from engine.config import Quantization
 from engine.model.decoder import Decoder
-from engine.model.packing import fast_linear, replace_linears
-from engine.model.precision import BFLOAT16, MAX_ERROR, name_formats
-from engine.model.quantization import int4_error
 
 _NAMES = {Kind.INT4: "int4", Kind.INT8: "int8", Kind.BF16: BFLOAT16}
 
@@ -24,7 +24,7 @@ def take_over(
     decoder: Decoder, asked: Quantization, kept: KeptWeights | None = None
 ) -> tuple[NativeDecoder, str]:
     """The decoder in our own kernels, which must take it (`engine.backends.native.decoder.can_take`), and
-    what was asked for, or what auto came to (`engine.model.precision.name_formats`).
+    what was asked for, or what auto came to (`engine.backends.torch.precision.name_formats`).
 
     The decoder given loses its linear layers. kept: where they may be packed already, or are kept.
     """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from engine.backends.rows import PassInput
 from engine.backends.triton.cache import compact, store
 from engine.backends.triton.kernels.attention import attend, merge
 from engine.backends.triton.plan import AttentionPlan, Capacity
@@ -15,8 +16,7 @@ from engine.backends.triton.tiles import PagedHeads, padded, query_counts
 from engine.model.decoder import RotatingAttention
 
 if TYPE_CHECKING:
-    from engine.runner.kv_cache import KVCache
-    from engine.runner.step_input import PassInput
+    from engine.backends.kv_cache import KVCache
 
 
 class TritonAttention(RotatingAttention):

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.backends.rows import IntArray, PassShape
 from engine.backends.triton.tiles import PagedHeads, Tile, choose_tile
-from engine.runner.step_input import IntArray, PassShape
 from trees.family import MAX_DRAFT_NODES
 
 # first row, end row, first key, end key, place of its partial result or -1, place of its block table

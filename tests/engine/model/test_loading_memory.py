@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.model import loader, packing, precision
+from engine.backends.torch import packing, precision
+from engine.backends.torch.packing import pack_linears
+from engine.backends.torch.precision import quantize_linears
+from engine.model import loader
 from engine.model.decoder import Decoder, Linear
 from engine.model.loader import load_decoder
-from engine.model.packing import pack_linears
-from engine.model.precision import quantize_linears
 from tests.engine.tiny import CONFIG, CPU
 
 ENOUGH = 1 << 30
@@ -92,7 +93,7 @@ def test_plain_weights_go_as_they_are_repacked(choice: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(packing, "PackedLinear", Counting)
     monkeypatch.setattr(precision, "PackedLinear", Counting)
-    monkeypatch.setattr("engine.model.quantization.PackedLinear", Counting)
+    monkeypatch.setattr("engine.backends.torch.quantization.PackedLinear", Counting)
     if choice == "none":
         pack_linears(decoder)
     else:

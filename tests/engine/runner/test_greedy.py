@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.backends.kv_cache import KVCache
 from engine.runner.drafter import Drafter, Proposal, RootRows
-from engine.runner.kv_cache import KVCache
 from tests.engine.drafters import RandomDrafter, ScriptedDrafter
 from tests.engine.families import chain, families, full
 from tests.engine.helpers import params

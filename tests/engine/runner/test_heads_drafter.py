@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache
+from engine.backends.noise import gumbel, make_keys, mix_seed
 from engine.errors import ConfigError
 from engine.runner.drafter import Proposal, RootRows
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.kv_cache import KVCache
-from engine.runner.noise import gumbel, make_keys, mix_seed
 from heads.base import DraftHeads
 from heads.hydra import HydraHeads
 from heads.medusa import MedusaHeads

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from engine.backends.noise import gumbel, make_keys, mix_seed
 from engine.runner import sampling
-from engine.runner.noise import gumbel, make_keys, mix_seed
 
 # Tied or well apart: of two logits that differ by one rounding float32 and float64 tell different stories.
 logit_rows = st.lists(st.integers(-64, 64).map(lambda eighths: eighths / 8), min_size=1, max_size=20)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.backends.native.hydra import NativeHydra
 from engine.backends.native.scratch import scratch
-from engine.backends.native.threads import num_threads
+from engine.backends.threads import num_threads
 
 EPS = torch.finfo(torch.float32).eps
 

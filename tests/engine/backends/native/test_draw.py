@@ -9,8 +9,8 @@ from hypothesis import given, settings
 
 from engine.backends.native.library import kernels
 from engine.backends.native.noise import Draws, draw
+from engine.backends.noise import gumbel, make_keys, mix_seed
 from engine.runner import sampling
-from engine.runner.noise import gumbel, make_keys, mix_seed
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no AVX-512 VNNI and BF16, or no C compiler")
 

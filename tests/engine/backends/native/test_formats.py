@@ -10,8 +10,8 @@ from torch import Tensor
 from engine.backends.native.library import kernels
 from engine.backends.native.matrix import Kind, NativeLinear
 from engine.backends.native.precision import choose_kind, take_over
+from engine.backends.torch.precision import MAX_ERROR
 from engine.config import Quantization
-from engine.model.precision import MAX_ERROR
 from tests.engine.backends.native.decoders import WIDE, random_decoder
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no AVX-512 VNNI and BF16, or no C compiler")

@@ -13,11 +13,11 @@ from torch import Tensor
 from bench.modes import EngineMode
 from engine.backends.native.hydra import NativeHydra
 from engine.backends.native.library import kernels
+from engine.backends.noise import Noise
 from engine.config import EngineConfig
 from engine.loop import Engine
 from engine.runner.drafter import RootRows
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.noise import Noise
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
 from tests.engine.backends.native import levels

@@ -13,16 +13,16 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache
 from engine.backends.native import matrix
 from engine.backends.native.attention import NativeAttention
 from engine.backends.native.decoder import NativeDecoder, can_take
 from engine.backends.native.library import kernels
 from engine.backends.native.matrix import Kind, NativeLinear, quantize_int8_groups
+from engine.backends.rows import PassInput
+from engine.backends.torch.attention import PagedAttention
+from engine.backends.torch.quantization import quantize_int4
 from engine.errors import ConfigError
-from engine.model.quantization import quantize_int4
-from engine.runner.attention import PagedAttention
-from engine.runner.kv_cache import KVCache
-from engine.runner.step_input import PassInput
 from engine.scheduling.request import make_block_table
 from tests.engine.backends.native.decoders import WIDE, random_decoder
 from tests.engine.passes import make_pass

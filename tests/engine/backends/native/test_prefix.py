@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache
 from engine.backends.native.attention import NativeAttention
 from engine.backends.native.hydra import NativePrefix
 from engine.backends.native.library import kernels
-from engine.runner.kv_cache import KVCache
-from engine.runner.step_input import PassInput
+from engine.backends.rows import PassInput
 from heads.prefix import PrefixLayer
 from tests.engine.backends.native.decoders import WIDE, random_decoder
 from tests.engine.tiny import CPU

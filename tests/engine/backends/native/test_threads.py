@@ -14,15 +14,15 @@ from torch import Tensor
 
 from bench.modes import EngineMode
 from engine import host
+from engine.backends.kv_cache import KVCache
 from engine.backends.native.attention import NativeAttention
 from engine.backends.native.decoder import NativeDecoder
 from engine.backends.native.library import kernels
 from engine.backends.native.matrix import Kind, NativeLinear
-from engine.backends.native.threads import num_threads, use_threads
+from engine.backends.threads import num_threads, use_threads
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.loop import Engine
-from engine.runner.kv_cache import KVCache
 from tests.engine.backends.native.decoders import WIDE, random_decoder
 from tests.engine.passes import make_pass
 from tests.engine.tiny import CPU
@@ -85,7 +85,7 @@ def said_by(code: str) -> str:
     preamble = """
 import os, time, torch
 from engine.backends.native.matrix import Kind, NativeLinear
-from engine.backends.native.threads import use_threads
+from engine.backends.threads import use_threads
 torch.manual_seed(0)
 linear = NativeLinear(torch.randn(4096, 512), None, Kind.INT8)
 x = torch.randn(1, 512).bfloat16()

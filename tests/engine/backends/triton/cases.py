@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.runner.kv_cache import KVCache
-from engine.runner.step_input import PassInput
+from engine.backends.kv_cache import KVCache
+from engine.backends.rows import PassInput
 from tests.engine.passes import make_pass
 from tests.engine.tiny import CONFIG, CPU
 

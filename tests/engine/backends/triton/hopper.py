@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from engine.backends.kv_cache import KVCache
 from engine.backends.triton.plan import AttentionPlan
 from engine.backends.triton.tiles import PagedHeads
-from engine.runner.kv_cache import KVCache
 from tests.engine.backends.triton.cases import TritonAttention, compact, warm_up
 from tests.engine.passes import make_pass
 from tests.engine.tiny import CONFIG, CPU

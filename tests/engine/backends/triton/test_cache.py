@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from engine.runner.kv_cache import KVCache
+from engine.backends.kv_cache import KVCache
 from tests.engine.backends.triton.cases import DEVICE, compact
 from tests.engine.tiny import CONFIG, CPU
 

@@ -70,7 +70,7 @@ def test_greedy_answers_with_trees_and_compaction(monkeypatch: pytest.MonkeyPatc
 
     engine = TinyEngine(full(9), ScriptedDrafter(script, 0.7, 3), block_size=16, budget=40)
     monkeypatch.setattr(engine.runner.cache, "has_triton", True)
-    monkeypatch.setattr("engine.runner.attention.PagedAttention", None)
+    monkeypatch.setattr("engine.backends.torch.attention.PagedAttention", None)
     arrivals = [
         Arrival(str(i), prompt, params(LENGTH, ignore_eos=True), step=i) for i, prompt in enumerate(PROMPTS)
     ]

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.config import Quantization
-from engine.model.decoder import Decoder
-from engine.model.packing import replace_linears
-from engine.model.precision import scaled
-from engine.model.scaled import (
+from engine.backends.torch.packing import replace_linears
+from engine.backends.torch.precision import scaled
+from engine.backends.torch.scaled import (
     FP8,
     ScaledFP8Linear,
     ScaledInt8Linear,
     fits_scaled,
     quantize_fp8,
 )
+from engine.config import Quantization
+from engine.model.decoder import Decoder
 from tests.engine.tiny import CONFIG, VOCAB
 from tests.fakes import DenseCausalAttention
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.model.quantization import quantize_int8
+from engine.backends.torch.quantization import quantize_int8
 
 FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply in fp8

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.runner import attention
-from engine.runner.attention import PagedAttention, visibility
-from engine.runner.kv_cache import KVCache
+from engine.backends.kv_cache import KVCache
+from engine.backends.torch import attention
+from engine.backends.torch.attention import PagedAttention, visibility
 from engine.runner.step_layout import build_step
 from engine.scheduling.batch import Batch, ScheduledRequest
 from engine.scheduling.drafting import Acceptance

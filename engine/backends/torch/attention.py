@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache
 from engine.backends.native.attention import NativeAttention
+from engine.backends.rows import PassInput
 from engine.model.decoder import Attention
-from engine.runner.kv_cache import KVCache
-from engine.runner.step_input import PassInput
 from trees.family import MAX_DRAFT_NODES
 
 

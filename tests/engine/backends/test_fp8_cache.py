@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bench.modes import EngineMode
+from engine.backends.kv_cache import FP8, KVCache, bytes_per_token
+from engine.backends.torch.attention import PagedAttention
 from engine.config import EngineConfig
 from engine.loop import Engine
 from engine.model.loader import load_decoder
-from engine.runner.attention import PagedAttention
-from engine.runner.kv_cache import FP8, KVCache, bytes_per_token
 from engine.runner.step_input import build_rows
 from engine.scheduling.drafting import Acceptance
 from engine.scheduling.request import Request

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from engine.backends.torch.packing import PackedLinear, can_pack, pack_linears, replace_linears
+from engine.backends.torch.quantization import Int4Linear, Int8Linear, fits_int4, int4_error
+from engine.backends.torch.scaled import FP8_CAPABILITY, ScaledFP8Linear, ScaledInt8Linear, fits_scaled
 from engine.config import Quantization
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder, Linear
-from engine.model.packing import PackedLinear, can_pack, pack_linears, replace_linears
-from engine.model.quantization import Int4Linear, Int8Linear, fits_int4, int4_error
-from engine.model.scaled import FP8_CAPABILITY, ScaledFP8Linear, ScaledInt8Linear, fits_scaled
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.backends.torch.packing import PackedLinear
+from engine.backends.torch.precision import quantize_linears, resolve_quantization
+from engine.backends.torch.quantization import Int4Linear, Int8Linear
 from engine.config import Quantization
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder
-from engine.model.packing import PackedLinear
-from engine.model.precision import quantize_linears, resolve_quantization
-from engine.model.quantization import Int4Linear, Int8Linear
 from tests.engine.tiny import CONFIG, CPU
 from tests.fakes import DenseCausalAttention
 

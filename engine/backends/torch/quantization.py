@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engine.model.packing import PackedLinear
+from engine.backends.torch.packing import PackedLinear
 
 GROUP_SIZE = 32  # columns that share a scale and an offset in int4: those of GGUF's Q4 formats
 _INT4_LEVELS, _INT8_LEVELS = 15, 127

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.backends.native import noise as native
 from engine.backends.native.library import kernels
-from engine.runner.noise import Noise, gumbel, make_keys, mix_seed
+from engine.backends.noise import Noise, gumbel, make_keys, mix_seed
 from engine.runner.sampling_table import SamplingTable
 from engine.scheduling.drafting import Acceptance
 from engine.scheduling.request import Request
@@ -96,7 +96,7 @@ def test_a_tokens_noise_is_the_same_among_others_and_by_torch(
     assert torch.equal(gumbel(keys[:1], scales[:1], num_tokens), whole[:1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "gumbel", lambda *_: None)
-        patch.setattr("engine.runner.noise._MOST_AT_ONCE", 3 * num_tokens - 1)  # two keys at a time
+        patch.setattr("engine.backends.noise._MOST_AT_ONCE", 3 * num_tokens - 1)  # two keys at a time
         torch.testing.assert_close(gumbel(keys, scales, num_tokens), whole, rtol=1e-5, atol=2e-6)
 
 

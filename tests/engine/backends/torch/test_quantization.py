@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.model.quantization import (
+from engine.backends.torch.quantization import (
     Int4Linear,
     Int8Linear,
     fits_int4,
