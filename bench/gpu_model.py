@@ -22,8 +22,9 @@ from bench.gpu_options import GpuBenchOptions
 from bench.shapes import SHAPES, random_decoder, random_heads
 from bench.step import WARM_UP_STEPS, Measured, decoding, figures_of, measure_steps
 from engine.backends.kv_cache import KVCache, bytes_per_token, stored_dtype
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
+from engine.engine import Engine
 from engine.messages import SpeculationParams
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
@@ -153,7 +154,7 @@ def _found(model: _Model, measured: Measured, context: int, **facts: object) -> 
 
 
 def _plain(model: _Model, options: GpuBenchOptions, bandwidth: Bandwidth) -> Iterator[Found]:
-    engine = Engine(replace(model.config, speculation="off"), loaded=model.load())
+    engine = build(replace(model.config, speculation="off"), loaded=model.load())
     for context in options.contexts:
         for requests in options.requests:
             bandwidth.measure()
@@ -181,7 +182,7 @@ def _trees(
     if not sizes:
         return
     family = profile_family()
-    engine = Engine(
+    engine = build(
         model.config,
         loaded=model.load(),
         drafter=FreeDrafter(family, model.decoder.vocab_size, model.device),

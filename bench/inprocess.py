@@ -20,6 +20,7 @@ from bench.report import print_json, print_table, quartiles
 from bench.summary import compare, print_modes, print_ratios, print_tasks, summarize
 from engine.config import EngineConfig, Speculation
 from engine.errors import ConfigError
+from engine.folders import with_folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,6 @@ class EngineBenchOptions:
 
 def run(options: EngineBenchOptions) -> int:
     from engine.model.tokenizer import load_chat_tokenizer
-    from heads.registry import resolve_heads, resolve_model
 
     if options.concurrency > 1 and options.num_prompts < options.concurrency * options.rounds:
         raise ConfigError(
@@ -53,13 +53,7 @@ def run(options: EngineBenchOptions) -> int:
     if options.transformers:
         check_accelerate("--transformers")
     prompts = sample(read_prompts(options.prompts), options.num_prompts, options.seed)
-    model = resolve_model(options.model)
-    heads_dir = resolve_heads(options.heads, model)
-    config = replace(
-        options.config,
-        model_dir=str(model.model_dir),
-        heads_dir=None if heads_dir is None else str(heads_dir),
-    )
+    model, config = with_folders(options.config, options.model, options.heads)
     tokenizer = load_chat_tokenizer(model.model_dir)
     token_ids = [tokenizer.encode_chat(prompt.messages) for prompt in prompts]
 
@@ -94,11 +88,11 @@ def load_modes(
 ) -> tuple[list[EngineMode], list[Mode]]:
     """The engines, auto and off first, then whatever else is compared."""
     from bench.modes import TransformersMode
-    from engine.loop import Engine
+    from engine.build import build
 
-    loaded = [(name, Engine(replace(config, speculation=name))) for name in get_args(Speculation)]
+    loaded = [(name, build(replace(config, speculation=name))) for name in get_args(Speculation)]
     for nodes in options.tree_nodes:
-        loaded.append((f"tree:{nodes}", Engine(config, fixed_drafts=nodes, ngrams=False)))
+        loaded.append((f"tree:{nodes}", build(config, fixed_drafts=nodes, ngrams=False)))
     engines = [EngineMode(name, engine, options.temperature) for name, engine in loaded]
     others: list[Mode] = []
     if options.transformers:

@@ -54,7 +54,7 @@ class Measured:
 
 
 def run(options: InterferenceOptions) -> int:
-    from engine.loop import Engine as RealEngine
+    from engine.build import build
     from engine.model.tokenizer import load_chat_tokenizer
     from heads.registry import resolve_heads, resolve_model
 
@@ -68,7 +68,7 @@ def run(options: InterferenceOptions) -> int:
     tokenizer = load_chat_tokenizer(model.model_dir)
     chats = [tokenizer.encode_chat(prompt.messages) for prompt in read_prompts(BUILTIN)]
     settings = {"as set": config, "no bound": replace(config, max_inter_token_ms=_NO_BOUND)}
-    engines = {name: RealEngine(each) for name, each in settings.items()}
+    engines = {name: build(each) for name, each in settings.items()}
     check_room(engines["as set"], options)
     measured = {name: Measured() for name in engines}
     for number in range(options.rounds):

@@ -17,7 +17,7 @@ from engine.messages import AddRequest, ModelInfo, SamplingParams, StepOutput
 
 
 class Engine(Protocol):
-    """What is used of `engine.loop.Engine`."""
+    """What is used of `engine.engine.Engine`."""
 
     @property
     def info(self) -> ModelInfo: ...

@@ -22,9 +22,11 @@ from bench.bandwidth import Bandwidth
 from bench.facts import machine_facts
 from bench.report import print_json, print_table
 from engine.backends.kv_cache import bytes_per_token
+from engine.build import build
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.errors import ConfigError, GorgonError
-from engine.loop import Engine
+from engine.folders import with_folders
 from engine.messages import AddRequest, SamplingParams, SpeculationParams, StepStats
 from engine.model.loader import load_config
 
@@ -62,17 +64,10 @@ class Measured:
 
 
 def run(options: StepBenchOptions) -> int:
-    from heads.registry import resolve_heads, resolve_model
 
     _check(options)
-    model = resolve_model(options.model)
-    heads_dir = resolve_heads(options.heads, model)
-    config = replace(
-        options.config,
-        model_dir=str(model.model_dir),
-        heads_dir=None if heads_dir is None else str(heads_dir),
-    )
-    plain = Engine(replace(config, speculation="off"))
+    model, config = with_folders(options.config, options.model, options.heads)
+    plain = build(replace(config, speculation="off"))
     bandwidth = Bandwidth(torch.device(plain.info.device))
     rows = []
     for measured in measure(plain, config, options):
@@ -117,7 +112,7 @@ def measure(plain: Engine, config: EngineConfig, options: StepBenchOptions) -> I
     for count in options.requests:
         yield measure_steps(plain, "plain", count, options.context, options.steps)
     for nodes in options.trees:
-        engine = Engine(replace(config, speculation="auto"), fixed_drafts=nodes - 1)
+        engine = build(replace(config, speculation="auto"), fixed_drafts=nodes - 1)
         if engine.info.max_tree_nodes < 2:
             return
         yield measure_steps(engine, f"tree of {nodes}", 1, options.context, options.steps)

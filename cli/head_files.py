@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.head_sets import find_heads, load_whole
+from cli.head_sets import find_heads
 from cli.parser import Subparsers
 from heads.defaults import DEFAULT_MODEL
 
@@ -98,10 +98,11 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_push(args: argparse.Namespace) -> int:
+    from engine.head_set import load_head_set
     from heads.share import push_heads
 
     folder = find_heads(args.heads)
-    heads, _ = load_whole(folder)
+    heads, _ = load_head_set(folder)
     if not (folder / "README.md").exists():
         print(f"gorgon: warning: {folder} has no card, README.md", file=sys.stderr)
     print(f"Pushed {heads.name} to {push_heads(folder, args.target)}")
@@ -109,10 +110,11 @@ def run_push(args: argparse.Namespace) -> int:
 
 
 def run_pull(args: argparse.Namespace) -> int:
+    from engine.head_set import load_head_set
     from heads.share import copy_heads, fetch_heads
 
     folder = fetch_heads(args.repository)
-    heads, _ = load_whole(folder)
+    heads, _ = load_head_set(folder)
     if args.out is not None:
         copy_heads(folder, args.out)
         folder = args.out

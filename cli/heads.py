@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from cli import head_files
-from cli.head_sets import find_heads, load_whole
+from cli.head_sets import find_heads
 from cli.parser import Subparsers
 from heads.defaults import DEFAULT_MODEL
 
@@ -72,10 +72,11 @@ def run_show(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     import torch
 
+    from engine.head_set import load_head_set
     from engine.model.loader import load_decoder
     from heads.registry import resolve_model
 
-    heads, _ = load_whole(find_heads(args.heads))
+    heads, _ = load_head_set(find_heads(args.heads))
     model = resolve_model(args.model)
     decoder = load_decoder(model.model_dir, torch.float32, torch.device("cpu"))
     heads.bind(decoder.embedding, decoder.lm_head.weight)

@@ -52,16 +52,10 @@ def run(args: argparse.Namespace) -> int:
         ServerSettings, args, os.environ, served_model_name=names.get("served_model_name", model_name)
     )
 
-    from heads.registry import resolve_heads, resolve_model
+    from engine.folders import with_folders
     from server.run import serve
 
-    model = resolve_model(model_name)
-    heads_dir = resolve_heads(names.get("heads", "auto"), model)
+    model, engine_config = with_folders(engine_config, model_name, names.get("heads", "auto"))
     if "served_model_name" not in names:
         settings = replace(settings, served_model_name=model.name)
-    engine_config = replace(
-        engine_config,
-        model_dir=str(model.model_dir),
-        heads_dir=None if heads_dir is None else str(heads_dir),
-    )
     return serve(settings, engine_config)

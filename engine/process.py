@@ -14,9 +14,10 @@ import sys
 import threading
 
 from engine import channel
+from engine.build import build
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.errors import GorgonError, GraphCaptureError, RequestError
-from engine.loop import Engine
 from engine.messages import (
     AbortRequest,
     AddRequest,
@@ -62,7 +63,7 @@ def _serve(connection: socket.socket) -> int:
 def _load(config: EngineConfig, connection: socket.socket) -> Engine | None:
     captures_failed = False
     try:
-        engine = Engine(config)
+        engine = build(config)
         # What is loaded stays: no collection of garbage while steps run need look through it.
         gc.collect()
         gc.freeze()

@@ -64,12 +64,12 @@ def plan_baselines(
 
 def baseline_modes(config: EngineConfig, baselines: Sequence[Baseline]) -> list[EngineMode]:
     """One engine for each."""
-    from engine.loop import Engine
+    from engine.build import build
 
     return [
         EngineMode(
             b.name,
-            Engine(config, drafter=b.make_drafter(), family=chain(b.num_drafts), fixed_drafts=b.num_drafts),
+            build(config, drafter=b.make_drafter(), family=chain(b.num_drafts), fixed_drafts=b.num_drafts),
         )
         for b in baselines
     ]
@@ -113,10 +113,10 @@ def _chain_length(wanted: int, config: EngineConfig) -> int:
 def _load_drafter(folder: Path, num_layers: int, config: EngineConfig) -> Drafter:
     from engine.backends.torch.packing import pack_linears
     from engine.model.loader import load_decoder
-    from engine.runner.device import resolve_device, resolve_dtype
+    from engine.placement import Placement
     from engine.runner.draft_model import DraftModelDrafter, first_layers
 
-    device = resolve_device(config.device)
-    decoder = first_layers(load_decoder(folder, resolve_dtype(config.dtype, device), device), num_layers)
+    place = Placement.of(config)
+    decoder = first_layers(load_decoder(folder, place.dtype, place.device), num_layers)
     pack_linears(decoder)
     return DraftModelDrafter(decoder)

@@ -35,13 +35,13 @@ def make_modes(config: EngineConfig, sizes: Sequence[int]) -> list[EngineMode]:
 
     A tree of fixed size is the heads' own; the largest is grown with n-grams as well.
     """
-    from engine.loop import Engine
+    from engine.build import build
 
     return [
-        EngineMode(OFF, Engine(replace(config, speculation="off"))),
-        EngineMode("auto", Engine(config)),
-        *(EngineMode(f"tree:{nodes}", Engine(config, fixed_drafts=nodes, ngrams=False)) for nodes in sizes),
-        *(EngineMode(f"merged:{nodes}", Engine(config, fixed_drafts=nodes)) for nodes in sizes[-1:]),
+        EngineMode(OFF, build(replace(config, speculation="off"))),
+        EngineMode("auto", build(config)),
+        *(EngineMode(f"tree:{nodes}", build(config, fixed_drafts=nodes, ngrams=False)) for nodes in sizes),
+        *(EngineMode(f"merged:{nodes}", build(config, fixed_drafts=nodes)) for nodes in sizes[-1:]),
     ]
 
 

@@ -18,6 +18,7 @@ from bench.modes import EngineMode, Run
 from bench.prompts import read_prompts, sample
 from bench.report import print_json, print_table
 from engine.config import EngineConfig, Quantization
+from engine.folders import with_folders
 from evaluation.exactness import compare_answers
 
 if TYPE_CHECKING:
@@ -52,21 +53,16 @@ class Text:
 
 def run(options: QualityOptions) -> int:
     from engine.model.tokenizer import load_chat_tokenizer
-    from heads.registry import resolve_heads, resolve_model
 
     prompts = sample(read_prompts(options.prompts), options.num_prompts, options.seed)
-    model = resolve_model(options.model)
-    heads_dir = resolve_heads(options.heads, model)
+    model, config = with_folders(
+        EngineConfig(model_dir="", device="cpu", dtype="float32", kv_cache_memory=KV_CACHE_MEMORY),
+        options.model,
+        options.heads,
+    )
     tokenizer = load_chat_tokenizer(model.model_dir)
     token_ids = [tokenizer.encode_chat(prompt.messages) for prompt in prompts]
-    config = EngineConfig(
-        model_dir=str(model.model_dir),
-        heads_dir=None if heads_dir is None else str(heads_dir),
-        device="cpu",
-        dtype="float32",
-        kv_cache_memory=KV_CACHE_MEMORY,
-        max_model_len=max(map(len, token_ids)) + options.max_tokens,
-    )
+    config = replace(config, max_model_len=max(map(len, token_ids)) + options.max_tokens)
     texts = [ids[:MAX_TEXT] for ids in token_ids]
     expected = _answers(config, token_ids, options.max_tokens)
     read = read_texts(config, texts)
@@ -105,32 +101,21 @@ def read_texts(config: EngineConfig, texts: Sequence[Sequence[int]]) -> Text:
     import torch
     import torch.nn.functional as F
 
-    from engine.backends.kv_cache import KVCache, stored_dtype
-    from engine.backends.native.decoder import NativeDecoder, can_take
-    from engine.backends.native.precision import take_over
+    from engine.backends.kv_cache import KVCache
     from engine.backends.torch.attention import paged_attention
-    from engine.backends.torch.precision import quantize_linears, resolve_quantization
-    from engine.model.decoder import Decoder
-    from engine.model.loader import load_decoder
-    from engine.runner import device as hardware
+    from engine.placement import PlacedModel, Placement
 
-    device = hardware.resolve_device(config.device)
-    dtype = hardware.resolve_dtype(config.dtype, device)
-    loaded = load_decoder(Path(config.model_dir), dtype, device)
-    asked = resolve_quantization(config.quantization, dtype, device)
-    decoder: Decoder | NativeDecoder = loaded
-    stored = stored_dtype(config.kv_cache_dtype, dtype)
-    if can_take(loaded) and stored == dtype:
-        decoder, _ = take_over(loaded, asked)
-    else:
-        quantize_linears(loaded, asked, hardware.spare_memory())
+    place = Placement.of(config)
+    decoder, _ = PlacedModel.load(Path(config.model_dir), place).in_formats()
     model = decoder.config
     losses, likeliest = [], []
     with torch.inference_mode():
         for text in texts:
             rows = _whole_text(text, config.block_size)
             num_blocks = len(rows.block_tables[0])
-            cache = KVCache(model, num_blocks, config.block_size, dtype, device, stored=stored)
+            cache = KVCache(
+                model, num_blocks, config.block_size, place.dtype, place.device, stored=place.stored
+            )
             attention = paged_attention(rows, cache, model.num_heads, model.num_kv_heads)
             logits = decoder.logits(decoder(rows.token_ids, rows.positions, attention)[:-1]).float()
             losses.append(F.cross_entropy(logits, rows.token_ids[1:], reduction="none"))
@@ -182,18 +167,18 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _answers(config: EngineConfig, token_ids: Sequence[list[int]], max_tokens: int) -> Run:
-    from engine.loop import Engine
+    from engine.build import build
 
-    mode = EngineMode("answers", Engine(replace(config, speculation="off")))
+    mode = EngineMode("answers", build(replace(config, speculation="off")))
     return mode.run_many(token_ids, max_tokens, CONCURRENCY)
 
 
 def _speculation(config: EngineConfig, token_ids: Sequence[list[int]], max_tokens: int) -> dict[str, int]:
     """How many answers speculation changes, one request at a time, and how many where rounding may not."""
-    from engine.loop import Engine
+    from engine.build import build
 
-    off = EngineMode("off", Engine(replace(config, speculation="off")))
-    on = EngineMode("on", Engine(config))
+    off = EngineMode("off", build(replace(config, speculation="off")))
+    on = EngineMode("on", build(config))
     differences = []
     for prompt in token_ids:
         expected, found = off.run(prompt, max_tokens).outputs[0], on.run(prompt, max_tokens).outputs[0]

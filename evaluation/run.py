@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from bench.prompts import read_prompts, sample
 from bench.report import print_table
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.folders import with_folders
 from engine.messages import ModelInfo
 from evaluation.answers import ANSWERS, Answered, EvaluateError, Journal
 from evaluation.baselines import Baseline, baseline_modes, plan_baselines
@@ -60,20 +61,18 @@ class EvaluateOptions:
 
 def run(options: EvaluateOptions) -> int:
     from engine.model.tokenizer import load_chat_tokenizer
-    from heads.registry import resolve_heads, resolve_model
 
     check_matplotlib()
     prompts = read_prompts(options.prompts)
     prompts = sample(
         prompts, len(prompts) if options.num_prompts is None else options.num_prompts, options.seed
     )
-    model = resolve_model(options.model)
-    heads_dir = resolve_heads(options.heads, model)
-    if heads_dir is None:
+    model, config = with_folders(options.config, options.model, options.heads)
+    if config.heads_dir is None:
         raise ConfigError("heads", f"{model.name} has no head set of its own; name the one to evaluate")
+    heads_dir = Path(config.heads_dir)
     family = TreeFamily.load(heads_dir / "tree.json").prefix(options.config.max_tree_nodes - 1)
     sizes = tree_sizes(options.tree_nodes, family)
-    config = replace(options.config, model_dir=str(model.model_dir), heads_dir=str(heads_dir))
     baselines = plan_baselines(options.baselines, config, options.draft_model, options.draft_layers)
     tokenizer = load_chat_tokenizer(model.model_dir)
     modes = [*make_modes(config, sizes), *baseline_modes(config, baselines)]

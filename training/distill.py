@@ -11,15 +11,17 @@ import shlex
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
+from engine.engine import Engine
+from engine.folders import with_folders
 from engine.model.tokenizer import ChatTokenizer, load_chat_tokenizer
 from engine.runner.device import resolve_device, resolve_dtype
-from heads.registry import ResolvedModel, resolve_heads, resolve_model
+from heads.registry import ResolvedModel
 from training.conversation import Conversation, FailedError, Prompt, Sampling, choose, read_prompts
 from training.distill_files import DistillFiles, failed_path
 
@@ -179,13 +181,7 @@ def distill(options: DistillOptions) -> Totals:
     order = {prompt.id: place for place, prompt in enumerate(prompts)}
     if options.num_prompts is not None:
         prompts = choose(prompts, options.num_prompts, options.sampling.seed)
-    model = resolve_model(options.model)
-    heads_dir = resolve_heads(options.heads, model)
-    config = replace(
-        options.config,
-        model_dir=str(model.model_dir),
-        heads_dir=None if heads_dir is None else str(heads_dir),
-    )
+    model, config = with_folders(options.config, options.model, options.heads)
     with DistillFiles(options.out, _recorded(options, model), order) as files:
         totals = Totals()
         done = set()
@@ -196,7 +192,7 @@ def distill(options: DistillOptions) -> Totals:
         if done:
             print(f"{len(done)} rows of {options.out.name} are there, {len(waiting)} are left", flush=True)
         if waiting:
-            engine = Engine(config)
+            engine = build(config)
             tokenizer = load_chat_tokenizer(model.model_dir)
             progress = Progress(files, totals, len(waiting))
             distiller = Distiller(engine, tokenizer, files, totals, options.sampling)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from engine.build import build
 from engine.config import Device, EngineConfig
-from engine.loop import Engine
 from engine.messages import AddRequest, SamplingParams
 from engine.model.loader import load_config, load_decoder
 from training.dataset import Document
@@ -80,7 +80,7 @@ def greedy_continuations(
         max_model_len=min(longest, load_config(model_dir).max_positions),
         max_num_seqs=8,
     )
-    engine = Engine(config)
+    engine = build(config)
     sampling = SamplingParams(max_tokens=CONTINUATION, temperature=0.0)
     answers: list[list[int]] = [[] for _ in prompts]
     for i, prompt in enumerate(prompts):

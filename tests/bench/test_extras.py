@@ -15,7 +15,7 @@ def test_what_is_missing_is_said_first(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    monkeypatch.setattr("heads.registry.resolve_model", lambda name: pytest.fail("a model was looked for"))
+    monkeypatch.setattr("engine.folders.resolve_model", lambda name: pytest.fail("a model was looked for"))
     assert main(["bench", *command]) == 1
     assert (
         f"needs accelerate, by which transformers loads models: {sys.executable}" in capsys.readouterr().err

@@ -9,8 +9,8 @@ import pytest
 
 from bench.interference import InterferenceOptions, Measured, figures_of, measure
 from cli.main import main
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
 from tests.evaluation.tiny import save_model
 
 CHATS = [[5, 6, 7, 8], [9, 10, 11, 12, 13]]
@@ -38,7 +38,7 @@ def test_every_measure_is_taken(tmp_path: Path, bound: float | None) -> None:
         prompt_tokens=80,
         rounds=1,
     )
-    engine, measured = Engine(config), Measured()
+    engine, measured = build(config), Measured()
     measure(engine, CHATS, options, 0, measured)
     assert not engine.has_work()
     assert len(measured.quiet_gaps) + len(measured.gaps) == 2 * 23

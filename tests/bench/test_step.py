@@ -13,8 +13,8 @@ from bench.bandwidth import Bandwidth
 from bench.step import StepBenchError, StepBenchOptions, measure, measure_steps
 from cli.main import main
 from engine.backends.torch.packing import pack_linears
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
 from engine.model.decoder import Decoder
 from engine.model.footprint import weight_bytes
 from tests.engine.tiny import CONFIG, tiny_decoder
@@ -82,8 +82,8 @@ def test_nothing_to_draft_with_means_no_trees(
         kv_cache_memory=2**20,
         speculation="off",
     )
-    plain = Engine(config)
-    monkeypatch.setattr("bench.step.Engine", lambda config, fixed_drafts: plain)
+    plain = build(config)
+    monkeypatch.setattr("bench.step.build", lambda config, fixed_drafts: plain)
     options = StepBenchOptions(
         model="", heads="none", config=config, requests=(2,), trees=(4, 8), context=10, steps=2
     )
@@ -114,7 +114,7 @@ def test_too_little_cache_is_no_measurement(folders: tuple[Path, Path]) -> None:
         max_model_len=40,
     )
     with pytest.raises(StepBenchError, match="requests decoded in a step"):
-        measure_steps(Engine(config), "plain", 2, context=12, num_steps=20)
+        measure_steps(build(config), "plain", 2, context=12, num_steps=20)
 
 
 def test_trees_have_as_many_nodes_as_asked_for(folders: tuple[Path, Path]) -> None:
@@ -122,7 +122,7 @@ def test_trees_have_as_many_nodes_as_asked_for(folders: tuple[Path, Path]) -> No
     config = EngineConfig(
         model_dir=str(model), heads_dir=str(heads), dtype="float32", device="cpu", kv_cache_memory=2**20
     )
-    engine = Engine(config, fixed_drafts=63)
+    engine = build(config, fixed_drafts=63)
     assert measure_steps(engine, "tree of 64", 1, context=10, num_steps=2).num_tokens == 64
     assert not engine.has_work()
 

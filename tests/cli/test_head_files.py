@@ -121,7 +121,7 @@ def test_a_tree_that_asks_for_more_guesses_than_there_are_is_not_pushed(
     paths = tuple((rank,) for rank in (0, 128))
     TreeFamily(paths, (0.5, 0.1)).save(head_set / "tree.json")
     assert main(["heads", "push", str(head_set), str(tmp_path / "there")]) == 1
-    assert "asks for guess 129 of a head, but the set knows 128 tokens" in capsys.readouterr().err
+    assert "asks for guess 129 of a head, but its heads know 128 tokens" in capsys.readouterr().err
 
 
 def test_a_merged_checkpoint_is_the_source_of_heads_and_their_base(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from engine.build import build
+from engine.engine import Engine
 from engine.errors import (
     EngineBrokenError,
 )
-from engine.loop import Engine
 from engine.messages import AddRequest, RequestOutput
 from engine.scheduling.batch import Batch, CommittedTokens
 from tests.engine.helpers import params
@@ -48,8 +49,8 @@ def test_request_that_breaks_takes_down_only_itself(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        expected = run_with_culprits(Engine(config_for(tiny_model_dir)), patch, "abcdef", "")
-    engine = Engine(config_for(tiny_model_dir))
+        expected = run_with_culprits(build(config_for(tiny_model_dir)), patch, "abcdef", "")
+    engine = build(config_for(tiny_model_dir))
     for _ in range(2):  # the lost request leaves nothing behind
         with monkeypatch.context() as patch:
             outputs = run_with_culprits(engine, patch, "abcdef", "c")
@@ -63,7 +64,7 @@ def test_request_that_breaks_takes_down_only_itself(
 def test_engine_that_fails_every_request_gives_up(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(config_for(tiny_model_dir))
+    engine = build(config_for(tiny_model_dir))
     for name in "abcd":  # one lost request at a time, with a good one in between, is no broken engine
         with monkeypatch.context() as patch:
             run_with_culprits(engine, patch, name, name)

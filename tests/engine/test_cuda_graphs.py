@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bench.shapes import random_decoder, random_heads
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
+from engine.engine import Engine
 from engine.messages import AddRequest
 from engine.runner.heads_drafter import HeadsDrafter
 from tests.engine.families import full
@@ -33,9 +34,9 @@ def make_engine(*, heads: bool, **settings: Any) -> Engine:
     )
     decoder = random_decoder("tiny", torch.float32, CUDA)
     if not heads:
-        return Engine(config, loaded=decoder)
+        return build(config, loaded=decoder)
     drafter = HeadsDrafter(random_heads(decoder), decoder.lm_head.weight)
-    return Engine(config, loaded=decoder, drafter=drafter, family=full(20, 3, 3), fixed_drafts=20)
+    return build(config, loaded=decoder, drafter=drafter, family=full(20, 3, 3), fixed_drafts=20)
 
 
 def add_requests(engine: Engine, **sampling: Any) -> None:

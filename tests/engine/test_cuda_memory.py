@@ -14,8 +14,9 @@ from bench.gpu import main
 from bench.shapes import random_decoder
 from engine.backends.kv_cache import FP8, KVCache
 from engine.backends.torch.scaled import ScaledFP8Linear, ScaledInt8Linear
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
+from engine.engine import Engine
 from engine.messages import AddRequest
 from tests.engine.helpers import params
 from tests.engine.tiny import CONFIG, CPU
@@ -35,7 +36,7 @@ def whole_device() -> Iterator[None]:
 def make_engine(**settings: Any) -> Engine:
     sizes = {"max_num_seqs": 8, "max_model_len": 2048, "speculation": "off"}
     config = EngineConfig(model_dir="", dtype="float32", device="cuda", **{**sizes, **settings})
-    return Engine(config, loaded=random_decoder("tiny", torch.float32, CUDA))
+    return build(config, loaded=random_decoder("tiny", torch.float32, CUDA))
 
 
 def answers(engine: Engine) -> tuple[list[list[int]], int]:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-import engine.loop
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
+from engine.engine import Engine
 from engine.messages import AddRequest, SamplingParams
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
@@ -125,9 +125,9 @@ def make_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> MakeEngine:
     """make_engine(drafts, **settings): an engine whose decoder is loaded once for all tests."""
-    monkeypatch.setattr(engine.loop, "load_decoder", lambda *_: _twin(decoder))
+    monkeypatch.setattr("engine.placement.load_decoder", lambda *_: _twin(decoder))
 
-    def build(drafts: str, room: int | None = None, **settings: Any) -> Engine:
+    def make(drafts: str, room: int | None = None, **settings: Any) -> Engine:
         """`drafts` names what guesses; `room` is the cache in positions."""
         block_size = settings.setdefault("block_size", 16)
         room = -(-(room or 4096) // block_size) * block_size
@@ -141,15 +141,15 @@ def make_engine(
             **{"max_num_seqs": 8, "heads_dir": _heads_dir() if "heads" in drafts else None, **settings},
         )
         if drafts in ("off", "auto heads"):
-            return Engine(config)
+            return build(config)
         if drafts == "n-grams":
-            return Engine(config, fixed_drafts=8)
+            return build(config, fixed_drafts=8)
         if drafts == "heads":
-            return Engine(config, fixed_drafts=12)
+            return build(config, fixed_drafts=12)
         if drafts == "random":
             family = full(4, 2, 2)
             drafter = _random_heads(decoder)
-            return Engine(config, fixed_drafts=4, drafter=drafter, family=family, ngrams=False)
+            return build(config, fixed_drafts=4, drafter=drafter, family=family, ngrams=False)
         family = full(14, 2, 3)
         oracle = ScriptedDrafter(
             lambda name: [*references[name].prompt, *references[name].tokens],
@@ -158,9 +158,9 @@ def make_engine(
             family=family,
             scrambled=drafts == "mixed",
         )
-        return Engine(config, fixed_drafts=14, drafter=oracle, family=family)
+        return build(config, fixed_drafts=14, drafter=oracle, family=family)
 
-    return build
+    return make
 
 
 def _heads_dir() -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
 from engine.messages import AddRequest
 from engine.model.loader import load_vocabulary
 from heads.checkpoint import save_heads
@@ -31,7 +31,7 @@ def answers(model_dir: Path, heads_dir: Path | None) -> tuple[list[list[int]], i
         kv_cache_memory=4 << 20,
         heads_dir=None if heads_dir is None else str(heads_dir),
     )
-    engine = Engine(config, fixed_drafts=None if heads_dir is None else 12)
+    engine = build(config, fixed_drafts=None if heads_dir is None else 12)
     for index, prompt in enumerate(PROMPTS):
         engine.add_request(AddRequest(str(index), prompt, params(30, ignore_eos=True)))
     tokens: list[list[int]] = [[] for _ in PROMPTS]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.loop import Engine
+from engine.build import build
+from engine.engine import Engine
 from engine.messages import AddRequest, RequestOutput, StepStats
 from engine.runner.device import is_out_of_memory
 from engine.runner.draft_model import DraftModelDrafter, first_layers
@@ -76,7 +77,7 @@ class FaultyRunner:
 
 def make_engine(folder: Path, drafter: str, **settings: Any) -> Engine:
     sizes = {"kv_cache_memory": 1 << 20, "max_num_batched_tokens": 48}
-    return Engine(
+    return build(
         config_for(folder, **{**sizes, **settings}),
         fixed_drafts=5,
         drafter=DRAFTERS[drafter](),

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.loop import Engine
+from engine.build import build
 from engine.messages import AddRequest, RequestOutput
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import ChainDrafter, Drafter
@@ -42,7 +42,7 @@ class Ahead:
 
     def __init__(self, folder: Path, drafter: str, ahead: bool, *, graphs: bool = True, **more: Any) -> None:
         settings = {"kv_cache_memory": 1 << 20, "max_num_batched_tokens": 48, **more}
-        self.engine = Engine(
+        self.engine = build(
             config_for(folder, **settings), fixed_drafts=5, drafter=DRAFTERS[drafter](), family=full(8, 3, 3)
         )
         if graphs:
@@ -172,4 +172,4 @@ def test_passes_that_fail_are_repeated(
 
 
 def test_nothing_is_planned_ahead_where_the_host_is_the_device(tiny_model_dir: Path) -> None:
-    assert not Engine(config_for(tiny_model_dir))._plans_ahead
+    assert not build(config_for(tiny_model_dir))._plans_ahead

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from engine import channel, process
+from engine.build import build
 from engine.client import EngineClient
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.errors import EngineStartError, GraphCaptureError, OverloadedError, RequestError
-from engine.loop import Engine
 from engine.messages import AbortRequest, AddRequest, EngineFailed, StepStats, ToEngine, ToServer
 from tests.engine.helpers import params
 from tests.engine.processes import PROMPT, collect, config_for, is_alive, running, tokens_of, until
@@ -58,7 +59,7 @@ async def test_sampling_parameters_arrive(tiny_model_dir: Path) -> None:
 
 
 def test_abort_takes_effect_before_the_next_step(tiny_model_dir: Path) -> None:
-    engine = Engine(config_for(tiny_model_dir))
+    engine = build(config_for(tiny_model_dir))
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -162,7 +163,7 @@ def test_memory_that_runs_out_at_the_start_is_told(
     def engine(config: EngineConfig) -> Engine:
         raise error
 
-    monkeypatch.setattr(process, "Engine", engine)
+    monkeypatch.setattr(process, "build", engine)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert process._load(config_for(tiny_model_dir), theirs) is None
@@ -174,7 +175,7 @@ def test_captures_that_failed_are_told(tiny_model_dir: Path, monkeypatch: pytest
     def capture_graphs(*arguments: object) -> None:
         raise GraphCaptureError("The capture of 8 requests failed: stream is capturing")
 
-    monkeypatch.setattr("engine.loop.capture_graphs", capture_graphs)
+    monkeypatch.setattr("engine.build.capture_graphs", capture_graphs)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert process._load(config_for(tiny_model_dir), theirs) is None
@@ -187,7 +188,7 @@ def test_what_is_loaded_is_kept_out_of_garbage_collections(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
-    monkeypatch.setattr(process, "Engine", lambda config: called.append("load"))
+    monkeypatch.setattr(process, "build", lambda config: called.append("load"))
     for name in ("collect", "freeze"):
         monkeypatch.setattr(gc, name, partial(called.append, name))
     ours, theirs = socket.socketpair()

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from bench.modes import EngineMode
+from engine.build import build
 from engine.config import EngineConfig, Quantization
+from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.loop import Engine
 from engine.model.loader import load_decoder
 from evaluation.exactness import compare_answers
 from heads.checkpoint import save_heads
@@ -39,7 +40,7 @@ def make_engine(model_dir: Path, fixed_drafts: int | None = None, **settings: An
     config = EngineConfig(
         model_dir=str(model_dir), device="cpu", **{"dtype": "bfloat16", **sizes, **settings}
     )
-    return Engine(config, fixed_drafts=fixed_drafts)
+    return build(config, fixed_drafts=fixed_drafts)
 
 
 @pytest.mark.parametrize("quantization", KINDS)

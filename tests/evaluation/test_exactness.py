@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bench.modes import EngineMode
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
+from engine.engine import Engine
 from engine.messages import AddRequest, StepOutput
 from engine.model.loader import load_decoder
 from engine.model.tokenizer import load_chat_tokenizer
@@ -50,7 +51,7 @@ class Tampered(Engine):
 
 @pytest.fixture(scope="module")
 def off(model_dir: Path) -> Engine:
-    return Engine(config(model_dir))
+    return build(config(model_dir))
 
 
 def config(model_dir: Path) -> EngineConfig:

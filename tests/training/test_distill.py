@@ -167,7 +167,7 @@ def test_what_could_not_be_answered_is_tried_again(
         "off",
     )
     with monkeypatch.context() as patch:
-        patch.setattr("engine.loop.Engine._run", lambda self, batch: 1 / 0)
+        patch.setattr("engine.engine.Engine._run", lambda self, batch: 1 / 0)
         assert main(argv) == 1
     assert "failed: 4 engine error" in capsys.readouterr().out
     assert len(failed_path(tmp_path / "a.jsonl").read_text().splitlines()) == 4

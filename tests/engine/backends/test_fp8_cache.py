@@ -10,8 +10,9 @@ import torch
 from bench.modes import EngineMode
 from engine.backends.kv_cache import FP8, KVCache, bytes_per_token
 from engine.backends.torch.attention import PagedAttention
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
+from engine.engine import Engine
 from engine.model.loader import load_decoder
 from engine.runner.step_input import build_rows
 from engine.scheduling.drafting import Acceptance
@@ -105,7 +106,7 @@ def test_attention_changes_by_a_few_per_cent() -> None:
 
 
 def make_engine(model_dir: Path, drafts: int, heads_dir: Path | None, dtype: str) -> Engine:
-    return Engine(
+    return build(
         EngineConfig(
             model_dir=str(model_dir),
             heads_dir=None if heads_dir is None else str(heads_dir),
@@ -144,7 +145,9 @@ def test_heads_with_a_prefix_layer_keep_it_in_fp8_too(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine.loop.can_take", lambda decoder: True)  # as on a machine with kernels for it
+    monkeypatch.setattr(
+        "engine.placement.can_take", lambda decoder: True
+    )  # as on a machine with kernels for it
     save_heads(tmp_path, hydra(), "tiny", load_decoder(tiny_model_dir, torch.float32, CPU).embedding)
     full(12, 3, 2).save(tmp_path / "tree.json")
     with caplog.at_level("INFO"):

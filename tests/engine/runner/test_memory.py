@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from engine.build import build
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.loop import Engine
 from engine.runner import memory
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import Drafter
@@ -218,9 +218,9 @@ def test_an_engine_with_a_measured_cache_serves(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way of an engine on a GPU, up to the device itself."""
-    monkeypatch.setattr("engine.loop.is_fitted", lambda config, device: True)
+    monkeypatch.setattr("engine.build.is_fitted", lambda config, device: True)
     fake_gpu(monkeypatch, free=1 << 20, peaks=[0, 1 << 10])
-    engine = Engine(config_for(tiny_model_dir), fixed_drafts=0)
+    engine = build(config_for(tiny_model_dir), fixed_drafts=0)
     token_bytes = 2 * 2 * 2 * 16 * 4
     assert engine.info.num_blocks == (int((2 << 20) * 0.9) - (1 << 20) - (1 << 10)) // (4 * token_bytes)
     assert engine.scheduler.pool.num_blocks == engine.info.num_blocks
@@ -230,10 +230,10 @@ def test_a_context_that_cannot_be_had_is_named(tiny_model_dir: Path, monkeypatch
     def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("engine.loop.is_fitted", lambda config, device: True)
-    monkeypatch.setattr("engine.loop.KVCache", fail)
+    monkeypatch.setattr("engine.build.is_fitted", lambda config, device: True)
+    monkeypatch.setattr("engine.build.KVCache", fail)
     with pytest.raises(ConfigError, match=r"--max-model-len: this machine has no memory"):
-        Engine(config_for(tiny_model_dir), fixed_drafts=0)
+        build(config_for(tiny_model_dir), fixed_drafts=0)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])

@@ -10,8 +10,9 @@ import pytest
 
 from bench.modes import EngineMode, Run
 from engine.backends.native.library import kernels
+from engine.build import build
 from engine.config import EngineConfig, Quantization
-from engine.loop import Engine
+from engine.engine import Engine
 from engine.model.tokenizer import load_chat_tokenizer
 from heads.defaults import DEFAULT_MODEL
 from heads.registry import resolve_heads, resolve_model
@@ -42,7 +43,7 @@ def make_engine(model_dir: Path, quantization: Quantization, **options: Any) -> 
         kv_cache_memory=256 << 20,
         **settings,
     )
-    return Engine(config, fixed_drafts=fixed)
+    return build(config, fixed_drafts=fixed)
 
 
 def answers(engine: Engine, prompts: list[list[int]], together: int, temperature: float) -> Run:

@@ -14,8 +14,8 @@ from bench.modes import EngineMode
 from engine.backends.native.hydra import NativeHydra
 from engine.backends.native.library import kernels
 from engine.backends.noise import Noise
+from engine.build import build
 from engine.config import EngineConfig
-from engine.loop import Engine
 from engine.runner.drafter import RootRows
 from engine.runner.heads_drafter import HeadsDrafter
 from heads.hydra import HydraHeads
@@ -88,7 +88,7 @@ def test_whatever_part_of_the_heads_the_kernels_take_the_answers_stay(kind: str,
             max_num_seqs=2,
             max_num_batched_tokens=64,
         )
-        engine = Engine(config, loaded=decoder, drafter=drafter, family=full(9, 3, 3), fixed_drafts=drafts)
+        engine = build(config, loaded=decoder, drafter=drafter, family=full(9, 3, 3), fixed_drafts=drafts)
         run = EngineMode("", engine).run_many([[5, 6, 7], list(range(40))], 24, 2, temperature)
         answers.append(run.outputs)
         assert (run.drafted > 0) == (drafts > 0)

@@ -20,9 +20,9 @@ from engine.backends.native.decoder import NativeDecoder
 from engine.backends.native.library import kernels
 from engine.backends.native.matrix import Kind, NativeLinear
 from engine.backends.threads import num_threads, use_threads
+from engine.build import build
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.loop import Engine
 from tests.engine.backends.native.decoders import WIDE, random_decoder
 from tests.engine.passes import make_pass
 from tests.engine.tiny import CPU
@@ -170,7 +170,7 @@ def test_an_engine_computes_with_the_threads_it_is_told_and_torch_with_one_besid
         model_dir="", device="cpu", dtype="bfloat16", quantization="none", kv_cache_memory=1 << 22, threads=3
     )
     try:
-        engine = Engine(config, loaded=random_decoder(WIDE))
+        engine = build(config, loaded=random_decoder(WIDE))
         assert len(EngineMode("", engine).run([5, 6, 7], 4).outputs[0]) == 4
         assert torch.get_num_threads() == 3  # what else this process computes is not the engine's to decide
     finally:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from engine.build import build
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.errors import ConfigError, RequestError
-from engine.loop import Engine
 from engine.messages import AddRequest, StepStats
 from engine.model.loader import load_decoder
 from heads.checkpoint import save_heads
@@ -38,7 +39,7 @@ def heads_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def make_engine(model_dir: Path, fixed_drafts: int | None = None, **settings: Any) -> Engine:
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_memory": 4 << 20, "block_size": 8}
     config = EngineConfig(model_dir=str(model_dir), dtype="float32", device="cpu", **{**sizes, **settings})
-    return Engine(config, fixed_drafts=fixed_drafts)
+    return build(config, fixed_drafts=fixed_drafts)
 
 
 def answer(engine: Engine, **sampling: Any) -> tuple[list[list[int]], list[StepStats]]:
