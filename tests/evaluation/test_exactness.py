@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,19 +27,23 @@ PLACE = 4
 SEED = 3
 
 
-class Tampered(Engine):
-    """Gives out another token in place PLACE of every answer."""
+class Tampered:
+    """An engine that gives out another token in place PLACE of every answer."""
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.info = engine.info
         self.given = 0
 
     def add_request(self, message: AddRequest) -> None:
         self.given = 0
-        super().add_request(message)
+        self._engine.add_request(message)
+
+    def has_work(self) -> bool:
+        return self._engine.has_work()
 
     def step(self) -> StepOutput:
-        step = super().step()
+        step = self._engine.step()
         for output in step.outputs:
             for index in range(len(output.token_ids)):
                 if self.given == PLACE:
@@ -71,7 +74,7 @@ def next_logits(model_dir: Path, token_ids: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_planted_difference_is_found(temperature: float, off: Engine, model_dir: Path) -> None:
-    modes = [EngineMode("off", off), EngineMode("auto", Tampered(config(model_dir)))]
+    modes = [EngineMode("off", off), EngineMode("auto", Tampered(build(config(model_dir))))]
     tokenizer = load_chat_tokenizer(model_dir)
     turns = converse(modes, tokenizer, [words(5, 9), words(8, 4)], 12, temperature, SEED, first=1)
     for turn in turns:
