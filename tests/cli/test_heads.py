@@ -42,7 +42,7 @@ def test_verify_refuses_a_tree_deeper_than_the_heads(tmp_path: Path, capsys: Any
     paths = [[0] * depth for depth in range(1, 10)]
     (folder / "tree.json").write_text(json.dumps({"version": 1, "paths": paths, "gains": [0.1] * 9}))
     assert main(["heads", "verify", str(folder)]) == 1
-    assert "tree.json is 9 deep" in capsys.readouterr().err
+    assert "is 9 deep, but it has" in capsys.readouterr().err
 
 
 def test_a_damaged_tree_is_one_line(tmp_path: Path, capsys: Any) -> None:
