@@ -64,7 +64,6 @@ class Measured:
 
 
 def run(options: StepBenchOptions) -> int:
-
     _check(options)
     model, config = with_folders(options.config, options.model, options.heads)
     plain = build(replace(config, speculation="off"))

@@ -112,7 +112,7 @@ def test_model_and_its_name_from_variables(
 def test_impossible_settings_exit_2_before_anything_is_fetched(
     argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("heads.registry.resolve_model", lambda name: pytest.fail("fetched"))
+    monkeypatch.setattr("engine.folders.resolve_model", lambda name: pytest.fail("fetched"))
     assert main(["serve", *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("gorgon: error: ") and message in error
@@ -158,7 +158,7 @@ def test_interrupt_is_clean(served: Served, tmp_path: Path, monkeypatch: pytest.
     def interrupt(name: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("heads.registry.resolve_model", interrupt)
+    monkeypatch.setattr("engine.folders.resolve_model", interrupt)
     assert main(["serve", str(tmp_path)]) == 130
 
 

@@ -231,7 +231,7 @@ def test_training_reads_as_many_answer_tokens_as_the_rows_say(
 def test_what_cannot_work_is_refused_before_anything_is_loaded(
     flags: list[str], message: str, prompts: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr("heads.registry.resolve_model", lambda name: pytest.fail("fetched"))
+    monkeypatch.setattr("engine.folders.resolve_model", lambda name: pytest.fail("fetched"))
     argv = ["distill", "--prompts", str(prompts), "--out", str(tmp_path / "a.jsonl"), *flags]
     assert main(argv) == 2
     assert message in capsys.readouterr().err
