@@ -12,10 +12,9 @@ from torch import Tensor
 from bench.gpu_options import GpuBenchOptions
 from engine.backends.kv_cache import KVCache
 from engine.backends.rows import PassInput
+from engine.batch import RequestState, make_block_table
 from engine.messages import SamplingParams
 from engine.runner.step_input import build_rows
-from engine.scheduling.drafting import Acceptance
-from engine.scheduling.request import Request, make_block_table
 from trees.family import TreeFamily
 
 _CHUNK = 256  # tokens of the prompt that stands beside trees
@@ -108,14 +107,12 @@ def pass_of(case: Case, cache: KVCache, family: TreeFamily) -> PassInput:
     blocks_each = -(-case.keys // cache.block_size)
     order = torch.randperm(cache.num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
     requests = [
-        Request(
+        RequestState(
             request_id=str(index),
-            arrival=index,
             token_ids=[0] * case.keys,
             num_prompt_tokens=case.keys,
             sampling=SamplingParams(max_tokens=1),
             seed=0,
-            acceptance=Acceptance(),
             block_table=make_block_table(order[index * blocks_each : (index + 1) * blocks_each]),
         )
         for index in range(case.requests)

@@ -22,6 +22,7 @@ from bench.gpu_options import GpuBenchOptions
 from bench.shapes import SHAPES, random_decoder, random_heads
 from bench.step import WARM_UP_STEPS, Measured, decoding, figures_of, measure_steps
 from engine.backends.kv_cache import KVCache, bytes_per_token, stored_dtype
+from engine.batch import BatchLimits, ScheduledRequest
 from engine.build import build
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -34,8 +35,6 @@ from engine.runner.drafter import Drafter, Proposal, RootRows
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
-from engine.scheduling.batch import ScheduledRequest
-from engine.scheduling.scheduler import SchedulerLimits
 from heads.checkpoint import load_heads
 from heads.defaults import DEFAULT_MODEL
 from heads.registry import list_head_sets, resolve_heads, resolve_model
@@ -207,7 +206,7 @@ def _drafting_seconds(model: _Model, options: GpuBenchOptions) -> dict[int, floa
     else:
         drafter = HeadsDrafter.of(load_heads(model.heads_dir), loaded.embedding, loaded.lm_head.weight)
     most = max(options.requests)
-    limits = SchedulerLimits(most, most * _ROOM, model.decoder.max_positions, MAX_DRAFT_NODES)
+    limits = BatchLimits(most, most * _ROOM, model.decoder.max_positions, MAX_DRAFT_NODES)
     num_blocks = most * (4 * _ROOM // _BLOCK_SIZE)
     cache = KVCache(
         model.decoder, num_blocks, _BLOCK_SIZE, model.dtype, model.device, drafter.num_cache_layers

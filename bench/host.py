@@ -11,11 +11,11 @@ import time
 
 from bench.facts import machine_facts
 from bench.report import print_json, print_table, quartiles
+from engine.batch import Batch, BatchLimits, PassResult
+from engine.costs import CostModel
 from engine.messages import SamplingParams
-from engine.scheduling.batch import Batch, CommittedTokens
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.cost import CostModel
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import AdaptiveSpeculation
 from trees.family import MAX_DRAFT_NODES, TreeFamily
 
@@ -73,7 +73,7 @@ def measure(num_requests: int, num_steps: int) -> tuple[list[float], int]:
 def make_scheduler(num_requests: int, num_steps: int) -> Scheduler:
     """A scheduler in which all requests fit for all steps, with the widest tree of depth 4."""
     length = PROMPT_TOKENS + (WARM_UP_STEPS + num_steps + 1) * (DEPTH + 1) + MAX_DRAFT_NODES
-    limits = SchedulerLimits(
+    limits = BatchLimits(
         max_num_seqs=num_requests,
         max_num_batched_tokens=num_requests * (PROMPT_TOKENS + MAX_DRAFT_NODES),
         max_model_len=length,
@@ -90,10 +90,10 @@ def make_scheduler(num_requests: int, num_steps: int) -> Scheduler:
     return Scheduler(limits, pool, AdaptiveSpeculation(family, cost), eos_token_ids=(), ngrams=True)
 
 
-def make_results(batch: Batch, generator: random.Random) -> list[CommittedTokens]:
+def make_results(batch: Batch, generator: random.Random) -> list[PassResult]:
     """As if a random number of draft tokens along the chain had been accepted."""
     results = []
     for scheduled in batch.scheduled:
         count = 1 + generator.randint(0, min(DEPTH, scheduled.num_drafts)) if scheduled.commits else 0
-        results.append(CommittedTokens([generator.randrange(VOCABULARY) for _ in range(count)]))
+        results.append(PassResult([generator.randrange(VOCABULARY) for _ in range(count)]))
     return results

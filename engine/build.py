@@ -9,7 +9,9 @@ from pathlib import Path
 
 from engine.backends.kv_cache import KVCache, bytes_per_token
 from engine.backends.native.decoder import NativeDecoder
+from engine.batch import BatchLimits
 from engine.config import EngineConfig
+from engine.costs import CostModel
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.head_set import load_head_set
@@ -27,9 +29,8 @@ from engine.runner.memory import allocating, first_num_blocks, fit_cache, is_fit
 from engine.runner.profile import POSITIONS_TIMED, measure_costs
 from engine.runner.runner import Runner
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.cost import CostModel
 from engine.scheduling.pacing import Pacing, TimedPacing, Unpaced
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy
 from trees.family import TreeFamily
 
@@ -70,7 +71,7 @@ def build(
         placed = PlacedModel(loaded, placement)
     drafting = _plan_drafting(config, placed, drafter, family, ngrams)
     decoder, quantization = placed.in_formats()
-    limits = SchedulerLimits(
+    limits = BatchLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=_resolve_budget(config, placement),
         max_model_len=max_model_len,
@@ -128,7 +129,7 @@ def _make_runner(
     placement: Placement,
     decoder: Decoder | NativeDecoder,
     drafting: _Drafting,
-    limits: SchedulerLimits,
+    limits: BatchLimits,
 ) -> Runner:
     """A runner whose cache has its size and whose passes are compiled and captured. Raises ConfigError where
     memory is short, and GraphCaptureError."""
@@ -160,7 +161,7 @@ def _make_runner(
 
 
 def _kept_timings(
-    config: EngineConfig, placement: Placement, runner: Runner, quantization: str, limits: SchedulerLimits
+    config: EngineConfig, placement: Placement, runner: Runner, quantization: str, limits: BatchLimits
 ) -> KeptTimings:
     """What earlier starts of the same have measured."""
     positions = min(runner.cache.num_blocks * config.block_size, POSITIONS_TIMED)
@@ -189,7 +190,7 @@ def _describe(
     placement: Placement,
     runner: Runner,
     drafting: _Drafting,
-    limits: SchedulerLimits,
+    limits: BatchLimits,
     quantization: str,
     costs: CostModel | None,
 ) -> ModelInfo:

@@ -14,17 +14,15 @@ from enum import Enum, auto
 
 import torch
 
+from engine.batch import NO_CHAIN, NOTHING, Batch, PassResult, ScheduledRequest
 from engine.errors import EngineBrokenError
 from engine.messages import Failure, RequestOutput
 from engine.runner.device import is_out_of_memory
-from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
-from engine.scheduling.drafting import NOTHING
-from engine.scheduling.ngrams import NO_CHAIN
 from engine.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-Execute = Callable[[Batch], list[CommittedTokens]]
+Execute = Callable[[Batch], list[PassResult]]
 
 _MAX_LOST_STEPS = 3  # steps in a row that fail for every request of theirs: then the engine is at fault
 
@@ -39,7 +37,7 @@ class Passed:
     """What came of a batch. `committed[i]` belongs to `batch.scheduled[i]`, which those that did not run have
     left; `failed` are the last outputs of those that are lost."""
 
-    committed: list[CommittedTokens]
+    committed: list[PassResult]
     failed: list[RequestOutput] = field(default_factory=list)
     undisturbed: bool = False  # at the first attempt, so that the time it took is what it costs
 
@@ -74,12 +72,10 @@ class Containment:
         return passed
 
     def _put_back_last(self, batch: Batch) -> None:
-        last = max(batch.scheduled, key=lambda scheduled: scheduled.request.arrival)
-        logger.warning("Request %s waits until another has ended.", last.request.request_id)
-        batch.scheduled.remove(last)
+        request_id = self._scheduler.put_back_last(batch)
+        logger.warning("Request %s waits until another has ended.", request_id)
         batch.num_out_of_memory += 1
         batch.num_preemptions += 1
-        self._scheduler.put_back(last.request)
 
     def _run_singly(self, run: Execute, batch: Batch) -> Passed:
         """One request at a time, so that only the culprit is lost."""
@@ -102,7 +98,7 @@ class Containment:
             passed.undisturbed = False
             num_broken += outcome is _Failed.OTHERWISE
             failure: Failure = "out_of_memory" if outcome is _Failed.OUT_OF_MEMORY else "error"
-            passed.failed.append(self._fail(scheduled, failure))
+            passed.failed.append(self._scheduler.fail(scheduled.request.request_id, failure))
         lost_all = bool(batch.scheduled) and num_broken == len(batch.scheduled)
         self._num_lost_steps = self._num_lost_steps + 1 if lost_all else 0
         batch.scheduled = ran
@@ -110,19 +106,8 @@ class Containment:
             raise EngineBrokenError(f"{_MAX_LOST_STEPS} steps in a row failed for all their requests.")
         return passed
 
-    def _fail(self, scheduled: ScheduledRequest, failure: Failure) -> RequestOutput:
-        request = scheduled.request
-        self._scheduler.abort(request.request_id)
-        return RequestOutput(
-            request_id=request.request_id,
-            token_ids=[],
-            usage=request.usage(),
-            finish_reason="abort",
-            failure=failure,
-        )
 
-
-def _attempt(run: Execute, batch: Batch) -> list[CommittedTokens] | _Failed:
+def _attempt(run: Execute, batch: Batch) -> list[PassResult] | _Failed:
     """What the failed pass held on the device is free once this has returned."""
     try:
         return run(batch)

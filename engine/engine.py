@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 
+from engine.batch import Batch, PassResult
 from engine.containment import Containment
 from engine.errors import RequestError
 from engine.messages import AddRequest, ModelInfo, StepOutput, StepStats
 from engine.model.footprint import weight_bytes
 from engine.request_checks import check_request
 from engine.runner.runner import Runner
-from engine.scheduling.batch import Batch, CommittedTokens
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import SpeculationPolicy
 
@@ -75,7 +75,7 @@ class Engine:
             self.scheduler.learn(batch, ended - began)
         return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))
 
-    def _run(self, batch: Batch) -> list[CommittedTokens]:
+    def _run(self, batch: Batch) -> list[PassResult]:
         """Run a pass and meanwhile plan the next, where the device works by itself. Between steps nothing
         runs."""
         self._ahead = None

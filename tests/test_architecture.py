@@ -32,6 +32,8 @@ SOURCES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob
 WITHOUT_TORCH = (
     "server/",
     "engine/scheduling/",
+    "engine/batch",
+    "engine/costs",
     "engine/messages",
     "engine/client",
     "engine/child",
@@ -67,6 +69,12 @@ def test_imports_point_one_way(path: Path) -> None:
         assert top != "tests"
         if top in ALLOWED and top != package:
             assert top in ALLOWED[package], f"{package} must not import {module}"
+
+
+def test_the_two_sides_of_a_step_share_plain_data_alone() -> None:
+    for side, other in (("runner", "scheduling"), ("scheduling", "runner")):
+        for path in sorted((ROOT / "engine" / side).rglob("*.py")):
+            assert not [m for m in imports(path) if m.startswith(f"engine.{other}")], name_of(path)
 
 
 @pytest.mark.parametrize("path", TESTS, ids=name_of)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine.batch import Batch, BatchLimits
 from engine.errors import GraphCaptureError
 from engine.runner.capture_stream import capture_stream, on_capture_stream
 from engine.runner.device import is_out_of_memory
@@ -24,8 +25,6 @@ from engine.runner.graphs import (
 from engine.runner.profile import decoding_batch, room
 from engine.runner.runner import Runner
 from engine.runner.step_buffers import Bucket, StepBuffers
-from engine.scheduling.batch import Batch
-from engine.scheduling.scheduler import SchedulerLimits
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def compile_kernels(runner: Runner) -> None:
         logger.warning("Running without our GPU kernels, slower: they cannot be compiled.", exc_info=True)
 
 
-def capture_graphs(runner: Runner, limits: SchedulerLimits) -> None:
+def capture_graphs(runner: Runner, limits: BatchLimits) -> None:
     """Let the runner decode by CUDA graphs where our GPU kernels run. Do it when the cache has its size, and
     before the first request: it writes into the cache and the per-request state."""
     if runner.cache.k.device.type == "cuda" and runner.cache.has_triton:
@@ -64,7 +63,7 @@ def capture_graphs(runner: Runner, limits: SchedulerLimits) -> None:
         logger.info("CUDA graphs took %.2f GiB.", (before - after) / 2**30)
 
 
-def default_buckets(limits: SchedulerLimits, max_positions: int) -> list[Bucket]:
+def default_buckets(limits: BatchLimits, max_positions: int) -> list[Bucket]:
     """Requests and tokens in powers of two, up to as many as there can be."""
     max_nodes = min(limits.max_drafts + 1, max_positions)
     most = min(_MOST_TOKENS, limits.max_num_batched_tokens)
@@ -178,7 +177,7 @@ def _example(runner: Runner, bucket: Bucket) -> Batch | None:
     return decoding_batch(runner, shares)
 
 
-def _triton_attention(runner: Runner, limits: SchedulerLimits) -> MakeAttention:
+def _triton_attention(runner: Runner, limits: BatchLimits) -> MakeAttention:
     from engine.backends.triton.attention import (
         TritonAttention,  # imports triton, which not every machine has
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.backends.kv_cache import KVCache, bytes_per_token
 from engine.backends.noise import Noise
 from engine.backends.torch.attention import paged_attention
+from engine.batch import RequestState, ScheduledRequest
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
@@ -25,8 +26,6 @@ from engine.runner.drafter import Drafter, Proposal, RootRows, chain_parents
 from engine.runner.per_request import PerRequest
 from engine.runner.step_input import StepInput, build_rows
 from engine.runner.transfer import integers
-from engine.scheduling.batch import ScheduledRequest
-from engine.scheduling.request import Request
 from trees.verify import DraftTrees
 
 
@@ -114,13 +113,13 @@ class DraftModelDrafter(Drafter):
         for request, end in zip(requests, ends, strict=True):  # once nothing can fail any more
             self._progress[request].length = end
 
-    def _known(self, request: Request) -> int:
+    def _known(self, request: RequestState) -> int:
         """The positions whose draft KV is that of the request's tokens."""
         return min(self._progress[request].length, request.num_computed)
 
     def _run(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[RequestState],
         firsts: Sequence[int],
         ends: Sequence[int],
         token_ids: Tensor | None = None,

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from engine.backends.kv_cache import KVCache
 from engine.backends.noise import Noise
+from engine.batch import RequestState, ScheduledRequest
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Attention
 from engine.runner.step_input import StepInput
-from engine.scheduling.batch import ScheduledRequest
-from engine.scheduling.request import Request
 from trees.select import Chains
 from trees.verify import DraftTrees
 
@@ -39,7 +38,7 @@ class RootRows:
     noise: Noise | None  # of the coming draws, `levels` of each request; None where all are greedy
     attention: Attention | None  # over the roots, with the drafter's `root_heads`, where it has any
     least: Tensor | None = None  # [num_requests] float32: log-probability below which a node is not worth it
-    requests: Sequence[Request] = ()  # empty in a CUDA graph
+    requests: Sequence[RequestState] = ()  # empty in a CUDA graph
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from engine.backends.kv_cache import KVCache
 from engine.backends.torch.attention import paged_attention
+from engine.batch import Batch
 from engine.runner.drafter import Drafter, Proposal, RootRows
 from engine.runner.sampler import Sampler
 from engine.runner.sampling_table import Demand
 from engine.runner.step_input import CommitRows, build_rows
 from engine.runner.transfer import integers, to_device
-from engine.scheduling.batch import Batch
 from trees.select import make_chains
 from trees.verify import DraftTrees
 
@@ -31,7 +31,7 @@ def limit_drafts(drafter: Drafter, batch: Batch) -> None:
 def levels_of(drafter: Drafter, batch: Batch) -> int:
     """How many levels of guesses a batch asks for that take time of their own."""
     drafting = [s for s in batch.scheduled if s.num_drafts]
-    if not any(s.guesses for s in drafting):
+    if not any(s.asks_heads for s in drafting):
         return 0
     return min(drafter.num_levels, max(s.num_drafts for s in drafting))
 
@@ -49,7 +49,7 @@ def propose(
     device, max_nodes, levels = hidden.device, max(budgets), levels_of(drafter, batch)
     # The pass over the roots alone.
     roots = build_rows(requests, bases, [base + 1 for base in bases], cache.block_size, device)
-    slots = integers([s.request.slot or 0 for s in drafting], device)
+    slots = integers([s.request.seat or 0 for s in drafting], device)
     attention = noise = least = None
     if levels and drafter.root_heads is not None:
         num_kv_heads = cache.k.shape[1]

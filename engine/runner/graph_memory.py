@@ -6,12 +6,12 @@ import torch
 
 from engine.backends.triton.plan import AttentionPlan, Capacity, Scratch, programs_at_once
 from engine.backends.triton.tiles import PagedHeads, choose_tile
+from engine.batch import BatchLimits
 from engine.runner.capture import default_buckets, num_guessed_levels
 from engine.runner.runner import Runner
-from engine.scheduling.scheduler import SchedulerLimits
 
 
-def kept_bytes(runner: Runner, limits: SchedulerLimits) -> int:
+def kept_bytes(runner: Runner, limits: BatchLimits) -> int:
     """Bytes of the attention plans of all default graphs, with the scratch that they share, and of the hidden
     rows that each leaves to whoever reads them.
 

@@ -18,13 +18,13 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.backends.rows import PassShape
+from engine.batch import Batch
 from engine.model.decoder import Attention
 from engine.runner.drafter import Proposal
 from engine.runner.passes import Settled, StepPass, Work
 from engine.runner.sampling_table import EVERYTHING, Demand
 from engine.runner.step_buffers import Bucket, StepBuffers
 from engine.runner.step_input import StepInput
-from engine.scheduling.batch import Batch
 from trees.verify import DraftTrees
 
 _MOST_DRAWN = (

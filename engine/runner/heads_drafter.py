@@ -16,12 +16,12 @@ from engine.backends.kv_cache import KVCache
 from engine.backends.native.attention import NativeAttention
 from engine.backends.native.hydra import NativeHydra, NativePrefix, can_take_heads, can_take_prefix
 from engine.backends.native.precision import draft_linear
+from engine.batch import ScheduledRequest
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Attention
 from engine.runner.drafter import Drafter, Proposal, RootRows, propose_chains
 from engine.runner.step_input import CommitRows, StepInput
-from engine.scheduling.batch import ScheduledRequest
 from heads.base import DraftHeads, plain_linear
 from heads.checkpoint import HeadSet
 from heads.hydra import HydraHeads

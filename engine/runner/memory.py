@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from engine.batch import Allowance, Batch, BatchLimits, RequestState, ScheduledRequest, make_block_table
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.messages import SamplingParams
@@ -15,10 +16,6 @@ from engine.runner import device as hardware
 from engine.runner.capture_stream import on_capture_stream
 from engine.runner.drafter import BlankDrafter, Drafter
 from engine.runner.runner import Runner
-from engine.scheduling.batch import Batch, ScheduledRequest
-from engine.scheduling.drafting import Acceptance, Allowance
-from engine.scheduling.request import Request, make_block_table
-from engine.scheduling.scheduler import SchedulerLimits
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +54,7 @@ def is_fitted(config: EngineConfig, device: torch.device) -> bool:
 
 
 def fit_cache(
-    runner: Runner, limits: SchedulerLimits, token_bytes: int, utilization: float, captures: bool
+    runner: Runner, limits: BatchLimits, token_bytes: int, utilization: float, captures: bool
 ) -> None:
     """Give the cache what the largest pass leaves free on the GPU, and CUDA graphs where they are captured.
     Run it before the first request.
@@ -94,7 +91,7 @@ def fit_cache(
         runner.resize_cache(num_blocks)
 
 
-def _measure_pass_bytes(runner: Runner, limits: SchedulerLimits, device: torch.device) -> int:
+def _measure_pass_bytes(runner: Runner, limits: BatchLimits, device: torch.device) -> int:
     """Bytes that the largest passes took beyond what lay there before."""
     # A drafter that knows no guess leaves trees out.
     with _peak(device) as peak:
@@ -104,7 +101,7 @@ def _measure_pass_bytes(runner: Runner, limits: SchedulerLimits, device: torch.d
     return peak()
 
 
-def _measure_graph_bytes(runner: Runner, limits: SchedulerLimits, device: torch.device) -> int:
+def _measure_graph_bytes(runner: Runner, limits: BatchLimits, device: torch.device) -> int:
     """Bytes that graphs will take: what the pass of the largest takes for a while, which is theirs alone and
     shared among them, and what each of them keeps. Workspaces of the stream that they are captured on are
     among what is in use from now on."""
@@ -136,7 +133,7 @@ def _execute(runner: Runner, batch: Batch, drafter: Drafter) -> None:
         runner.drafter = kept
 
 
-def largest_passes(limits: SchedulerLimits, num_blocks: int, block_size: int) -> Iterator[Batch]:
+def largest_passes(limits: BatchLimits, num_blocks: int, block_size: int) -> Iterator[Batch]:
     """The passes to reckon with: prompts that fill the token budget behind the longest context, and trees of
     all requests with the costliest sampling.
 
@@ -147,9 +144,7 @@ def largest_passes(limits: SchedulerLimits, num_blocks: int, block_size: int) ->
     yield largest_trees(limits, num_blocks, block_size, _COSTLY)
 
 
-def largest_trees(
-    limits: SchedulerLimits, num_blocks: int, block_size: int, sampling: SamplingParams
-) -> Batch:
+def largest_trees(limits: BatchLimits, num_blocks: int, block_size: int, sampling: SamplingParams) -> Batch:
     """The second of them, by the sampling of its requests."""
     num_requests = min(limits.max_num_seqs, limits.max_num_batched_tokens)
     tokens = min(limits.max_num_batched_tokens, max(_TREE_TOKENS, num_requests))
@@ -163,7 +158,7 @@ def largest_trees(
     )
 
 
-def _prompts(limits: SchedulerLimits, room: int, blocks: list[int]) -> Iterator[ScheduledRequest]:
+def _prompts(limits: BatchLimits, room: int, blocks: list[int]) -> Iterator[ScheduledRequest]:
     budget, length = limits.max_num_batched_tokens, min(limits.max_model_len, room)
     for slot in range(limits.max_num_seqs):
         chunk = min(budget, length)
@@ -182,22 +177,17 @@ def _scheduled(
     sampling: SamplingParams,
 ) -> ScheduledRequest:
     known = num_computed + num_tokens
-    request = Request(
+    request = RequestState(
         request_id=str(slot),
-        arrival=slot,
         token_ids=[0] * known,
         num_prompt_tokens=known,
         sampling=sampling,
         seed=slot,
-        acceptance=Acceptance(),
         num_computed=num_computed,
         block_table=make_block_table(blocks),
-        slot=slot,
-        has_hidden=bool(num_drafts),
+        seat=slot,
     )
-    return ScheduledRequest(
-        request, num_tokens, num_drafts, base=num_computed, allowance=Allowance(num_drafts)
-    )
+    return ScheduledRequest(request, num_tokens, num_drafts, allowance=Allowance(num_drafts))
 
 
 def _num_blocks(memory: int, block_bytes: int, needed: int, max_model_len: int, parameter: str) -> int:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from engine.backends.kv_cache import KVCache
 from engine.backends.torch.attention import paged_attention
+from engine.batch import Batch
 from engine.model.decoder import Attention
 from engine.runner.drafter import Proposal
 from engine.runner.drafting import make_trees
 from engine.runner.sampling_table import Demand
 from engine.runner.step_input import StepInput
 from engine.runner.step_layout import build_step
-from engine.scheduling.batch import Batch
 from trees.select import Chains
 from trees.verify import DraftTrees
 

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from engine.scheduling.request import Request
+from engine.batch import RequestState
 
 State = TypeVar("State")
 
@@ -18,14 +18,14 @@ class PerRequest(Generic[State]):
     that no more are kept than requests can run. A request that has ended is not kept alive.
     """
 
-    def __init__(self, make: Callable[[Request], State]) -> None:
+    def __init__(self, make: Callable[[RequestState], State]) -> None:
         self._make = make
-        self._states: dict[int | None, tuple[weakref.ref[Request], State]] = {}
+        self._states: dict[int | None, tuple[weakref.ref[RequestState], State]] = {}
 
-    def __getitem__(self, request: Request) -> State:
-        found = self._states.get(request.slot)
+    def __getitem__(self, request: RequestState) -> State:
+        found = self._states.get(request.seat)
         if found is not None and found[0]() is request:
             return found[1]
         state = self._make(request)
-        self._states[request.slot] = (weakref.ref(request), state)
+        self._states[request.seat] = (weakref.ref(request), state)
         return state

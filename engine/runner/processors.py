@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch import RequestState
 from engine.messages import MAX_LISTED_TOKENS
 from engine.runner import sampling
 from engine.runner.sampling_table import Demand, SamplingTable
-from engine.scheduling.request import Request
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Processor(ABC):
     demand: Demand
 
     @abstractmethod
-    def load(self, request: Request, slot: int) -> None:
+    def load(self, request: RequestState, slot: int) -> None:
         """Take in what a request asks for, which has not been seen in this row of state before."""
 
-    def catch_up(self, request: Request, slot: int) -> None:
+    def catch_up(self, request: RequestState, slot: int) -> None:
         """Take in what a request has committed since. Called before each of its passes."""
         return
 
@@ -60,7 +60,7 @@ class LogitBias(Processor):
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self._added = _Listed(num_slots, device)
 
-    def load(self, request: Request, slot: int) -> None:
+    def load(self, request: RequestState, slot: int) -> None:
         bias = request.sampling.logit_bias
         self._added.set(slot, list(bias), list(bias.values()))
 
@@ -80,7 +80,7 @@ class MinimumLength(Processor):
             num_slots, dtype=torch.int64, device=device
         )  # the first position that may end
 
-    def load(self, request: Request, slot: int) -> None:
+    def load(self, request: RequestState, slot: int) -> None:
         params = request.sampling
         ends = (
             list(dict.fromkeys((*self._eos_token_ids, *params.stop_token_ids))) if params.min_tokens else []
@@ -105,7 +105,7 @@ class Penalties(Processor):
         self._in_prompt = _zeros(num_slots, vocab_size, np.dtype(np.bool_), device)
         self._counted: dict[int, int] = {}  # known tokens by row of state
 
-    def load(self, request: Request, slot: int) -> None:
+    def load(self, request: RequestState, slot: int) -> None:
         self._counted.pop(slot, None)
         if Demand.PENALTIES not in Demand.of(request.sampling):
             return
@@ -114,7 +114,7 @@ class Penalties(Processor):
         self._in_prompt[slot].index_fill_(0, prompt, True)
         self._counted[slot] = request.num_prompt_tokens
 
-    def catch_up(self, request: Request, slot: int) -> None:
+    def catch_up(self, request: RequestState, slot: int) -> None:
         counted = self._counted.get(slot)
         if counted is None or counted == len(request.token_ids):
             return

@@ -10,15 +10,12 @@ from functools import partial
 
 import torch
 
+from engine.batch import Allowance, Batch, BatchLimits, RequestState, ScheduledRequest, make_block_table
+from engine.costs import CostModel, Curve
 from engine.messages import SamplingParams
 from engine.runner.drafter import BlankDrafter
 from engine.runner.kept_timings import KeptTimings
 from engine.runner.runner import Runner
-from engine.scheduling.batch import Batch, ScheduledRequest
-from engine.scheduling.cost import CostModel, Curve
-from engine.scheduling.drafting import Acceptance, Allowance
-from engine.scheduling.request import Request, make_block_table
-from engine.scheduling.scheduler import SchedulerLimits
 
 _TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _REQUESTS = (1, 4, 16, 64)
@@ -33,7 +30,7 @@ _CLEARLY_FASTER = 0.8  # of the time that is known
 _TIME_LIMIT = 4.0  # seconds for either curve: on a slow or busy machine the largest sizes are extrapolated
 
 
-def measure_costs(runner: Runner, limits: SchedulerLimits, kept: KeptTimings | None = None) -> CostModel:
+def measure_costs(runner: Runner, limits: BatchLimits, kept: KeptTimings | None = None) -> CostModel:
     """Time passes of growing size and drafting for growing numbers of requests.
 
     Writes into the cache and the per-request state; run it before the first request. kept: what earlier
@@ -66,7 +63,7 @@ def measure_costs(runner: Runner, limits: SchedulerLimits, kept: KeptTimings | N
 class _Contexts:
     """Passes that tell what contexts cost: roots alone and with drafts, over few positions and many."""
 
-    def __init__(self, runner: Runner, limits: SchedulerLimits) -> None:
+    def __init__(self, runner: Runner, limits: BatchLimits) -> None:
         self._runner = runner
         self._requests = min(_KEY_REQUESTS, limits.max_num_seqs)
         self._drafts = min(_DRAFTS, limits.max_drafts)
@@ -120,7 +117,7 @@ def _curve(seconds: Mapping[int, float]) -> Curve:
     return tuple(seconds.items())
 
 
-def _batch(runner: Runner, limits: SchedulerLimits, num_tokens: int) -> Batch | None:
+def _batch(runner: Runner, limits: BatchLimits, num_tokens: int) -> Batch | None:
     """Decoding requests with even trees that make up `num_tokens`; None where the cache is too small."""
     widest = limits.max_drafts + 1
     num_requests = min(max(1, -(-num_tokens // min(8, widest))), limits.max_num_seqs)
@@ -130,7 +127,7 @@ def _batch(runner: Runner, limits: SchedulerLimits, num_tokens: int) -> Batch | 
     return decoding_batch(runner, shares)
 
 
-def _guessing(runner: Runner, limits: SchedulerLimits, num_requests: int, num_drafts: int) -> Batch:
+def _guessing(runner: Runner, limits: BatchLimits, num_requests: int, num_drafts: int) -> Batch:
     """Requests that ask the heads for as many draft tokens, as far as they have room for them."""
     num_nodes = min(num_drafts, limits.max_drafts) + 1
     return decoding_batch(runner, [min(num_nodes, room(runner, num_requests))] * num_requests)
@@ -149,18 +146,15 @@ def decoding_batch(runner: Runner, trees: list[int], context: int = _CONTEXT) ->
     blocks_each = -(-(context + widest) // runner.cache.block_size)
     batch = Batch()
     for index, num_nodes in enumerate(trees):
-        request = Request(
+        request = RequestState(
             request_id=str(index),
-            arrival=index,
             token_ids=[0] * (context + 1),
             num_prompt_tokens=context + 1,
             sampling=SamplingParams(max_tokens=widest, temperature=0.0),
             seed=0,
-            acceptance=Acceptance(),
             num_computed=context,
             block_table=make_block_table(range(index * blocks_each, (index + 1) * blocks_each)),
-            slot=index,
-            has_hidden=True,
+            seat=index,
         )
         drafts = num_nodes - 1
         batch.scheduled.append(ScheduledRequest(request, 1, drafts, allowance=Allowance(drafts)))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.backends.kv_cache import KVCache
 from engine.backends.native.decoder import NativeDecoder
+from engine.batch import Batch, PassResult
 from engine.model.decoder import Attention, Decoder
 from engine.runner.commit import Commitment, compact, pack, unpack
 from engine.runner.device import torch_threads
@@ -23,11 +24,10 @@ from engine.runner.sampler import Sampler, token_logprobs
 from engine.runner.sampling_table import Demand
 from engine.runner.step_input import StepInput
 from engine.runner.transfer import integers, to_host
-from engine.scheduling.batch import Batch, CommittedTokens
 from trees.select import Chains
 from trees.verify import DraftTrees, deepest_accepted
 
-Collect = Callable[[], list[CommittedTokens]]
+Collect = Callable[[], list[PassResult]]
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Runner:
         """Whether passes go on while the host does something else."""
         return self._device.type == "cuda" and len(self._graphs) > 0
 
-    def execute(self, batch: Batch) -> list[CommittedTokens]:
+    def execute(self, batch: Batch) -> list[PassResult]:
         """Run one pass; entry i of the result belongs to `batch.scheduled[i]`.
 
         Lowers `num_drafts` of requests that the drafter has fewer guesses for.
@@ -111,11 +111,11 @@ class Runner:
             self._observe(step, trees, hidden)
         if not step.commits.scheduled:  # prompts' chunks alone
             self._keep_rows(step, None, hidden)
-            return lambda: [CommittedTokens([]) for _ in batch.scheduled]
+            return lambda: [PassResult([]) for _ in batch.scheduled]
         settled = way.settle(step, demand)
         packed = to_host(settled.packed)
 
-        def collect() -> list[CommittedTokens]:
+        def collect() -> list[PassResult]:
             with torch.inference_mode(), torch_threads(self._torch_threads):
                 results = self._collect(step, settled, unpack(packed()))
                 self._keep_rows(step, settled, hidden)
@@ -226,7 +226,7 @@ class Runner:
         for scheduled in batch.scheduled:
             request = scheduled.request
             known = request.num_computed and self._behind[request].length == request.num_computed
-            slots.append(request.slot if known and request.slot is not None else self._zero_slot)
+            slots.append(request.seat if known and request.seat is not None else self._zero_slot)
         return slots
 
     def _keep_rows(self, step: StepInput, settled: Settled | None, hidden: Tensor) -> None:
@@ -240,7 +240,7 @@ class Runner:
         ]
         slots, rows = step.commits.state_slots, hidden[:0] if settled is None else settled.rows
         if chunks:
-            places = integers([request.slot or 0 for request, _ in chunks], hidden.device)
+            places = integers([request.seat or 0 for request, _ in chunks], hidden.device)
             slots = torch.cat((slots, places))
             rows = torch.cat((rows, hidden[integers([end for _, end in chunks], hidden.device)]))
         if settled is None or not settled.stored:
@@ -250,16 +250,16 @@ class Runner:
                 request = scheduled.request
                 self._behind[request].length = request.num_computed + scheduled.num_tokens
 
-    def _collect(self, step: StepInput, settled: Settled, made: list[Commitment]) -> list[CommittedTokens]:
+    def _collect(self, step: StepInput, settled: Settled, made: list[Commitment]) -> list[PassResult]:
         """Committed tokens of all requests of a pass, empty where one has not reached its root."""
-        committed = [CommittedTokens(m.token_ids, draft_depth=m.draft_depth) for m in made]
+        committed = [PassResult(m.token_ids, draft_depth=m.draft_depth) for m in made]
         self._add_logprobs(step, settled.logits, made, committed)
         results = iter(committed)
-        return [next(results) if s.commits else CommittedTokens([]) for s in step.scheduled]
+        return [next(results) if s.commits else PassResult([]) for s in step.scheduled]
 
     @staticmethod
     def _add_logprobs(
-        step: StepInput, logits: Tensor, made: list[Commitment], committed: list[CommittedTokens]
+        step: StepInput, logits: Tensor, made: list[Commitment], committed: list[PassResult]
     ) -> None:
         """Those of all requests that ask for them, in one transfer. logits: [num_nodes_total, vocab]."""
         rows: list[int] = []

@@ -18,14 +18,13 @@ from torch import Tensor
 from engine.backends.native import noise as native
 from engine.backends.native.noise import Draws
 from engine.backends.noise import Noise, gumbel
+from engine.batch import RequestState, ScheduledRequest
 from engine.messages import TokenLogprobs
 from engine.runner import sampling
 from engine.runner.per_request import PerRequest
 from engine.runner.processors import DrawRows, LogitBias, MinimumLength, Penalties, Processor
 from engine.runner.sampling_table import EVERYTHING, Demand, SamplingTable
 from engine.runner.step_input import CommitRows, StepInput
-from engine.scheduling.batch import ScheduledRequest
-from engine.scheduling.request import Request
 from trees.verify import DraftTrees, exact_edges
 
 
@@ -56,18 +55,18 @@ class Sampler:
         for s in scheduled:
             asked = self._demands[s.request]
             demand |= asked
-            if s.request.slot is not None:
+            if s.request.seat is not None:
                 for processor in self._processors:
                     if processor.demand in asked:
-                        processor.catch_up(s.request, s.request.slot)
+                        processor.catch_up(s.request, s.request.seat)
         return demand
 
-    def _load(self, request: Request) -> Demand:
-        if request.slot is None:
+    def _load(self, request: RequestState) -> Demand:
+        if request.seat is None:
             raise RuntimeError(f"request {request.request_id} does not run")
-        self._table.load(request, request.slot)
+        self._table.load(request, request.seat)
         for processor in self._processors:
-            processor.load(request, request.slot)
+            processor.load(request, request.seat)
         return Demand.of(request.sampling)
 
     def noise_ahead(self, slots: Tensor, roots: Tensor, num_levels: int) -> Noise:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.backends.noise import Noise, make_keys, mix_seed
+from engine.batch import RequestState
 from engine.messages import SamplingParams
-from engine.scheduling.request import Request
 
 COLDEST = 1e-6  # a lower temperature draws the same tokens, until dividing by it overflows
 _REALS = (
@@ -63,7 +63,7 @@ class SamplingTable:
         self._seeds = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
-    def load(self, request: Request, slot: int) -> None:
+    def load(self, request: RequestState, slot: int) -> None:
         """Write a request's row."""
         params = request.sampling
         temperature = max(params.temperature, COLDEST) if params.temperature > 0.0 else 0.0
@@ -104,7 +104,7 @@ class SamplingTable:
         return Noise(keys, self.real("draft_temperature", slots).float())
 
 
-def demand_of(requests: Sequence[Request]) -> Demand:
+def demand_of(requests: Sequence[RequestState]) -> Demand:
     """What any of these requests asks for."""
     demand = Demand.NOTHING
     for request in requests:

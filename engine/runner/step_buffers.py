@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.backends.rows import IntArray, PassShape
+from engine.batch import Batch, ScheduledRequest
 from engine.runner.drafter import Proposal
 from engine.runner.step_input import CommitRows, StepInput
-from engine.scheduling.batch import Batch, ScheduledRequest
 from trees.family import MAX_DRAFT_NODES
 from trees.select import Chains
 from trees.verify import DraftTrees
@@ -111,7 +111,7 @@ class StepBuffers:
         drafting = np.flatnonzero(num_nodes > 1)
         early["drafting"][: len(drafting)] = drafting
         early["first_row"][:requests] = starts[:-1]
-        early["state_slots"][:requests] = np.array([s.request.slot for s in scheduled], dtype=np.int64)
+        early["state_slots"][:requests] = np.array([s.request.seat for s in scheduled], dtype=np.int64)
         early["state_slots"][requests:] = self.spare_slot
         bases = np.array([s.request.num_computed for s in scheduled], dtype=np.int64)
         early["first_block"][:requests] = first = bases // self._block_size

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.backends.rows import IntArray, PassInput
+from engine.batch import RequestState, ScheduledRequest
 from engine.runner.transfer import together
-from engine.scheduling.batch import ScheduledRequest
-from engine.scheduling.request import Request
 from trees.verify import DraftTrees
 
 
@@ -58,7 +57,7 @@ class StepInput(PassInput):
 
 
 def build_rows(
-    requests: Sequence[Request],
+    requests: Sequence[RequestState],
     firsts: Sequence[int],
     ends: Sequence[int],
     block_size: int,
@@ -96,7 +95,7 @@ class RowsLayout:
 
 
 def lay_out_rows(
-    requests: Sequence[Request], firsts: Sequence[int], ends: Sequence[int], block_size: int
+    requests: Sequence[RequestState], firsts: Sequence[int], ends: Sequence[int], block_size: int
 ) -> RowsLayout:
     """See `build_rows`."""
     lengths = np.array(ends, dtype=np.int64) - np.array(firsts, dtype=np.int64)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from engine.backends.rows import IntArray
+from engine.batch import Batch, ScheduledRequest
 from engine.runner.step_input import CommitRows, StepInput, lay_out_rows
 from engine.runner.transfer import together
-from engine.scheduling.batch import Batch, ScheduledRequest
 
 
 @dataclass(frozen=True)
@@ -130,5 +130,5 @@ def _commit_arrays(
         "first_row": first[:-1],
         "drafting": np.flatnonzero(num_nodes > 1),
         "node_slots": node_slots,
-        "state_slots": np.array([s.request.slot for s in committing], dtype=np.int64),
+        "state_slots": np.array([s.request.seat for s in committing], dtype=np.int64),
     }

@@ -4,12 +4,11 @@ Plain Python; never sees a tensor."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from engine.scheduling.batch import Batch, ScheduledRequest
+from engine.batch import NO_CHAIN, NOTHING, Allowance, Batch, BatchLimits, Chain, ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.drafting import NOTHING, Allowance, Candidate, Load, StepCost
-from engine.scheduling.ngrams import NO_CHAIN, Chain
+from engine.scheduling.drafting import Candidate, Load, StepCost
 from engine.scheduling.request import Request
 from engine.scheduling.speculation import SpeculationPolicy
 
@@ -21,15 +20,21 @@ _STEPS_AFTER_FAULT = 1000  # without drafts, where the policy or a chain has rai
 
 
 class DraftPlanner:
-    """`max_drafts`, `max_model_len`: of one request; `ngrams`: whether to look up what followed a request's
-    last tokens before."""
+    """`requests`: the scheduler's own, by id; `ngrams`: whether to look up what followed a request's last
+    tokens before."""
 
     def __init__(
-        self, pool: BlockPool, policy: SpeculationPolicy, max_drafts: int, max_model_len: int, ngrams: bool
+        self,
+        requests: Mapping[str, Request],
+        pool: BlockPool,
+        policy: SpeculationPolicy,
+        limits: BatchLimits,
+        ngrams: bool,
     ) -> None:
+        self._requests = requests
         self._pool = pool
         self._policy = policy
-        self._max_drafts, self._max_model_len = max_drafts, max_model_len
+        self._limits = limits
         self._ngrams = ngrams
         self._asked = self._rests = False  # about the coming step; and what the policy said
         self._num_silent = 0  # steps to go without asking, because of a fault
@@ -69,10 +74,10 @@ class DraftPlanner:
         return not self._num_silent
 
     def _observe(self, scheduled: ScheduledRequest, committed: Sequence[int]) -> None:
-        request = scheduled.request
+        request = self._requests[scheduled.request.request_id]
         request.ngrams.observe(scheduled.chain, committed)
         # An answer's end cuts off what might have been right.
-        if scheduled.guesses and request.finish_reason is None:
+        if scheduled.asks_heads and request.finish_reason is None:
             self._policy.observe(request.acceptance, scheduled.allowance.expected, scheduled.num_accepted)
 
     def join_chains(self, batch: Batch) -> bool:
@@ -88,7 +93,7 @@ class DraftPlanner:
         limit = scheduled.num_drafts or self._limit(scheduled)
         if not limit:
             return False
-        scheduled.chain = chain = self._chain(scheduled.request, limit)
+        scheduled.chain = chain = self._chain(self._requests[scheduled.request.request_id], limit)
         return bool(chain.gains) and (scheduled.num_drafts == 0 or chain.gains[0] >= _SURE)
 
     def _plan(self, batch: Batch, budget: int, num_tokens: int) -> None:
@@ -100,7 +105,7 @@ class DraftPlanner:
             self._rests = self._policy.rests(len(committing))
         if drafting and not self._rests:
             candidates = [self._candidate(scheduled, limit) for scheduled, limit in drafting]
-            num_keys = sum(scheduled.base for scheduled in committing)
+            num_keys = sum(scheduled.num_computed for scheduled in committing)
             allowances = self._policy.plan(Load(len(committing), num_tokens, num_keys), candidates)
             for (scheduled, _), allowance in zip(drafting, allowances, strict=True):
                 budget -= self._grant(scheduled, allowance, budget)
@@ -118,10 +123,10 @@ class DraftPlanner:
         return size
 
     def _candidate(self, scheduled: ScheduledRequest, limit: int) -> Candidate:
-        request = scheduled.request
+        request = self._requests[scheduled.request.request_id]
         if self._ngrams and not scheduled.most_gained:
             scheduled.chain = self._chain(request, limit)
-        return Candidate(request.acceptance, limit, scheduled.chain.gains, scheduled.base)
+        return Candidate(request.acceptance, limit, scheduled.chain.gains, scheduled.num_computed)
 
     @staticmethod
     def _chain(request: Request, limit: int) -> Chain:
@@ -129,13 +134,13 @@ class DraftPlanner:
         return request.ngrams.guess(request.token_ids, min(limit, request.num_remaining - 1))
 
     def _limit(self, scheduled: ScheduledRequest) -> int:
-        request = scheduled.request
+        request = self._requests[scheduled.request.request_id]
         speculation = request.sampling.speculation
         if not (speculation.enabled and request.has_hidden):
             return 0
         if request.num_remaining <= 1:  # the one token left comes without a draft
             return 0
         # A draft needs a logical position.
-        positions = self._max_model_len - len(request.token_ids) - scheduled.most_gained
-        limit = max(0, min(self._max_drafts, positions))
+        positions = self._limits.max_model_len - len(request.token_ids) - scheduled.most_gained
+        limit = max(0, min(self._limits.max_drafts, positions))
         return limit if speculation.max_nodes is None else min(limit, speculation.max_nodes)

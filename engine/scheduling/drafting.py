@@ -1,14 +1,14 @@
-"""What speculation is decided by, and what is decided: plain data."""
+"""What speculation is decided by, as plain data. What is decided lies in `engine.batch`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.messages import SpeculationState
+from engine.batch import Batch
 
 _MEMORY = 0.9  # weight of a request's past against its next verified draft
 _FORGETTING = 0.98  # per step without drafts: an old verdict fades, so that speculation is tried again
@@ -52,35 +52,6 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
-    """What a request may draft in a step: at most `most` tokens, none that is less likely than `least`.
-
-    gains: what each of the draft tokens is to commit by calibration, the likeliest first. They may be fewer
-    than `most`, which leaves room for guesses that turn out to be surer than usual.
-    chain_only: its n-gram chain makes all of them, and the heads are not asked.
-    """
-
-    most: int = 0
-    least: float = 0.0
-    gains: Sequence[float] = ()
-    chain_only: bool = False
-
-    @property
-    def expected(self) -> float:
-        """Draft tokens it is to commit by calibration, the measure of what it will commit."""
-        return sum(self.gains)
-
-    def granted(self, size: int) -> Allowance:
-        """What is left of it where there is room, or there are guesses, for `size` draft tokens."""
-        if size >= self.most:
-            return self
-        return replace(self, most=size, gains=self.gains[:size]) if size > 0 else NOTHING
-
-
-NOTHING = Allowance()
-
-
-@dataclass(frozen=True, slots=True)
 class Load:
     """A pass as it is before drafts: requests that commit in it, known tokens of all its requests, and
     positions that those which commit have computed."""
@@ -120,11 +91,17 @@ class Drafts:
     depth: NDArray[np.int64]  # levels that heads are asked for, at least 1
 
 
-@dataclass(frozen=True, slots=True)
-class SpeculationReport:
-    """What speculation does, for people. Speed-ups are over decoding without drafts: `estimated` for the last
-    step, before it was made, `measured` over the last hundred or so, against what such steps cost."""
-
-    state: SpeculationState
-    estimated: float = 1.0
-    measured: float = 1.0
+def step_cost(batch: Batch, seconds: float) -> StepCost:
+    """What a batch was made of, once it is known how long it took."""
+    depths = [s.allowance.most for s in batch.scheduled if s.asks_heads]
+    return StepCost(
+        num_known=len(batch.scheduled),
+        num_keys=sum(s.num_computed for s in batch.scheduled),
+        num_committed=sum(s.num_committed for s in batch.scheduled),
+        num_drafts=sum(s.num_drafts for s in batch.scheduled),
+        draft_keys=sum(s.num_computed * s.num_drafts for s in batch.scheduled),
+        num_guessing=len(depths),
+        depth=max(depths, default=0),
+        seconds=seconds,
+        probing=batch.speculation.state == "probing",
+    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from engine.batch import NO_CHAIN, Chain
 
 MIN_LENGTH, MAX_LENGTH = 2, 4  # of the n-grams looked up; a longer match is tried first
 _LONGEST_MATCH = 24  # beyond, more agreement says no more
@@ -21,19 +22,6 @@ _PRIOR_GUESSES = 4.0  # how many guesses of a request these rates weigh
 _LEAST_GAIN = 0.01  # a guess that is less likely is worth no draft token anywhere
 # Place in _RATES by length of the match; whatever is longer has the last one.
 _BUCKETS = tuple(bisect_right(_LENGTHS, length) - 1 for length in range(_LENGTHS[-1] + 1))
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """Guesses at the next tokens, one after the other; `gains[i]` is the estimated probability that all of
-    the first i + 1 are right."""
-
-    token_ids: Sequence[int] = ()
-    gains: Sequence[float] = ()
-    match: int = 0  # tokens before the first that agree with those before the earlier place
-
-
-NO_CHAIN = Chain()
 
 
 class NgramIndex:

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from engine.scheduling.cost import CostModel, Tracker
+from engine.costs import CostModel
+from engine.scheduling.cost import Tracker
 
 # How long a step with prompt chunks may last, as a multiple of what running requests take without: where some
 # wait for their next token, and where nobody does. Then it is as long as reading weights anew for every chunk

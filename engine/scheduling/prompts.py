@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from engine.scheduling.batch import ScheduledRequest
+from engine.batch import ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.pacing import Pacing
 from engine.scheduling.request import Request
@@ -53,10 +53,10 @@ def read_prompts(
     chunks: dict[Request, ScheduledRequest] = {}
 
     def read(request: Request, part: float) -> None:
-        chunk = chunks.setdefault(request, ScheduledRequest(request, 0, base=request.num_computed))
+        chunk = chunks.setdefault(request, ScheduledRequest(request, 0))
         left = request.num_pending - chunk.num_tokens
         if left:
-            chunk.num_tokens += share.take(left, chunk.base + chunk.num_tokens, part)
+            chunk.num_tokens += share.take(left, chunk.num_computed + chunk.num_tokens, part)
 
     oldest = next((request for request in prompts if share.is_left and joins(request)), None)
     if oldest is None:
@@ -92,7 +92,7 @@ def reusable_hashes(request: Request, pool: BlockPool) -> Sequence[bytes]:
 
 def num_left(request: Request, pool: BlockPool) -> int:
     """Tokens of a running or waiting prompt that are to be read."""
-    found = 0 if request.slot is not None else pool.prefix_length(reusable_hashes(request, pool))
+    found = 0 if request.seat is not None else pool.prefix_length(reusable_hashes(request, pool))
     return request.num_pending - found * pool.block_size
 
 

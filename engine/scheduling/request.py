@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from engine.messages import FinishReason, RequestUsage, SamplingParams
+from engine.batch import RequestState
+from engine.messages import FinishReason, RequestUsage
 from engine.scheduling.block_pool import hash_block, hash_scope
 from engine.scheduling.drafting import Acceptance
 from engine.scheduling.ngrams import NgramIndex
 
 
-def make_block_table(blocks: Iterable[int] = ()) -> array[int]:
-    """64-bit integers side by side, which our own kernels read where they lie."""
-    return array("q", blocks)
+@dataclass(slots=True, eq=False)
+class Request(RequestState):
+    """What the scheduler keeps of a request beside what a pass sees of it."""
 
-
-@dataclass(slots=True, eq=False, weakref_slot=True)
-class Request:
-    """
-    token_ids    known tokens   |---- prompt ----|---- output ----|
-    num_computed                |---- KV is final ----|
-    pending tokens                                    |-----------|  at least one while it lives
-
-    The last known token is the *root*: the step that computes it also commits what comes after it.
-    """
-
-    request_id: str
-    arrival: int  # order in which requests came; the oldest keep their blocks
-    token_ids: list[int]
-    num_prompt_tokens: int
-    sampling: SamplingParams
-    seed: int  # of its draws, its own or the engine's
-    acceptance: Acceptance
+    arrival: int = 0  # order in which requests came; the oldest keep their blocks
+    acceptance: Acceptance = field(default_factory=Acceptance)
     cache_scope: str = ""  # whose cached prefixes it shares
-    num_computed: int = 0
-    block_table: array[int] = field(default_factory=make_block_table)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks among the known tokens
     num_registered: int = 0  # blocks of the table whose hash the pool knows or has seen
-    slot: int | None = None  # row of the runner's per-request state while it runs
     has_hidden: bool = False  # the runner holds the hidden row its draft starts from
     ngrams: NgramIndex = field(default_factory=NgramIndex)
     finish_reason: FinishReason | None = None
@@ -48,10 +28,6 @@ class Request:
     decode_steps: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-
-    @property
-    def num_pending(self) -> int:
-        return len(self.token_ids) - self.num_computed
 
     @property
     def num_output_tokens(self) -> int:

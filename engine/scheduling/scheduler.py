@@ -8,29 +8,20 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from engine.messages import RequestOutput, SamplingParams
-from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
+from engine.batch import Batch, BatchLimits, PassResult, ScheduledRequest, make_block_table
+from engine.messages import Failure, RequestOutput, SamplingParams
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.draft_planner import DraftPlanner
-from engine.scheduling.drafting import Acceptance
+from engine.scheduling.drafting import step_cost
 from engine.scheduling.pacing import Pacing, Unpaced
 from engine.scheduling.prompts import PromptShare, is_being_read, likely_tokens, read_prompts, reusable_hashes
-from engine.scheduling.request import Request, make_block_table
+from engine.scheduling.request import Request
 from engine.scheduling.speculation import SpeculationPolicy
 
 # Tokens of a step that drafts leave to prompts, where these have so many; less of a small budget.
 _KEPT_FOR_PROMPTS = 16
 _STEPS_WHEN_SHORT = 100  # until a pass is tried again that memory was short for: one in a hundred is lost
-
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_drafts: int  # draft tokens of one request in one step
 
 
 class Scheduler:
@@ -43,7 +34,7 @@ class Scheduler:
 
     def __init__(
         self,
-        limits: SchedulerLimits,
+        limits: BatchLimits,
         pool: BlockPool,
         policy: SpeculationPolicy,
         eos_token_ids: Sequence[int],
@@ -62,9 +53,9 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []  # oldest first
         self._running: list[Request] = []  # oldest first
-        self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._seats = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_short = 0  # steps to go without admitting anybody, because passes had no memory
-        self._drafts = DraftPlanner(pool, policy, limits.max_drafts, limits.max_model_len, ngrams)
+        self._drafts = DraftPlanner(self._requests, pool, policy, limits, ngrams)
 
     @property
     def num_running(self) -> int:
@@ -95,7 +86,6 @@ class Scheduler:
             num_prompt_tokens=len(prompt_token_ids),
             sampling=sampling,
             seed=seed,
-            acceptance=Acceptance(),
             cache_scope=cache_scope,
         )
         self._num_arrived += 1
@@ -112,11 +102,23 @@ class Scheduler:
             request.finish_reason = "abort"
             self._remove(request)
 
-    def put_back(self, request: Request) -> None:
-        """Let a running request wait, because the device has no memory for a pass with it. It and all others
-        that wait are admitted once one of those that run has ended, or memory may have come back."""
-        self._preempt(request)
+    def fail(self, request_id: str, failure: Failure) -> RequestOutput:
+        """Forget a request that cannot be computed; its last output."""
+        request = self._requests[request_id]
+        self.abort(request_id)
+        return RequestOutput(
+            request_id=request_id, token_ids=[], usage=request.usage(), finish_reason="abort", failure=failure
+        )
+
+    def put_back_last(self, batch: Batch) -> str:
+        """Let the request of a batch that came last wait, because the device has no memory for a pass with
+        it; its id. It and all others that wait are admitted once one of those that run has ended, or memory
+        may have come back."""
+        last = max((self._requests[s.request.request_id] for s in batch.scheduled), key=lambda r: r.arrival)
+        batch.scheduled = [s for s in batch.scheduled if s.request is not last]
+        self._preempt(last)
         self._num_short = _STEPS_WHEN_SHORT
+        return last.request_id
 
     # --- schedule
 
@@ -124,7 +126,7 @@ class Scheduler:
         batch = Batch()
         self._num_short = max(self._num_short - 1, 0) if self._running else 0
         self._schedule_decoding(batch)
-        num_keys = sum(scheduled.base for scheduled in batch.scheduled)
+        num_keys = sum(scheduled.num_computed for scheduled in batch.scheduled)
         seconds = self._pacing.allowed_seconds(len(batch.scheduled), num_keys)
         budget = self.limits.max_num_batched_tokens - batch.num_tokens
         room = self.pool.num_available * self.pool.block_size
@@ -148,7 +150,7 @@ class Scheduler:
             return None
         ahead = Batch()
         for scheduled in batch.scheduled:
-            request, most_gained = scheduled.request, scheduled.num_drafts + 1
+            request, most_gained = self._requests[scheduled.request.request_id], scheduled.num_drafts + 1
             goes_on = scheduled.commits and request.has_hidden and request.num_remaining > 1
             longest = len(request.token_ids) + most_gained
             if not (
@@ -157,9 +159,7 @@ class Scheduler:
                 and self.pool.extend(request.block_table, longest)
             ):
                 return None
-            ahead.scheduled.append(
-                ScheduledRequest(request, 1, base=request.num_computed, most_gained=most_gained)
-            )
+            ahead.scheduled.append(ScheduledRequest(request, 1, most_gained=most_gained))
         self._drafts.plan(ahead, self.limits.max_num_batched_tokens - len(ahead.scheduled))
         return ahead
 
@@ -169,7 +169,7 @@ class Scheduler:
         if self._is_due(ahead) or any(s.request.num_pending != 1 for s in ahead.scheduled):
             return False
         for scheduled in ahead.scheduled:
-            scheduled.base, scheduled.most_gained = scheduled.request.num_computed, 0
+            scheduled.num_computed, scheduled.most_gained = scheduled.request.num_computed, 0
         if not self._drafts.join_chains(ahead):
             return False
         self._drafts.settle()
@@ -177,7 +177,7 @@ class Scheduler:
 
     def _is_due(self, batch: Batch) -> bool:
         """Whether others than these requests are to be scheduled."""
-        may_join = bool(self._waiting and self._slots) or self._num_short > 0
+        may_join = bool(self._waiting and self._seats) or self._num_short > 0
         return may_join or [s.request for s in batch.scheduled] != self._running
 
     def _schedule_decoding(self, batch: Batch) -> None:
@@ -193,14 +193,14 @@ class Scheduler:
                     continue
                 self._preempt(self._running[-1])
                 batch.num_preemptions += 1
-                if request.slot is None:  # it was the youngest itself
+                if request.seat is None:  # it was the youngest itself
                     return
-            batch.scheduled.append(ScheduledRequest(request, 1, base=request.num_computed))
+            batch.scheduled.append(ScheduledRequest(request, 1))
 
     def _prompts(self, joining: bool) -> list[Request]:
         """Those that are read, and of those that wait as many as there are places for; oldest first."""
         prompts = [request for request in self._running if not request.has_hidden]
-        prompts += self._waiting[: len(self._slots)] if joining else []
+        prompts += self._waiting[: len(self._seats)] if joining else []
         return sorted(prompts, key=lambda request: request.arrival)
 
     def _read_prompts(self, batch: Batch, share: PromptShare) -> None:
@@ -209,7 +209,7 @@ class Scheduler:
 
         def joins(request: Request) -> bool:
             nonlocal blocked
-            if request.slot is not None:
+            if request.seat is not None:
                 return True
             if blocked or is_being_read(request, self._running, self.pool):
                 return False
@@ -233,7 +233,7 @@ class Scheduler:
         self._waiting.remove(request)
         insort(self._running, request, key=lambda r: r.arrival)
         request.block_table = table
-        request.slot = self._slots.pop()
+        request.seat = self._seats.pop()
         request.num_registered = len(prefix)
         request.num_computed = len(prefix) * self.pool.block_size
         if request.cached_tokens is None:  # a preempted one that finds its own blocks again has no hit
@@ -254,8 +254,8 @@ class Scheduler:
                 del request.block_table[needed:]
                 found = True
         for scheduled in batch.scheduled:
-            request = scheduled.request
-            scheduled.grant(len(request.block_table) * self.pool.block_size - len(request.token_ids))
+            state = scheduled.request
+            scheduled.grant(len(state.block_table) * self.pool.block_size - len(state.token_ids))
         return found
 
     def _preempt(self, request: Request) -> None:
@@ -269,29 +269,29 @@ class Scheduler:
         self._running.remove(request)
         self.pool.release(request.block_table)
         request.block_table = make_block_table()
-        if request.slot is not None:
-            self._slots.append(request.slot)
-            request.slot = None
+        if request.seat is not None:
+            self._seats.append(request.seat)
+            request.seat = None
 
     def _remove(self, request: Request) -> None:
         del self._requests[request.request_id]
         self._num_short = 0
-        if request.slot is not None:
+        if request.seat is not None:
             self._release(request)
         else:
             self._waiting.remove(request)
 
     # --- update
 
-    def update(self, batch: Batch, results: Sequence[CommittedTokens]) -> list[RequestOutput]:
+    def update(self, batch: Batch, results: Sequence[PassResult]) -> list[RequestOutput]:
         """Take in a pass: `results[i]` belongs to `batch.scheduled[i]`."""
         outputs = []
         for scheduled, result in zip(batch.scheduled, results, strict=True):
-            request = scheduled.request
-            if request.finish_reason is not None:  # aborted while the pass ran
+            request = self._requests.get(scheduled.request.request_id)
+            if request is None:  # aborted while the pass ran
                 continue
             if scheduled.commits:
-                outputs.append(self._commit(scheduled, result))
+                outputs.append(self._commit(request, scheduled, result))
             else:
                 request.num_computed += scheduled.num_tokens
                 if self._ngrams:  # chunk by chunk, so that no step waits for a long prompt to be indexed
@@ -301,8 +301,7 @@ class Scheduler:
                 self._remove(request)
         return outputs
 
-    def _commit(self, scheduled: ScheduledRequest, result: CommittedTokens) -> RequestOutput:
-        request = scheduled.request
+    def _commit(self, request: Request, scheduled: ScheduledRequest, result: PassResult) -> RequestOutput:
         base = len(request.token_ids) - 1
         appended: list[int] = []
         for token_id in result.token_ids:
@@ -330,11 +329,11 @@ class Scheduler:
 
     def learn(self, batch: Batch, seconds: float) -> None:
         """Take in how long a batch took that nothing disturbed."""
-        chunks = [(s.num_tokens, s.base) for s in batch.scheduled if s.num_tokens > 1]
-        keys = [s.base for s in batch.scheduled if s.num_tokens == 1]
+        chunks = [(s.num_tokens, s.num_computed) for s in batch.scheduled if s.num_tokens > 1]
+        keys = [s.num_computed for s in batch.scheduled if s.num_tokens == 1]
         self._pacing.observe(len(keys), sum(keys), chunks, seconds)
         if not chunks:
-            self._drafts.observe_step(batch.cost(seconds))
+            self._drafts.observe_step(step_cost(batch, seconds))
 
     def _register_blocks(self, request: Request) -> None:
         num_full = request.num_computed // self.pool.block_size

@@ -13,18 +13,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.batch import NOTHING, Allowance, SpeculationReport
+from engine.costs import CostModel
 from engine.messages import SpeculationState
-from engine.scheduling.cost import CostCorrection, CostModel
-from engine.scheduling.drafting import (
-    NOTHING,
-    Acceptance,
-    Allowance,
-    Candidate,
-    Drafts,
-    Load,
-    SpeculationReport,
-    StepCost,
-)
+from engine.scheduling.cost import CostCorrection
+from engine.scheduling.drafting import Acceptance, Candidate, Drafts, Load, StepCost
 from engine.scheduling.spending import Spending
 from trees.family import TreeFamily
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.scheduling.drafting import NOTHING, Allowance, Drafts, Load
+from engine.batch import NOTHING, Allowance
+from engine.scheduling.drafting import Drafts, Load
 
 _ROOM = 3  # times the size that pays on average, for guesses that turn out to be surer
 

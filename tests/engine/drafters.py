@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.batch import ScheduledRequest
 from engine.runner.drafter import Drafter, Proposal, RootRows
-from engine.scheduling.batch import ScheduledRequest
 from tests.engine.families import chain
 from trees.family import TreeFamily
 

@@ -7,12 +7,12 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from engine.batch import Batch, BatchLimits, PassResult, ScheduledRequest
 from engine.messages import RequestOutput, SamplingParams, SpeculationParams
-from engine.scheduling.batch import Batch, CommittedTokens, ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.pacing import Pacing
 from engine.scheduling.request import Request
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import FixedSpeculation, SpeculationPolicy
 
 EOS = 2
@@ -38,7 +38,7 @@ def make_scheduler(
     pacing: Pacing | None = None,
     ngrams: bool = False,
 ) -> Scheduler:
-    limits = SchedulerLimits(max_num_seqs, budget, max_model_len, max_drafts)
+    limits = BatchLimits(max_num_seqs, budget, max_model_len, max_drafts)
     pool = BlockPool(num_blocks, block_size)
     return Scheduler(limits, pool, policy or FixedSpeculation(0), eos, pacing=pacing, ngrams=ngrams)
 
@@ -78,15 +78,15 @@ class FakeRunner:
         self._slots: dict[int, tuple[int, ...]] = {}  # KV slot -> the tokens whose KV it is, from the start
         self._rows: dict[int | None, tuple[str, int]] = {}  # state row -> whose hidden row, after which token
 
-    def execute(self, batch: Batch) -> list[CommittedTokens]:
+    def execute(self, batch: Batch) -> list[PassResult]:
         limits = self.scheduler.limits
         assert batch.num_tokens <= limits.max_num_batched_tokens
         assert len(batch.scheduled) <= limits.max_num_seqs
-        places = [s.request.slot for s in batch.scheduled]
+        places = [s.request.seat for s in batch.scheduled]
         assert None not in places and len(set(places)) == len(places)
         return [self._advance(scheduled) for scheduled in batch.scheduled]
 
-    def _advance(self, scheduled: ScheduledRequest) -> CommittedTokens:
+    def _advance(self, scheduled: ScheduledRequest) -> PassResult:
         request, drafts = scheduled.request, scheduled.num_drafts
         computed, known = request.num_computed, list(request.token_ids)
         assert 1 <= scheduled.num_tokens <= request.num_pending
@@ -96,9 +96,9 @@ class FakeRunner:
             self._slots[self._slot(request, position)] = tuple(known[: position + 1])
         if not scheduled.commits:
             assert drafts == 0
-            return CommittedTokens([])
+            return PassResult([])
         assert drafts <= self._draft_limit(request)
-        assert not drafts or self._rows[request.slot] == (request.request_id, len(known))
+        assert not drafts or self._rows[request.seat] == (request.request_id, len(known))
         base = len(known) - 1
         for node in range(1, drafts + 1):
             self._slots[self._slot(request, base + node)] = (-1,)
@@ -107,8 +107,8 @@ class FakeRunner:
             known.append(committed[-1])
             self._slots[self._slot(request, len(known) - 1)] = tuple(known)
             committed.append(next_token(known))
-        self._rows[request.slot] = (request.request_id, len(known) + 1)
-        return CommittedTokens(committed)
+        self._rows[request.seat] = (request.request_id, len(known) + 1)
+        return PassResult(committed)
 
     def _draft_limit(self, request: Request) -> int:
         speculation = request.sampling.speculation

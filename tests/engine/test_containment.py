@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from engine.batch import Batch, PassResult
 from engine.build import build
 from engine.engine import Engine
 from engine.errors import (
     EngineBrokenError,
 )
 from engine.messages import AddRequest, RequestOutput
-from engine.scheduling.batch import Batch, CommittedTokens
 from tests.engine.helpers import params
 from tests.engine.processes import PROMPT, config_for, tokens_of
 
@@ -24,7 +24,7 @@ class FailingRunner:
         self._execute = engine._runner.execute
         self._culprits = culprits
 
-    def execute(self, batch: Batch) -> list[CommittedTokens]:
+    def execute(self, batch: Batch) -> list[PassResult]:
         committed = self._execute(batch)  # fails late: all of the pass has been written
         if self._culprits & {scheduled.request.request_id for scheduled in batch.scheduled}:
             raise RuntimeError("this request is cursed")

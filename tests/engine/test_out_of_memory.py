@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.batch import Batch, PassResult
 from engine.build import build
 from engine.engine import Engine
 from engine.messages import AddRequest, RequestOutput, StepStats
@@ -19,7 +20,6 @@ from engine.runner.device import is_out_of_memory
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import ChainDrafter, Drafter
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.scheduling.batch import Batch, CommittedTokens
 from tests.engine.families import full
 from tests.engine.helpers import params
 from tests.engine.processes import config_for, tokens_of
@@ -65,7 +65,7 @@ class FaultyRunner:
         self._most, self._places = most, places
         self.num_faults = 0
 
-    def execute(self, batch: Batch) -> list[CommittedTokens]:
+    def execute(self, batch: Batch) -> list[PassResult]:
         tight = len(batch.scheduled) > self._most and self._generator.random() < self._share
         try:
             with Faults(self._generator.randrange(1, self._places) if tight else None):
@@ -130,7 +130,7 @@ def test_a_repeated_pass_brings_what_the_first_would_have(
         engine = TinyEngine(full(8, 3, 3), DRAFTERS[drafter](), budget=48)
         execute = engine.runner.execute
 
-        def execute_twice(batch: Batch) -> list[CommittedTokens]:
+        def execute_twice(batch: Batch) -> list[PassResult]:
             place = places(len(counts))
             with Faults(place) as faults:
                 if place is not None:
@@ -187,7 +187,7 @@ class TightRunner:
         self._most_tokens = most_tokens
         self._never = never
 
-    def execute(self, batch: Batch) -> list[CommittedTokens]:
+    def execute(self, batch: Batch) -> list[PassResult]:
         if batch.num_tokens > self._most_tokens or any(
             s.request.request_id == self._never for s in batch.scheduled
         ):

@@ -11,13 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.batch import Batch
 from engine.build import build
 from engine.messages import AddRequest, RequestOutput
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import ChainDrafter, Drafter
 from engine.runner.runner import Collect
 from engine.runner.step_buffers import Bucket
-from engine.scheduling.batch import Batch
 from tests.engine.families import full
 from tests.engine.graphs import add_graphs
 from tests.engine.helpers import params

@@ -10,13 +10,12 @@ import torch
 from bench.modes import EngineMode
 from engine.backends.kv_cache import FP8, KVCache, bytes_per_token
 from engine.backends.torch.attention import PagedAttention
+from engine.batch import RequestState
 from engine.build import build
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.model.loader import load_decoder
 from engine.runner.step_input import build_rows
-from engine.scheduling.drafting import Acceptance
-from engine.scheduling.request import Request
 from evaluation.exactness import compare_answers
 from heads.checkpoint import save_heads
 from tests.engine.families import full
@@ -93,7 +92,7 @@ def test_attention_changes_by_a_few_per_cent() -> None:
     torch.manual_seed(0)
     length = 200
     blocks = list(range(50))
-    request = Request("r", 0, [0] * length, length, params(), 0, Acceptance(), block_table=blocks, slot=0)
+    request = RequestState("r", [0] * length, length, params(), 0, block_table=blocks, seat=0)
     rows = build_rows([request], [0], [length], 4, CPU)
     q = torch.randn(length, C.num_heads, C.head_dim)
     k, v = torch.randn(2, length, *SHAPE).unbind()

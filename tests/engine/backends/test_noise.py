@@ -15,9 +15,8 @@ from torch import Tensor
 from engine.backends.native import noise as native
 from engine.backends.native.library import kernels
 from engine.backends.noise import Noise, gumbel, make_keys, mix_seed
+from engine.batch import RequestState
 from engine.runner.sampling_table import SamplingTable
-from engine.scheduling.drafting import Acceptance
-from engine.scheduling.request import Request
 from tests.engine.helpers import params
 from tests.engine.tiny import CPU
 
@@ -104,14 +103,12 @@ def noise_of(requests: Sequence[tuple[float, int, int, int]], num_levels: int) -
     """The noise ahead of requests, each (temperature, tokens that are known, seed, top-k)."""
     table = SamplingTable(len(requests), CPU)
     for slot, (temperature, length, seed, top_k) in enumerate(requests):
-        request = Request(
+        request = RequestState(
             request_id="0",
-            arrival=0,
             token_ids=[0] * length,
             num_prompt_tokens=length,
             sampling=params(9, temperature=temperature, top_k=top_k),
             seed=seed,
-            acceptance=Acceptance(),
         )
         table.load(request, slot)
     roots = torch.tensor([length - 1 for _, length, _, _ in requests])

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.batch import Allowance
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.step_buffers import Bucket
 from engine.runner.step_input import StepInput
-from engine.scheduling.drafting import Allowance, Candidate, Load
+from engine.scheduling.drafting import Candidate, Load
 from engine.scheduling.speculation import FixedSpeculation
 from heads.base import DraftHeads
 from tests.engine.families import full

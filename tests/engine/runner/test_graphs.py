@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch import BatchLimits
 from engine.runner.capture import default_buckets
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import ChainDrafter, Drafter
 from engine.runner.step_buffers import Bucket
-from engine.scheduling.scheduler import SchedulerLimits
 from tests.engine.families import chain, families, full
 from tests.engine.graphs import add_graphs
 from tests.engine.helpers import params
@@ -240,7 +240,7 @@ def test_the_smallest_bucket_is_taken() -> None:
 def test_default_buckets_hold_all_passes_that_they_promise(
     requests: int, drafts: int, spare: int, max_positions: int
 ) -> None:
-    limits = SchedulerLimits(requests, requests + spare, 4096, drafts)
+    limits = BatchLimits(requests, requests + spare, 4096, drafts)
     buckets = default_buckets(limits, max_positions)
     assert len(buckets) == len(set(buckets)) <= 60
     nodes = min(drafts + 1, max_positions)

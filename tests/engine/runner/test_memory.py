@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.batch import Batch, BatchLimits
 from engine.build import build
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -19,8 +20,6 @@ from engine.runner.drafter import Drafter
 from engine.runner.graph_memory import kept_bytes
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.memory import cache_memory, first_num_blocks, fit_cache, largest_passes
-from engine.scheduling.batch import Batch
-from engine.scheduling.scheduler import SchedulerLimits
 from tests.engine.families import chain, full
 from tests.engine.helpers import params
 from tests.engine.processes import config_for
@@ -54,10 +53,10 @@ def test_the_cache_takes_what_weights_and_passes_leave(
     assert total * GIB - free * GIB + found + pass_bytes * GIB <= total * GIB * utilization
 
 
-LIMITS = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=300, max_model_len=100, max_drafts=8)
+LIMITS = BatchLimits(max_num_seqs=6, max_num_batched_tokens=300, max_model_len=100, max_drafts=8)
 
 
-def batches(limits: SchedulerLimits, block_size: int = 4) -> list[Batch]:
+def batches(limits: BatchLimits, block_size: int = 4) -> list[Batch]:
     return list(largest_passes(limits, -(-limits.max_model_len // block_size), block_size))
 
 
@@ -74,18 +73,18 @@ def test_prompts_fill_the_budget_and_trees_come_from_all_requests() -> None:
 
 
 def test_a_chunk_lies_behind_the_longest_context() -> None:
-    prompts, trees = batches(SchedulerLimits(6, 30, 100, 8))
+    prompts, trees = batches(BatchLimits(6, 30, 100, 8))
     [chunk] = prompts.scheduled
     assert (chunk.num_tokens, chunk.request.num_computed) == (30, 70)
     assert trees.num_tokens == 30
 
 
 def test_trees_stop_where_few_hundred_tokens_are_in_the_pass() -> None:
-    _, trees = batches(SchedulerLimits(64, 4096, 1000, 63))
+    _, trees = batches(BatchLimits(64, 4096, 1000, 63))
     assert trees.num_tokens == 512
-    _, trees = batches(SchedulerLimits(1, 4096, 1000, 63))
+    _, trees = batches(BatchLimits(1, 4096, 1000, 63))
     assert trees.num_tokens == 64
-    _, trees = batches(SchedulerLimits(2, 4096, 5, 63))
+    _, trees = batches(BatchLimits(2, 4096, 5, 63))
     assert trees.num_tokens == 2 * 5
 
 

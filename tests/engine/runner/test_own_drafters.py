@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 
+from engine.batch import Allowance, Batch, Chain, RequestState, ScheduledRequest
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import ChainDrafter, Proposal, RootRows
 from engine.runner.drafting import limit_drafts
-from engine.scheduling.batch import Batch, ScheduledRequest
-from engine.scheduling.drafting import Acceptance, Allowance
-from engine.scheduling.ngrams import Chain
-from engine.scheduling.request import Request
 from tests.engine.families import chain
 from tests.engine.helpers import params
 from tests.engine.tiny import CONFIG, VOCAB, Arrival, TinyEngine, tiny_decoder
@@ -144,10 +141,10 @@ def test_more_layers_than_there_are_is_an_error(num_layers: int) -> None:
 
 @pytest.mark.parametrize("length", [0, 2, 8])
 def test_of_drafts_that_nobody_guesses_nothing_is_expected(length: int) -> None:
-    request = Request("a", 0, [5, 6], 2, params(20), 0, Acceptance())
+    request = RequestState("a", [5, 6], 2, params(20), 0)
     found = Chain([7] * length, [0.5] * length)
     gains = (0.5, 0.25, 0.125, 0.0625)
     scheduled = ScheduledRequest(request, 1, 4, chain=found, allowance=Allowance(4, gains=gains))
     limit_drafts(ChainDrafter(), Batch([scheduled]))
     assert scheduled.num_drafts == min(length, 4)
-    assert scheduled.allowance.expected == sum(gains[:length]) and scheduled.guesses == (length > 0)
+    assert scheduled.allowance.expected == sum(gains[:length]) and scheduled.asks_heads == (length > 0)

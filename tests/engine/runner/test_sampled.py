@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
+from engine.batch import ScheduledRequest
 from engine.runner.drafter import Drafter, Proposal, RootRows
-from engine.scheduling.batch import ScheduledRequest
 from tests.engine.drafters import RandomDrafter, ScriptedDrafter
 from tests.engine.families import chain, full
 from tests.engine.helpers import params

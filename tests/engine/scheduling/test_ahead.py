@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch import Batch
+from engine.costs import CostModel
 from engine.messages import SamplingParams
-from engine.scheduling.batch import Batch
-from engine.scheduling.cost import CostModel
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation
 from tests.engine.families import full

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from engine.scheduling.cost import CostModel
-from engine.scheduling.drafting import NOTHING, Acceptance, Allowance, Candidate, Load, StepCost
+from engine.batch import NOTHING, Allowance
+from engine.costs import CostModel
+from engine.scheduling.drafting import Acceptance, Candidate, Load, StepCost
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation
 from tests.engine.families import full

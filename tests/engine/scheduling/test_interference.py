@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from engine.scheduling.batch import Batch, CommittedTokens
-from engine.scheduling.cost import CostModel
+from engine.batch import Batch, PassResult
+from engine.costs import CostModel
 from engine.scheduling.pacing import TimedPacing, Unpaced
 from engine.scheduling.speculation import AdaptiveSpeculation
 from tests.engine.families import family_of_rates
@@ -35,7 +35,9 @@ class Machine:
         return max(0.0026 + 2e-5 * num_tokens, token * num_tokens) + 1.9e-7 * keys
 
     def step_seconds(self, batch: Batch) -> float:
-        keys = sum((s.num_tokens + s.num_drafts) * (s.base + s.num_tokens / 2) for s in batch.scheduled)
+        keys = sum(
+            (s.num_tokens + s.num_drafts) * (s.num_computed + s.num_tokens / 2) for s in batch.scheduled
+        )
         seconds = self.slower * self.pass_seconds(batch.num_tokens, keys) + 0.0005
         return seconds * (1.0 + self.noise * self.source.random())
 
@@ -71,7 +73,7 @@ class Engine:
         batch = self.scheduler.schedule()
         assert batch.num_tokens <= 512
         results = [
-            CommittedTokens([7] * (1 + self.source.randint(0, min(2, s.num_drafts))) if s.commits else [])
+            PassResult([7] * (1 + self.source.randint(0, min(2, s.num_drafts))) if s.commits else [])
             for s in batch.scheduled
         ]
         seconds = self.machine.step_seconds(batch)

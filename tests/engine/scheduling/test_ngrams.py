@@ -7,7 +7,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.scheduling.ngrams import MAX_LENGTH, MIN_LENGTH, NO_CHAIN, Chain, NgramIndex
+from engine.batch import NO_CHAIN, Chain
+from engine.scheduling.ngrams import MAX_LENGTH, MIN_LENGTH, NgramIndex
 
 
 def search(tokens: list[int], limit: int) -> list[int]:

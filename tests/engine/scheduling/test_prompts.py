@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.scheduling.cost import CostModel
+from engine.costs import CostModel
 from engine.scheduling.pacing import TimedPacing
 from engine.scheduling.prompts import PromptShare
 from engine.scheduling.speculation import FixedSpeculation

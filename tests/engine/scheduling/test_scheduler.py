@@ -6,10 +6,11 @@ import time
 
 import pytest
 
-from engine.scheduling.batch import Batch, CommittedTokens
+from engine.batch import Batch, PassResult
+from engine.costs import CostModel
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import AdaptiveSpeculation, CostModel, FixedSpeculation
+from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation
 from tests.engine.families import full
 from tests.engine.helpers import FakeRunner, continuation, make_scheduler, params, run_all, run_step
 
@@ -213,7 +214,7 @@ class TestAbort:
         scheduler.abort("d")  # waits
         while not run_step(scheduler, runner)[0].num_preemptions:
             pass
-        assert request_of(scheduler, "c").slot is None
+        assert request_of(scheduler, "c").seat is None
         scheduler.abort("c")  # preempted
         scheduler.check_integrity()
         scheduler.abort("a")  # runs
@@ -293,7 +294,7 @@ class TestDrafts:
 
     def test_only_drafts_that_were_committed_count_as_accepted(self) -> None:
         scheduler, batch = self.start(8)
-        outputs = scheduler.update(batch, [CommittedTokens([10, 11, 2, 12, 13])])
+        outputs = scheduler.update(batch, [PassResult([10, 11, 2, 12, 13])])
         assert outputs[0].token_ids == [10, 11, 2]
         usage = outputs[0].usage
         assert (usage.drafted_tokens, usage.accepted_tokens, usage.decode_steps) == (8, 3, 2)
@@ -320,7 +321,7 @@ def test_host_work_of_64_requests_stays_under_two_milliseconds() -> None:
         start = time.process_time()
         batch = scheduler.schedule()
         scheduled = time.process_time() - start
-        results = [CommittedTokens([10] * (1 + min(5, s.num_drafts))) for s in batch.scheduled]
+        results = [PassResult([10] * (1 + min(5, s.num_drafts))) for s in batch.scheduled]
         start = time.process_time()
         scheduler.update(batch, results)
         times.append(scheduled + time.process_time() - start)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch import Allowance, SpeculationReport
+from engine.costs import CostModel
 from engine.messages import SamplingParams
-from engine.scheduling.cost import CostModel
-from engine.scheduling.drafting import Acceptance, Allowance, Candidate, Load, SpeculationReport, StepCost
+from engine.scheduling.drafting import Acceptance, Candidate, Load, StepCost
 from engine.scheduling.pacing import TimedPacing
 from tests.engine.helpers import FakeRunner, continuation, make_scheduler, params, random_accept, run_step
 
@@ -125,7 +126,7 @@ def test_every_request_gets_its_tokens_and_every_block_comes_back(
         step += 1
         assert step < 2000
     assert scheduler.pool.num_held == 0
-    assert len(scheduler._slots) == max_num_seqs
+    assert len(scheduler._seats) == max_num_seqs
     for name, arrival in enumerate(arrivals):
         expected = continuation(arrival.prompt, arrival.sampling, MODEL_LEN)
         got = tokens[str(name)]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from engine.scheduling.cost import CostModel
-from engine.scheduling.drafting import NOTHING, Acceptance, Candidate, Load, StepCost
+from engine.batch import NOTHING
+from engine.costs import CostModel
+from engine.scheduling.drafting import Acceptance, Candidate, Load, StepCost
 from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation
 from tests.engine.families import family_of_rates
 from trees.family import RankPath, TreeFamily

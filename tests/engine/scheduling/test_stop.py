@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from engine.batch import PassResult
 from engine.messages import RequestOutput
-from engine.scheduling.batch import CommittedTokens
 from engine.scheduling.speculation import FixedSpeculation
 from tests.engine.helpers import EOS, FakeRunner, make_scheduler, params, run_step
 
@@ -19,9 +19,9 @@ def commit(path: list[int], max_tokens: int = 20, max_model_len: int = 64, **set
     scheduler = make_scheduler(policy=FixedSpeculation(8), max_model_len=max_model_len)
     scheduler.add("a", [3, 4, 5, 6], params(max_tokens, **settings))
     batch = scheduler.schedule()
-    scheduler.update(batch, [CommittedTokens([9])])
+    scheduler.update(batch, [PassResult([9])])
     batch = scheduler.schedule()
-    [output] = scheduler.update(batch, [CommittedTokens(list(path))])
+    [output] = scheduler.update(batch, [PassResult(list(path))])
     scheduler.check_integrity()
     assert ("a" in scheduler) == (output.finish_reason is None)
     assert scheduler.pool.num_held == 0 or output.finish_reason is None
@@ -82,7 +82,7 @@ def test_logprobs_are_cut_where_the_tokens_are() -> None:
     scheduler = make_scheduler()
     scheduler.add("a", [3, 4, 5, 6], params(2, logprobs=0))
     batch = scheduler.schedule()
-    results = [CommittedTokens([10, 11, 12], ["x", "y", "z"])]  # type: ignore[list-item]
+    results = [PassResult([10, 11, 12], ["x", "y", "z"])]  # type: ignore[list-item]
     [output] = scheduler.update(batch, results)
     assert output.logprobs == ["x", "y"]
 

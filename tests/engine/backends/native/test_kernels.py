@@ -22,8 +22,8 @@ from engine.backends.native.matrix import Kind, NativeLinear, quantize_int8_grou
 from engine.backends.rows import PassInput
 from engine.backends.torch.attention import PagedAttention
 from engine.backends.torch.quantization import quantize_int4
+from engine.batch import make_block_table
 from engine.errors import ConfigError
-from engine.scheduling.request import make_block_table
 from tests.engine.backends.native.decoders import WIDE, random_decoder
 from tests.engine.passes import make_pass
 from tests.engine.tiny import CONFIG, CPU

@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from engine.backends.kv_cache import KVCache
 from engine.backends.torch import attention
 from engine.backends.torch.attention import PagedAttention, visibility
+from engine.batch import Batch, RequestState, ScheduledRequest
 from engine.runner.step_layout import build_step
-from engine.scheduling.batch import Batch, ScheduledRequest
-from engine.scheduling.drafting import Acceptance
-from engine.scheduling.request import Request
 from tests.engine.families import chain, families, full
 from tests.engine.helpers import params
 from tests.engine.tiny import CONFIG, CPU, VOCAB, plain_pass, tiny_decoder
@@ -35,19 +33,16 @@ def test_rule_equals_a_plain_reading_of_it(queries: list[tuple[int, int]], num_k
             assert seen == (key < prefix or (node < 64 and bool((ancestors % 2**64) >> node & 1)))
 
 
-def make_request(known: list[int], num_computed: int, block_table: list[int]) -> Request:
-    return Request(
+def make_request(known: list[int], num_computed: int, block_table: list[int]) -> RequestState:
+    return RequestState(
         request_id="r",
-        arrival=0,
         token_ids=known,
         num_prompt_tokens=len(known),
         sampling=params(64),
         seed=0,
-        acceptance=Acceptance(),
         num_computed=num_computed,
         block_table=block_table,
-        slot=0,
-        has_hidden=True,
+        seat=0,
     )
 
 

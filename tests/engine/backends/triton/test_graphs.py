@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from engine.backends.triton.plan import AttentionPlan
+from engine.batch import BatchLimits
 from engine.runner.capture import _triton_attention, default_buckets, make_graphs
 from engine.runner.graph_memory import kept_bytes
 from engine.runner.step_buffers import Bucket
-from engine.scheduling.scheduler import SchedulerLimits
 from tests.engine.backends.triton.cases import DEVICE
 from tests.engine.drafters import ScriptedDrafter
 from tests.engine.families import full
@@ -62,7 +62,7 @@ def test_plans_share_their_scratch_and_what_they_keep_is_known(monkeypatch: pyte
 
     monkeypatch.setattr(AttentionPlan, "reserve", noting)
     runner = TinyEngine(full(9), block_size=16, num_blocks=64).runner
-    limits = SchedulerLimits(max_num_seqs=5, max_num_batched_tokens=100, max_model_len=100, max_drafts=9)
+    limits = BatchLimits(max_num_seqs=5, max_num_batched_tokens=100, max_model_len=100, max_drafts=9)
     buckets = sorted(default_buckets(limits, 256), reverse=True)
     make = _triton_attention(runner, limits)
     for bucket in buckets:
