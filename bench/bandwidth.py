@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
-
-from bench.device_time import elapsed_seconds
 
 _BYTES = 512 * 2**20  # many times any cache
 _REPEATS = 3
 
 
 class Bandwidth:
-    """Measured again and again between other measurements, because machines drift; the best one counts.
-
-    What is read is summed or copied by torch on as many threads as the engine has.
-    """
+    """Reads and copies per second. Machines drift, so it is measured again between other measurements, and
+    the best result counts. torch does it on as many threads as the engine has."""
 
     def __init__(self, device: torch.device) -> None:
         self._source = torch.ones(_BYTES // 4, dtype=torch.float32, device=device)
@@ -35,3 +32,20 @@ class Bandwidth:
 
     def _fastest(self, run: Callable[[], object]) -> float:
         return min(elapsed_seconds(self._source.device, run) for _ in range(_REPEATS))
+
+
+def elapsed_seconds(device: torch.device, run: Callable[[], object]) -> float:
+    """Seconds of a run by the device's own clock, where it has one."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    first, last = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize(device)
+    return float(first.elapsed_time(last)) / 1000

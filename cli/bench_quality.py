@@ -1,4 +1,4 @@
-"""`gorgon bench quality|linears`: what number formats of the weights cost in answers, and save in time."""
+"""`gorgon bench quality`: what number formats of the weights cost in answers."""
 
 from __future__ import annotations
 
@@ -29,19 +29,16 @@ def register(commands: Subparsers[argparse.ArgumentParser]) -> None:
         default=["none", "int8", "int4"],
         help="what to compare (default: all)",
     )
-    parser.set_defaults(run=run_quality)
-
-    parser = commands.add_parser("linears", help="time of the model's matrices by number format")
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help="(default: %(default)s)")
-    parser.set_defaults(run=run_linears)
+    parser.set_defaults(run=run)
 
 
-def run_quality(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from bench.prompts import BUILTIN
-    from evaluation.quality import QualityOptions, run
+    from evaluation.quality import QualityOptions
+    from evaluation.quality import run as run_bench
 
     check_positive(args, "num_prompts", "max_tokens")
-    return run(
+    return run_bench(
         QualityOptions(
             model=args.model,
             heads=args.heads,
@@ -52,9 +49,3 @@ def run_quality(args: argparse.Namespace) -> int:
             formats=tuple(args.quantization),
         )
     )
-
-
-def run_linears(args: argparse.Namespace) -> int:
-    from bench.linears import run
-
-    return run(args.model)

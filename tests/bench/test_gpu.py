@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.device_time import busy_seconds, covered, elapsed_seconds, repeatable
-from bench.gpu import compare, main
+from bench.bandwidth import elapsed_seconds
+from bench.device_profile import covered, profile_device
+from bench.gpu import compare
 from bench.gpu_model import profile_family
-from bench.gpu_targets import TARGETS
 from bench.shapes import SHAPES, random_decoder
 from cli.main import main as gorgon
 from engine.backends.kv_cache import FP8, bytes_per_token
@@ -39,13 +37,13 @@ def run(capsys: Any, *more: str) -> dict[str, Any]:
 
 
 def test_every_combination_has_a_row(capsys: Any) -> None:
-    flags = "--parts steps --dtype float32 --requests 3 1 --nodes 1 2 64 --contexts 20 40"
+    flags = "--dtype float32 --requests 3 1 --nodes 1 2 64 --contexts 20 40"
     document = run(capsys, *flags.split())
     rows = document["rows"]
     found = [(r["kind"], r["requests"], r["context"], r["nodes"], r["tokens"]) for r in rows]
     plain = [("plain", n, context, 1, n) for context in (20, 40) for n in (1, 3)]
     trees = [(f"tree {k}", n, context, k, k * n) for context in (20, 40) for n in (1, 3) for k in (2, 64)]
-    assert found == [*plain, *trees] and document["attention"] == []
+    assert found == [*plain, *trees]
     kv = bytes_per_token(SHAPES["tiny"], torch.float32)
     with torch.device("meta"):
         weights = weight_bytes(Decoder(SHAPES["tiny"]))
@@ -64,7 +62,6 @@ def test_every_combination_has_a_row(capsys: Any) -> None:
             assert row["over_plain"] == pytest.approx(row["ms_median"] / alone["ms_median"], abs=1e-3)
             assert row["ms_drafting"] > 0
     assert document["not_measured"] == {}
-    assert [t["measured"] for t in document["targets"]] == [None] * len(TARGETS)
     assert all(row.get("idle_share") is None for row in rows)  # the host is the device
 
 
@@ -72,18 +69,17 @@ def test_every_combination_has_a_row(capsys: Any) -> None:
 def test_number_formats(more: list[str], capsys: Any) -> None:
     document = run(capsys, "--requests", "2", "--nodes", "1", "8", "--contexts", "30", *more)
     assert len(document["rows"]) == 2
-    stored = FP8 if "fp8" in more else torch.bfloat16
-    own = [row for row in document["attention"] if row["kernel"] == "gorgon"]
-    assert [row["pass"] for row in own] == ["plain", "tree 8", "tree 8, prompt of 30"]
-    keys = bytes_per_token(SHAPES["tiny"], stored)
-    assert [row["bytes"] for row in own] == [2 * 30 * keys, 2 * 37 * keys, 3 * 37 * keys]
+    keys = bytes_per_token(SHAPES["tiny"], FP8 if "fp8" in more else torch.bfloat16)
+    with torch.device("meta"):
+        weights = weight_bytes(Decoder(SHAPES["tiny"]).bfloat16())
+    if "bfloat16" in more:
+        assert [row["bytes"] for row in document["rows"]] == [weights + 2 * 30 * keys] * 2
 
 
-def test_what_is_simulated_is_said_and_missing_figures_are_named(capsys: Any) -> None:
-    assert main([*TINY, "--parts", "steps", "--requests", "1", "--nodes", "4", "--contexts", "20"]) == 0
+def test_what_is_simulated_is_said(capsys: Any) -> None:
+    assert gorgon(["bench", "gpu", *TINY, "--requests", "1", "--nodes", "4", "--contexts", "20"]) == 0
     out = capsys.readouterr().out
     assert "are simulated: from the gains of the built-in head set" in out
-    assert out.count("not measured; on a GPU, gorgon bench gpu") == len(TARGETS)
     assert json.loads(out.splitlines()[-1])["simulated"]["note"] in out
 
 
@@ -94,7 +90,7 @@ def test_a_model_that_cannot_be_had_does_not_stop_the_others(
         raise RuntimeError("no memory")
 
     monkeypatch.setattr("bench.shapes.allocate", fail)
-    assert main([*TINY, "--parts", "steps"]) == 1
+    assert gorgon(["bench", "gpu", *TINY]) == 1
     out, err = capsys.readouterr()
     assert "tiny was not measured to the end: --shapes: cpu has no memory for the weights of tiny" in err
     assert "tiny" in json.loads(out.splitlines()[-1])["not_measured"]
@@ -114,33 +110,22 @@ def test_what_cannot_be_measured_is_said_first(flags: list[str], message: str, c
         pytest.skip("there is a CUDA device")
     assert gorgon(["bench", "gpu", *TINY, *flags]) == 2
     assert message in capsys.readouterr().err
-    assert main([*TINY, *flags]) == 2
 
 
-def test_targets_are_judged_by_their_rows() -> None:
-    def row(kind: str, requests: int, **figures: float) -> dict[str, Any]:
-        facts = {"model": "8b", "kind": kind, "requests": requests, "context": 128, "ms_median": 10.0}
-        return {"nodes": 64 if kind == "tree 64" else 1, **facts, **figures}
+def test_trees_are_put_beside_the_plain_step_of_the_same_load() -> None:
+    def row(nodes: int, requests: int, **figures: float) -> dict[str, Any]:
+        return {"model": "8b", "nodes": nodes, "requests": requests, "context": 128, **figures}
 
     rows = [
-        row("plain", 1, share_of_limit=0.86, idle_share=0.06),
-        row("plain", 64, share_of_limit=0.1, idle_share=0.0),
-        row("tree 64", 1, ms_median=11.0, ms_drafting=1.0),
-        row("attention", 64, share_of_limit=0.9) | {"kernel": "another"},
-        row("attention", 64, share_of_limit=0.5) | {"kernel": "gorgon"},
-        row("attention", 64, share_of_limit=0.65) | {"kernel": "gorgon", "context": 2000},
-        row("attention", 64, share_of_limit=0.2) | {"kernel": "gorgon", "context": 2000, "nodes": 64},
+        row(1, 1, ms_median=10.0),
+        row(1, 64, ms_median=50.0),
+        row(64, 1, ms_median=11.0, ms_drafting=1.0),
     ]
-    compare(rows[:3], profile_family())
-    assert [(t["measured"], t["met"]) for t in (target.judge(rows) for target in TARGETS)] == [
-        (0.86, True),
-        (1.1, True),
-        (0.65, False),
-        (0.06, False),
-    ]
-    assert rows[2]["simulated_speed_up"] == pytest.approx(
-        rows[2]["simulated_tokens_per_step"] * 10 / 12, abs=1e-3
-    )
+    gains = profile_family().gains
+    compare(rows, gains)
+    assert rows[2]["over_plain"] == 1.1
+    assert rows[2]["simulated_speed_up"] == pytest.approx((1 + sum(gains)) * 10 / 12, abs=1e-3)
+    assert "over_plain" not in rows[0] and "over_plain" not in rows[1]
 
 
 def test_published_shapes_have_their_sizes() -> None:
@@ -168,11 +153,13 @@ def test_time_is_counted_once_where_work_overlaps() -> None:
 def test_busy_time_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a CUDA device, with a profile made by hand."""
     ran: list[int] = []
-    assert busy_seconds(CPU, lambda: ran.append(1)) is None
+    assert profile_device(CPU, lambda: ran.append(1)) is None
 
-    def event(kind: str, start: float, end: float) -> Any:
+    def event(kind: str, name: str, start: float, end: float) -> Any:
         return SimpleNamespace(
-            device_type=SimpleNamespace(name=kind), time_range=SimpleNamespace(start=start, end=end)
+            name=name,
+            device_type=SimpleNamespace(name=kind),
+            time_range=SimpleNamespace(start=start, end=end),
         )
 
     class Profile:
@@ -184,43 +171,16 @@ def test_busy_time_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
         def __exit__(self, *error: object) -> None: ...
 
         def events(self) -> list[Any]:
-            return [event("CUDA", 100, 300), event("CPU", 0, 1000), event("CUDA", 250, 400)]
+            return [
+                event("CUDA", "attend", 100, 300),
+                event("CPU", "launch", 0, 1000),
+                event("CUDA", "merge", 250, 400),
+            ]
 
     monkeypatch.setattr("torch.profiler.profile", Profile)
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
-    assert busy_seconds(torch.device("cuda"), lambda: ran.append(2)) == pytest.approx(300e-6)
-    assert ran == [1, 2]
-    assert elapsed_seconds(CPU, lambda: ran.append(3)) > 0 and ran == [1, 2, 3]
-
-
-@pytest.mark.parametrize("captures", [True, False])
-def test_what_can_be_captured_is_replayed(captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of a CUDA device, with streams and graphs made by hand."""
-    ran: list[str] = []
-
-    class Graph:
-        def replay(self) -> None:
-            ran.append("replay")
-
-    @contextmanager
-    def graph(graph: Graph, **options: object) -> Iterator[None]:
-        yield
-        if not captures:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = {"CUDAGraph": Graph, "graph": graph, "synchronize": lambda device: None}
-    streams = {"Stream": lambda device: stream, "current_stream": lambda device: stream}
-    for name, fake in {**fakes, **streams, "stream": nullcontext}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    again, is_graph = repeatable(torch.device("cuda"), lambda: ran.append("run"))
-    assert is_graph is captures and ran == ["run"] * 3 + ["replay"] * captures
-    again()
-    assert ran[-1] == ("replay" if captures else "run")
-
-
-def test_without_a_device_runs_are_repeated_as_they_are() -> None:
-    ran: list[int] = []
-    again, is_graph = repeatable(CPU, lambda: ran.append(4))
-    again()
-    assert ran == [4, 4] and not is_graph
+    profile = profile_device(torch.device("cuda"), lambda: ran.append(2))
+    assert profile is not None and profile.busy == pytest.approx(300e-6)
+    assert profile.by_kernel == pytest.approx({"attend": 200e-6, "merge": 150e-6})
+    assert ran == [2]
+    assert elapsed_seconds(CPU, lambda: ran.append(3)) > 0 and ran == [2, 3]
