@@ -18,7 +18,8 @@ from engine.backends.native.kept import KeptWeights
 from engine.backends.native.precision import take_over
 from engine.backends.torch.precision import quantize_linears, resolve_quantization
 from engine.config import EngineConfig, Quantization
-from engine.model.decoder import Decoder, Linear
+from engine.model.decoder import Decoder
+from engine.model.layers import Linear
 from engine.model.loader import load_config, load_decoder, load_vocabulary
 from engine.runner import device as hardware
 

@@ -1,147 +1,111 @@
-"""The Llama-family decoder, over one flat row of tokens. It knows nothing of requests, trees or the cache.
+"""A decoder: a list of layers between the embedding and the projection onto the vocabulary.
 
-What it needs of attention comes in as a callable, so that the paged cache, a dense batch and a test can each
-bring their own. QKV and gate/up are one matrix each, fused when the weights are loaded.
+It knows nothing of requests, trees or the cache.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.model.config import DecoderConfig
+from engine.model.config import DecoderConfig, LayerSpec, RopeSpec, refuse_unknown
+from engine.model.layers import ACTIVATIONS, Attention, DecoderLayer, Layer, Linear, RMSNorm, Rotation
 from engine.model.rope import rope_table
 
+# How a layer is made of its specification, the hidden size and its number, by the kind that it names.
+LAYER_KINDS: dict[str, Callable[[LayerSpec, int, int], Layer]] = {"decoder": DecoderLayer}
 
-class Attention(Protocol):
-    """Attention of one layer over the flat row: stores k and v, returns each query's read-out.
-
-    q is [num_tokens, num_heads, head_dim]; k and v are [num_tokens, num_kv_heads, head_dim]; the result is
-    [num_tokens, num_heads * head_dim]. Which keys a query sees is the callable's own business.
-    """
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
-
-
-class RotatingAttention(ABC):
-    """Attention that can also rotate q and k (`apply_rope`), in the same pass over memory that stores k."""
-
-    @abstractmethod
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `Attention` has it."""
-
-    @abstractmethod
-    def rotate_and_attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        """The same of q and k that are not rotated yet. cos, sin: [num_tokens, 1, head_dim]."""
+_KNOWN = {
+    "norms of kind 'rms'",
+    "norms of queries and keys",
+    "biases",
+    "several epsilons of norms",
+    "several widths of feed-forward",
+    "several rotary embeddings",
+    "layers without rotary embedding",
+    "a scale on embeddings",
+    "a scale on logits",
+    "a softcap on logits",
+}
 
 
-class Linear(nn.Module):
-    """A projection whose weight is left uninitialised until the loader fills it."""
-
-    bias: nn.Parameter | None
-
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+def check_runs(config: DecoderConfig) -> None:
+    """Raises ModelError for what the decoder, or the attention it is given, does not do."""
+    kinds = {f"layers of kind {kind!r}" for kind in LAYER_KINDS}
+    activations = {f"feed-forward of kind {kind!r}" for kind in ACTIVATIONS}
+    refuse_unknown(config, _KNOWN | kinds | activations, "the decoder")
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+def make_layer(config: DecoderConfig, number: int) -> Layer:
+    spec = config.layers[number]
+    return LAYER_KINDS[spec.kind](spec, config.hidden_size, number)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of each head.
-
-    x: [num_tokens, heads, head_dim]; cos, sin: [num_tokens, 1, head_dim], sin with its first half negated.
-    """
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + swapped * sin
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        c = config
-        self.layer = layer
-        self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
-        qkv_size = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        self.input_norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.qkv = Linear(c.hidden_size, qkv_size, c.qkv_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.o = Linear(c.num_heads * c.head_dim, c.hidden_size, c.o_bias)
-        self.post_norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.gate_up = Linear(c.hidden_size, 2 * c.intermediate_size, c.mlp_bias)
-        self.down = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        """x: [num_tokens, hidden] -> [num_tokens, hidden]"""
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(self.input_norm(x)).view(-1, heads + 2 * kv_heads, self.head_dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat((self.q_norm(qk[:, :heads]), self.k_norm(qk[:, heads:])), dim=1)
-        if isinstance(attention, RotatingAttention):
-            read = attention.rotate_and_attend(self.layer, qk[:, :heads], qk[:, heads:], v, cos, sin)
-        else:
-            qk = apply_rope(qk, cos, sin)
-            read = attention(self.layer, qk[:, :heads], qk[:, heads:], v)
-        x = x + self.o(read)
-        gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
-        hidden: Tensor = x + self.down(F.silu(gate) * up)
-        return hidden
-
-
-class Decoder(nn.Module):
-    """Embedding, layers, final norm and vocabulary projection of one checkpoint."""
+class RopeTable(nn.Module):
+    """Cosines and sines of every position."""
 
     cos: Tensor  # [max_positions, head_dim]
     sin: Tensor  # [max_positions, head_dim], first half negated
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, rope: RopeSpec, head_dim: int, max_positions: int) -> None:
         super().__init__()
-        self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size), requires_grad=False)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embedding
-        cos, sin = rope_table(config)
+        cos, sin = rope_table(rope, head_dim, max_positions)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        return self.cos[positions].unsqueeze(1).to(dtype), self.sin[positions].unsqueeze(1).to(dtype)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and vocabulary projection of one checkpoint.
+
+    Raises ModelError as `check_runs` does.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        check_runs(config)
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size), requires_grad=False)
+        self.layers = nn.ModuleList(make_layer(config, number) for number in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.final_norm.eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding
+        self.ropes = nn.ModuleList(
+            RopeTable(rope, config.head_dim, config.max_positions) for rope in config.ropes
+        )
+        ropes = [spec.attention.rope for spec in config.layers]
+        self._rope_of = [None if rope is None else config.ropes.index(rope) for rope in ropes]
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, taps: Sequence[int] = ()
+    ) -> Tensor:
         """Hidden rows after the final norm, [num_tokens, hidden].
 
-        token_ids, positions: [num_tokens] int64.
+        token_ids, positions: [num_tokens] int64. taps: numbers of layers, in ascending order, whose output
+        rows follow in the same row: [num_tokens, (1 + number of taps) * hidden].
         """
         x = F.embedding(token_ids, self.embedding)
-        cos = self.cos[positions].unsqueeze(1).to(x.dtype)
-        sin = self.sin[positions].unsqueeze(1).to(x.dtype)
-        for layer in self.layers:
-            x = layer(x, cos, sin, attention)
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
+        rotations = [table(positions, x.dtype) for table in self.ropes]
+        tapped = []
+        for layer, rope in zip(self.layers, self._rope_of, strict=True):
+            x = layer(x, None if rope is None else rotations[rope], attention)
+            if layer.number in taps:
+                tapped.append(x)
         hidden: Tensor = self.norm(x)
-        return hidden
+        return torch.cat((hidden, *tapped), dim=-1) if tapped else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [num_rows, hidden] -> [num_rows, vocab_size], in the model's own dtype."""
         logits: Tensor = self.lm_head(hidden)
-        return logits
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap

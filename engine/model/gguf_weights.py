@@ -12,20 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelError
-from engine.model.config import DecoderConfig
+from engine.model.config import DecoderConfig, RopeSpec
 from engine.model.end_tokens import END_TOKENS, end_token_ids
-from engine.model.fields import (
-    MAX_HEAD_DIM,
-    MAX_HEADS,
-    MAX_LAYERS,
-    MAX_POSITIONS,
-    MAX_VOCABULARY,
-    MAX_WIDTH,
-    NORM_EPS,
-    ROPE_THETA,
-    Fields,
-)
+from engine.model.fields import MAX_HEAD_DIM, MAX_POSITIONS, MAX_VOCABULARY, ROPE_THETA, Fields
 from engine.model.gguf import GGUFFile
+from engine.model.uniform import Names, Sizes, read_sizes, uniform_config
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -44,6 +35,16 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_DIVISORS = "rope_freqs.weight"
+_NAMES = Names(  # each behind the architecture's name
+    hidden_size="embedding_length",
+    intermediate_size="feed_forward_length",
+    num_layers="block_count",
+    num_heads="attention.head_count",
+    num_kv_heads="attention.head_count_kv",
+    head_dim="attention.key_length",
+    norm_eps="attention.layer_norm_rms_epsilon",
+    max_positions="context_length",
+)
 _PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 _WHOLE = (3, 4)  # types of tokens that are never split: control and user-defined
 
@@ -58,34 +59,25 @@ def read_gguf_config(file: GGUFFile) -> DecoderConfig:
         raise ModelError(
             f"GGUF architecture {kind} is not supported; supported are {', '.join(_ARCHITECTURES)}"
         )
-    hidden_size = meta.whole(f"{arch}.embedding_length", 1, MAX_WIDTH)
-    vocab_size = _vocab_size(file, hidden_size)
-    num_heads = meta.whole(f"{arch}.attention.head_count", 1, MAX_HEADS)
-    num_kv_heads = meta.whole(f"{arch}.attention.head_count_kv", 1, num_heads, default=num_heads)
-    if num_heads % num_kv_heads:
-        raise meta.error(f"{arch}.attention.head_count_kv", f"a divisor of the head count, {num_heads}")
-    max_positions = meta.whole(f"{arch}.context_length", 2, MAX_POSITIONS)
-    window = meta.whole(f"{arch}.attention.sliding_window", 0, MAX_POSITIONS, default=0)
-    if window == 1:
-        raise meta.error(f"{arch}.attention.sliding_window", "0 for none, or above 1")
-    return DecoderConfig(
-        architecture=_ARCHITECTURES[arch],
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=meta.whole(f"{arch}.feed_forward_length", 1, MAX_WIDTH),
-        num_layers=meta.whole(f"{arch}.block_count", 1, MAX_LAYERS),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(meta, arch, hidden_size, num_heads),
-        norm_eps=meta.real(f"{arch}.attention.layer_norm_rms_epsilon", *NORM_EPS),
-        rope_theta=meta.real(f"{arch}.rope.freq_base", *ROPE_THETA, default=10_000.0),
-        rope_scaling=_rope_scaling(file, meta, arch, max_positions),
-        max_positions=min(max_positions, window) if window else max_positions,
-        tie_embeddings="output.weight" not in file.tensors,
+    sizes = read_sizes(meta, Names(*(f"{arch}.{key}" for key in _NAMES)))
+    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
+        if meta.whole(key, 1, MAX_HEAD_DIM, default=sizes.head_dim) != sizes.head_dim:
+            raise meta.error(key, f"{sizes.head_dim}, the size of a head; anything else is not supported")
+    vocab_size = _vocab_size(file, sizes.hidden_size)
+    return uniform_config(
+        sizes,
+        rope=RopeSpec(
+            theta=meta.real(f"{arch}.rope.freq_base", *ROPE_THETA, default=10_000.0),
+            scaling=_rope_scaling(file, meta, arch, sizes.max_positions),
+        ),
+        windows=_windows(meta, arch, sizes),
+        qk_norm=arch == "qwen3",
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         o_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
-        qk_norm=arch == "qwen3",
+        architecture=_ARCHITECTURES[arch],
+        vocab_size=vocab_size,
+        tie_embeddings="output.weight" not in file.tensors,
         bos_token_id=meta.token_id("tokenizer.ggml.bos_token_id", vocab_size),
         eos_token_ids=_eos_token_ids(meta, vocab_size),
     )
@@ -136,17 +128,13 @@ def _vocab_size(file: GGUFFile, hidden_size: int) -> int:
     return entry.shape[0]
 
 
-def _head_dim(meta: Fields, arch: str, hidden_size: int, num_heads: int) -> int:
-    key, count = f"{arch}.attention.key_length", f"{arch}.attention.head_count"
-    if meta.values.get(key) is None and hidden_size % num_heads:
-        raise meta.error(count, f"a divisor of embedding_length, {hidden_size}, without a key_length")
-    head_dim = meta.whole(key, 2, MAX_HEAD_DIM, default=hidden_size // num_heads)
-    if head_dim % 2:
-        raise meta.error(key if meta.values.get(key) else count, "such that heads have an even size")
-    for other in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
-        if meta.whole(other, 1, MAX_HEAD_DIM, default=head_dim) != head_dim:
-            raise meta.error(other, f"{head_dim}, the size of a head; anything else is not supported")
-    return head_dim
+def _windows(meta: Fields, arch: str, sizes: Sizes) -> list[int | None]:
+    """How far each layer sees; empty where all layers see everything."""
+    key = f"{arch}.attention.sliding_window"
+    window = meta.whole(key, 0, MAX_POSITIONS, default=0)
+    if window == 1:
+        raise meta.error(key, "0 for none, or above 1")
+    return [window] * sizes.num_layers if window else []
 
 
 def _rope_scaling(file: GGUFFile, meta: Fields, arch: str, max_positions: int) -> dict[str, Any] | None:

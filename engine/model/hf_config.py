@@ -6,27 +6,27 @@ Read by hand and not by transformers, whose configurations fill in what a file l
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from engine.errors import ModelError
-from engine.model.config import DecoderConfig
+from engine.model.config import DecoderConfig, RopeSpec
 from engine.model.end_tokens import end_token_ids, read_end_tokens
-from engine.model.fields import (
-    MAX_HEAD_DIM,
-    MAX_HEADS,
-    MAX_LAYERS,
-    MAX_POSITIONS,
-    MAX_VOCABULARY,
-    MAX_WIDTH,
-    NORM_EPS,
-    ROPE_THETA,
-    Fields,
-)
+from engine.model.fields import MAX_POSITIONS, MAX_VOCABULARY, ROPE_THETA, Fields
 from engine.model.files import ADAPTER, read_json
+from engine.model.uniform import Names, read_sizes, uniform_config
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 _MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}
+_NAMES = Names(
+    hidden_size="hidden_size",
+    intermediate_size="intermediate_size",
+    num_layers="num_hidden_layers",
+    num_heads="num_attention_heads",
+    num_kv_heads="num_key_value_heads",
+    head_dim="head_dim",
+    norm_eps="rms_norm_eps",
+    max_positions="max_position_embeddings",
+)
 _MISTRAL_WINDOW = 4096  # what transformers takes where a Mistral config.json does not say
 _QWEN3_HEAD_DIM = 128  # likewise
 _SILU = ("silu", "swish")  # two names of one function
@@ -77,54 +77,27 @@ def _architecture(raw: Fields) -> str:
 
 
 def _decoder_config(architecture: str, raw: Fields, eos_token_ids: tuple[int, ...]) -> DecoderConfig:
-    hidden_size = raw.whole("hidden_size", 1, MAX_WIDTH)
-    num_heads = raw.whole("num_attention_heads", 1, MAX_HEADS)
-    num_kv_heads = raw.whole("num_key_value_heads", 1, num_heads, default=num_heads)
-    if num_heads % num_kv_heads:
-        raise raw.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
-    attention_bias = raw.flag("attention_bias", False) and architecture in (
-        "LlamaForCausalLM",
-        "Qwen3ForCausalLM",
-    )
-    max_positions = raw.whole("max_position_embeddings", 2, MAX_POSITIONS)
-    theta, scaling = _rope(raw, max_positions)
-    window = _sliding_window(architecture, raw)
+    is_llama, is_qwen3 = architecture == "LlamaForCausalLM", architecture == "Qwen3ForCausalLM"
+    sizes = read_sizes(raw, _NAMES, _QWEN3_HEAD_DIM if is_qwen3 else None)
+    attention_bias = raw.flag("attention_bias", False) and (is_llama or is_qwen3)
     vocab_size = raw.whole("vocab_size", 1, MAX_VOCABULARY)
-    return DecoderConfig(
-        architecture=architecture,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=raw.whole("intermediate_size", 1, MAX_WIDTH),
-        num_layers=raw.whole("num_hidden_layers", 1, MAX_LAYERS),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(architecture, raw, hidden_size, num_heads),
-        norm_eps=raw.real("rms_norm_eps", *NORM_EPS),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        # Inside the window sliding attention and full attention are the same.
-        max_positions=max_positions if window is None else min(max_positions, window),
-        tie_embeddings=raw.flag("tie_word_embeddings", False),
+    return uniform_config(
+        sizes,
+        rope=_rope(raw, sizes.max_positions),
+        windows=_windows(architecture, raw, sizes.num_layers),
+        qk_norm=is_qwen3,
         qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
         o_bias=attention_bias,
-        mlp_bias=raw.flag("mlp_bias", False) and architecture == "LlamaForCausalLM",
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        mlp_bias=raw.flag("mlp_bias", False) and is_llama,
+        architecture=architecture,
+        vocab_size=vocab_size,
+        tie_embeddings=raw.flag("tie_word_embeddings", False),
         bos_token_id=raw.token_id("bos_token_id", vocab_size),
         eos_token_ids=eos_token_ids,
     )
 
 
-def _head_dim(architecture: str, raw: Fields, hidden_size: int, num_heads: int) -> int:
-    default = _QWEN3_HEAD_DIM if architecture == "Qwen3ForCausalLM" else hidden_size // num_heads
-    if raw.values.get("head_dim") is None and architecture != "Qwen3ForCausalLM" and hidden_size % num_heads:
-        raise raw.error("num_attention_heads", f"a divisor of hidden_size, {hidden_size}, without a head_dim")
-    head_dim = raw.whole("head_dim", 2, MAX_HEAD_DIM, default=default)
-    if head_dim % 2:
-        raise ModelError(f"{raw.source}: heads of size {head_dim} cannot be rotated; it must be even")
-    return head_dim
-
-
-def _rope(raw: Fields, max_positions: int) -> tuple[float, dict[str, Any] | None]:
+def _rope(raw: Fields, max_positions: int) -> RopeSpec:
     """Base and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
     scaling = dict(raw.nested("rope_parameters") or raw.nested("rope_scaling"))
     given = Fields(f"{raw.source}, rope parameters", scaling)
@@ -140,7 +113,7 @@ def _rope(raw: Fields, max_positions: int) -> tuple[float, dict[str, Any] | None
         raise ModelError("partial rotary embedding (partial_rotary_factor below 1) is not supported")
     scaling.pop("partial_rotary_factor", None)
     if scaling.get("rope_type", scaling.get("type", "default")) == "default":
-        return theta, None
+        return RopeSpec(theta=theta)
     original = given.whole(
         "original_max_position_embeddings",
         1,
@@ -150,31 +123,31 @@ def _rope(raw: Fields, max_positions: int) -> tuple[float, dict[str, Any] | None
     scaling["original_max_position_embeddings"] = original
     if scaling.get("factor", 1.0) is None:
         scaling["factor"] = max_positions / original
-    return theta, scaling
+    return RopeSpec(theta=theta, scaling=scaling)
 
 
-def _sliding_window(architecture: str, raw: Fields) -> int | None:
-    """The narrowest window any layer looks through, or None where all see everything."""
+def _windows(architecture: str, raw: Fields, num_layers: int) -> list[int | None]:
+    """How far each layer sees; empty where all layers see everything."""
     if architecture == "LlamaForCausalLM":
-        return None
+        return []
     if architecture == "MistralForCausalLM":
-        given = "sliding_window" in raw.values
-        return _window(raw) if given else _MISTRAL_WINDOW
-    kinds = raw.values.get("layer_types")
-    if kinds is None:
+        return [_window(raw) if "sliding_window" in raw.values else _MISTRAL_WINDOW] * num_layers
+    if raw.values.get("layer_types") is None:
         first = raw.whole("max_window_layers", 0, MAX_POSITIONS, 0)
-        layers = raw.whole("num_hidden_layers", 1, MAX_LAYERS)
-        sliding = raw.flag("use_sliding_window", False) and first < layers
+        slides = raw.flag("use_sliding_window", False)
+        sliding = [slides and layer >= first for layer in range(num_layers)]
     else:
-        unknown = set(raw.strings("layer_types")) - {"full_attention", "sliding_attention"}
-        if unknown:
+        kinds = raw.strings("layer_types")
+        if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
             raise ModelError(f"attention of type {min(unknown)!r} is not supported")
-        sliding = "sliding_attention" in kinds
-    if not sliding:
-        return None
+        if len(kinds) != num_layers:
+            raise raw.error("layer_types", f"one for each of {num_layers} layers")
+        sliding = [kind == "sliding_attention" for kind in kinds]
+    if not any(sliding):
+        return []
     if (window := _window(raw)) is None:
         raise ModelError("config.json has sliding attention layers but no sliding_window")
-    return window
+    return [window if slides else None for slides in sliding]
 
 
 def _window(raw: Fields) -> int | None:

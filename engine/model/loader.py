@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from engine.errors import ModelError
 from engine.model.config import DecoderConfig
-from engine.model.decoder import Decoder, DecoderLayer
+from engine.model.decoder import Decoder, check_runs, make_layer
 from engine.model.files import ADAPTER, read_json, refuse_pointer
 from engine.model.gguf import find_gguf, open_gguf
 from engine.model.gguf_weights import gguf_shapes, gguf_tensors, read_gguf_config
 from engine.model.hf_config import read_hf_config
+from engine.model.layers import Layer
 from engine.model.rope import rope_frequencies
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,9 @@ def load_config(model_dir: Path) -> DecoderConfig:
     """The decoder's configuration, without its weights. Raises ModelError."""
     gguf = find_gguf(model_dir)
     config = read_hf_config(model_dir) if gguf is None else read_gguf_config(open_gguf(gguf))
-    rope_frequencies(config)  # raises where the scaling is not sound
+    for rope in config.ropes:
+        rope_frequencies(rope, config.head_dim)  # raises where the scaling is not sound
+    check_runs(config)
     return config
 
 
@@ -90,22 +93,18 @@ def allocate(config: DecoderConfig, dtype: torch.dtype, device: torch.device) ->
                 memory = torch.empty(meta.shape, dtype=dtype, device=device)
                 placed[meta] = nn.Parameter(memory, requires_grad=False)
             setattr(module, name, placed[meta])
-    decoder.cos, decoder.sin = decoder.cos.to(device), decoder.sin.to(device)
+    decoder.ropes.to(device)
     return decoder
 
 
 def _check_shapes(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Compare the sizes of the configuration with the file's tensors before any memory is taken: a size that
     is a mistake may be one of terabytes. `_fill` looks at every tensor. Raises ModelError."""
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    first, last = (f"model.layers.{layer}." for layer in (0, config.num_layers - 1))
-    wanted = {
-        _EMBEDDING: (config.vocab_size, config.hidden_size),
-        f"{first}self_attn.q_proj.weight": (heads, config.hidden_size),
-        f"{first}self_attn.k_proj.weight": (kv_heads, config.hidden_size),
-        f"{first}mlp.gate_proj.weight": (config.intermediate_size, config.hidden_size),
-        f"{last}input_layernorm.weight": (config.hidden_size,),
-    }
+    wanted: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, config.hidden_size)}
+    with torch.device("meta"):
+        for number in (0, config.num_layers - 1):
+            layer = make_layer(config, number)
+            wanted |= {_name(layer, part): tuple(place.shape) for part, place in layer.places()}
     if adapters := [name for name in shapes if ".lora_" in name or name.startswith("base_model.")]:
         raise ModelError(f"what has a tensor {adapters[0]} {ADAPTER}")
     for name, shape in wanted.items():
@@ -151,28 +150,13 @@ def _targets(decoder: Decoder) -> dict[str, Tensor]:
     if not decoder.config.tie_embeddings:
         targets[_LM_HEAD] = decoder.lm_head.weight
     for layer in decoder.layers:
-        assert isinstance(layer, DecoderLayer)
-        targets.update(_layer_targets(f"model.layers.{layer.layer}", layer))
+        assert isinstance(layer, Layer)
+        targets.update((_name(layer, part), place) for part, place in layer.places())
     return targets
 
 
-def _layer_targets(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
-    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    intermediate = layer.gate_up.weight.shape[0] // 2
-    for module, rows in (
-        (layer.qkv, {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
-        (layer.o, {"self_attn.o_proj": layer.o.weight.shape[0]}),
-        (layer.gate_up, {"mlp.gate_proj": intermediate, "mlp.up_proj": intermediate}),
-        (layer.down, {"mlp.down_proj": layer.down.weight.shape[0]}),
-    ):
-        for kind, parameter in module.named_parameters():
-            parts = torch.split(parameter, list(rows.values()))
-            yield from ((f"{prefix}.{name}.{kind}", part) for name, part in zip(rows, parts, strict=True))
-    yield f"{prefix}.input_layernorm.weight", layer.input_norm.weight
-    yield f"{prefix}.post_attention_layernorm.weight", layer.post_norm.weight
-    if layer.q_norm is not None and layer.k_norm is not None:
-        yield f"{prefix}.self_attn.q_norm.weight", layer.q_norm.weight
-        yield f"{prefix}.self_attn.k_norm.weight", layer.k_norm.weight
+def _name(layer: Layer, part: str) -> str:
+    return f"model.layers.{layer.number}.{part}"
 
 
 def _safetensors(model_dir: Path) -> Iterator[tuple[str, Tensor]]:

@@ -9,33 +9,33 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelError
-from engine.model.config import DecoderConfig
+from engine.model.config import RopeSpec
 from engine.model.fields import MAX_POSITIONS, Fields
 
 _FACTOR = (1e-3, 1e6)  # bounds of factors and of numbers of turns
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def rope_table(config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [max_positions, head_dim] each, the first half of the sines negated.
+def rope_table(rope: RopeSpec, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [num_positions, head_dim] each, the first half of the sines negated.
 
     Computed on the CPU whatever the default device, so that every device rotates by the same numbers.
     Raises ModelError for a scaling it does not know.
     """
-    frequencies, attention_factor = rope_frequencies(config)
-    cos, sin = rotation_table(frequencies, config.max_positions)
+    frequencies, attention_factor = rope_frequencies(rope, head_dim)
+    cos, sin = rotation_table(frequencies, num_positions)
     return cos * attention_factor, sin * attention_factor
 
 
-def rope_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
+def rope_frequencies(rope: RopeSpec, head_dim: int) -> tuple[Tensor, float]:
     """Radians for each position, [head_dim / 2] float32, and the factor on cosines and sines.
 
     Raises ModelError for a scaling that is not known or not sound.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    frequencies, attention_factor = _scale(1.0 / config.rope_theta**exponents, config)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    frequencies, attention_factor = _scale(1.0 / rope.theta**exponents, rope)
     if not (frequencies.isfinite() & (frequencies > 0)).all() or not 0 < attention_factor < math.inf:
-        raise ModelError(f"rope scaling {reprlib.repr(config.rope_scaling)} gives frequencies that are none")
+        raise ModelError(f"rope scaling {reprlib.repr(rope.scaling)} gives frequencies that are none")
     return frequencies, attention_factor
 
 
@@ -50,9 +50,9 @@ def rotation_table(frequencies: Tensor, num_positions: int) -> tuple[Tensor, Ten
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def _scale(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
+def _scale(frequencies: Tensor, rope: RopeSpec) -> tuple[Tensor, float]:
     """Frequencies after the checkpoint's scaling, and the factor on cosines and sines."""
-    values = config.rope_scaling or {}
+    values = rope.scaling or {}
     kind = str(values.get("rope_type", values.get("type", "default")))
     scaling = Fields(f"rope scaling of type {kind!r}", values)
     if kind in ("default", "none"):
@@ -66,7 +66,7 @@ def _scale(frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, float]:
     if kind == "llama3":
         return _llama3(frequencies, scaling), 1.0
     if kind == "yarn":
-        return _yarn(frequencies, scaling, config)
+        return _yarn(frequencies, scaling, rope.theta)
     if kind == "divisors":  # how GGUF files carry Llama 3's scaling: one divisor per frequency
         divisors = torch.tensor(scaling.numbers("divisors"), dtype=torch.float32, device="cpu")
         if divisors.shape != frequencies.shape:
@@ -87,22 +87,20 @@ def _llama3(frequencies: Tensor, scaling: Fields) -> Tensor:
     return kept * frequencies + (1 - kept) * frequencies / factor
 
 
-def _yarn(frequencies: Tensor, scaling: Fields, config: DecoderConfig) -> tuple[Tensor, float]:
+def _yarn(frequencies: Tensor, scaling: Fields, theta: float) -> tuple[Tensor, float]:
     """YaRN (arXiv 2309.00071): a ramp over the dimensions, and a temperature on the attention."""
     factor = scaling.real("factor", *_FACTOR)
     original = scaling.whole(_ORIGINAL, 1, MAX_POSITIONS)
 
     def dimension(turns: float) -> float:
         """The dimension whose frequency makes so many turns within the original context."""
-        return (
-            config.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-        )
+        return len(frequencies) * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
 
     low = dimension(scaling.real("beta_fast", *_FACTOR, default=32))
     high = dimension(scaling.real("beta_slow", *_FACTOR, default=1))
     if scaling.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
+    low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
     if low == high:
         high += 0.001
     index = torch.arange(len(frequencies), dtype=torch.float32, device="cpu")

@@ -144,8 +144,8 @@ def first_layers(decoder: Decoder, num_layers: int) -> Decoder:
             "num_layers", f"must be 1 to {decoder.config.num_layers}, the model's own, not {num_layers}"
         )
     with torch.device("meta"):
-        short = Decoder(replace(decoder.config, num_layers=num_layers))
+        short = Decoder(replace(decoder.config, layers=decoder.config.layers[:num_layers]))
     short.embedding, short.norm, short.lm_head = decoder.embedding, decoder.norm, decoder.lm_head
     short.layers = nn.ModuleList(list(decoder.layers)[:num_layers])
-    short.cos, short.sin = decoder.cos, decoder.sin
+    short.ropes = decoder.ropes
     return short.eval()

@@ -13,7 +13,7 @@ from engine.backends.kv_cache import KVCache
 from engine.backends.noise import Noise
 from engine.batch import RequestState, ScheduledRequest
 from engine.model.config import DecoderConfig
-from engine.model.decoder import Attention
+from engine.model.layers import Attention
 from engine.runner.step_input import StepInput
 from trees.select import Chains
 from trees.verify import DraftTrees

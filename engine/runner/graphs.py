@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.backends.rows import PassShape
 from engine.batch import Batch
-from engine.model.decoder import Attention
+from engine.model.layers import Attention
 from engine.runner.drafter import Proposal
 from engine.runner.passes import Settled, StepPass, Work
 from engine.runner.sampling_table import EVERYTHING, Demand

@@ -19,7 +19,7 @@ from engine.backends.native.precision import draft_linear
 from engine.batch import ScheduledRequest
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
-from engine.model.decoder import Attention
+from engine.model.layers import Attention
 from engine.runner.drafter import Drafter, Proposal, RootRows, propose_chains
 from engine.runner.step_input import CommitRows, StepInput
 from heads.base import DraftHeads, plain_linear

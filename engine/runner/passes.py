@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.backends.kv_cache import KVCache
 from engine.backends.torch.attention import paged_attention
 from engine.batch import Batch
-from engine.model.decoder import Attention
+from engine.model.layers import Attention
 from engine.runner.drafter import Proposal
 from engine.runner.drafting import make_trees
 from engine.runner.sampling_table import Demand

@@ -12,7 +12,8 @@ from torch import Tensor
 from engine.backends.kv_cache import KVCache
 from engine.backends.native.decoder import NativeDecoder
 from engine.batch import Batch, PassResult
-from engine.model.decoder import Attention, Decoder
+from engine.model.decoder import Decoder
+from engine.model.layers import Attention
 from engine.runner.commit import Commitment, compact, pack, unpack
 from engine.runner.device import torch_threads
 from engine.runner.drafter import Drafter, NoDrafter, Proposal, RootRows

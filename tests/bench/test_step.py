@@ -131,7 +131,7 @@ def test_a_pass_reads_what_it_multiplies() -> None:
     decoder = Decoder(CONFIG)
     c = CONFIG
     layer = c.hidden_size * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    layer += 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    layer += 3 * c.hidden_size * c.layers[0].feed_forward.width + 2 * c.hidden_size
     total = 4 * (c.num_layers * layer + c.hidden_size + c.vocab_size * c.hidden_size)
     assert weight_bytes(decoder) == total
     pack_linears(decoder)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from engine.backends.kv_cache import KVCache
 from engine.messages import RequestOutput, SamplingParams
-from engine.model.config import DecoderConfig
+from engine.model.config import DecoderConfig, RopeSpec
 from engine.model.decoder import Decoder
+from engine.model.uniform import Sizes, uniform_config
 from engine.runner.drafter import Drafter
 from engine.runner.runner import Runner
 from engine.scheduling.speculation import FixedSpeculation, SpeculationPolicy
@@ -28,27 +30,32 @@ CPU = torch.device("cpu")
 VOCAB, EOS, POSITIONS = 128, 2, 256
 NO_TREE = TreeFamily((), ())
 
-CONFIG = DecoderConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    norm_eps=1e-5,
-    rope_theta=10_000.0,
-    rope_scaling=None,
-    max_positions=POSITIONS,
-    tie_embeddings=False,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    bos_token_id=1,
-    eos_token_ids=(EOS,),
-)
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "max_positions": POSITIONS,
+}
+
+
+def tiny_config(**changes: Any) -> DecoderConfig:
+    """CONFIG with other sizes or options, named as in `engine.model.uniform`."""
+    sizes = {name: changes.pop(name, size) for name, size in _SIZES.items()}
+    options: dict[str, Any] = {
+        "rope": RopeSpec(theta=10_000.0),
+        "architecture": "LlamaForCausalLM",
+        "vocab_size": VOCAB,
+        "tie_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_ids": (EOS,),
+    }
+    return uniform_config(Sizes(norm_eps=1e-5, **sizes), **{**options, **changes})
+
+
+CONFIG = tiny_config()
 
 
 def _randomize(module: nn.Module) -> None:
@@ -71,7 +78,7 @@ def save_tiny_model(folder: Path, c: DecoderConfig = CONFIG) -> None:
     config = transformers.LlamaConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
+        intermediate_size=c.layers[0].feed_forward.width,
         num_hidden_layers=c.num_layers,
         num_attention_heads=c.num_heads,
         num_key_value_heads=c.num_kv_heads,

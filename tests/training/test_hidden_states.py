@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.engine.backends.native.decoders import WIDE, random_decoder
+from tests.engine.backends.native.decoders import random_decoder, wide_config
 from tests.training.tiny import PROMPT, tiny_decoder, tiny_documents
 from training import hidden_states
 from training.dataset import Document
@@ -36,7 +35,7 @@ def test_rows_are_those_of_a_lone_pass_whatever_the_batch(tmp_path: Path) -> Non
 
 
 def test_rows_by_the_cpu_kernels_are_those_by_torch() -> None:
-    decoder = random_decoder(replace(WIDE, num_layers=3, max_positions=256))
+    decoder = random_decoder(wide_config(num_layers=3, max_positions=256))
     documents = [Document([i * 7 % 100 for i in range(n)], [(1, n)], True, False) for n in (5, 33, 70, 64)]
     rows = make_reader(decoder, 200, 4)(documents)
     for document, found in zip(documents, rows, strict=True):

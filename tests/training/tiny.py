@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
+from tests.engine.tiny import tiny_config
 from training.dataset import Document
 
 VOCAB = 32
@@ -14,24 +14,13 @@ PROMPT = 4  # tokens before each answer
 
 def tiny_decoder() -> Decoder:
     decoder = Decoder(
-        DecoderConfig(
-            architecture="LlamaForCausalLM",
+        tiny_config(
             vocab_size=VOCAB,
             hidden_size=32,
             intermediate_size=48,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
             head_dim=8,
-            norm_eps=1e-5,
-            rope_theta=10_000.0,
-            rope_scaling=None,
             max_positions=128,
             tie_embeddings=True,
-            qkv_bias=False,
-            o_bias=False,
-            mlp_bias=False,
-            qk_norm=False,
             bos_token_id=None,
             eos_token_ids=(0,),
         )

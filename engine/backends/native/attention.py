@@ -29,7 +29,7 @@ def reads_cache(cache: Tensor) -> bool:
 
 
 class NativeAttention:
-    """The attention callable of one pass (see `engine.model.decoder.Attention`), and what the kernels of a
+    """The attention callable of one pass (see `engine.model.layers.Attention`), and what the kernels of a
     whole pass need to know of it. Only where `engine.backends.native.decoder.can_take` holds."""
 
     def __init__(self, step: PassInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> None:

@@ -16,8 +16,17 @@ from engine.backends.native.attention import MAX_HEAD_DIM, NativeAttention
 from engine.backends.native.library import CDecoder, CLayer, kernels
 from engine.backends.native.matrix import LANES, Kind, NativeLinear, fits
 from engine.backends.native.scratch import scratch
-from engine.model.config import DecoderConfig
-from engine.model.decoder import Attention, Decoder, DecoderLayer, Linear
+from engine.model.config import DecoderConfig, features, refuse_unknown
+from engine.model.decoder import Decoder, RopeTable
+from engine.model.layers import Attention, DecoderLayer, Linear
+
+_KNOWN = {
+    "layers of kind 'decoder'",
+    "norms of kind 'rms'",
+    "feed-forward of kind 'silu'",
+    "norms of queries and keys",
+    "biases",
+}
 
 
 class NativeDecoder(nn.Module):
@@ -30,12 +39,15 @@ class NativeDecoder(nn.Module):
     def __init__(self, decoder: Decoder, choose: Callable[[str, Tensor], Kind]) -> None:
         super().__init__()
         library = kernels()
+        refuse_unknown(decoder.config, _KNOWN, "the kernels for CPUs")
         assert library is not None and can_take(decoder)
         self._library = library
         self.config: DecoderConfig = decoder.config
         self.embedding = decoder.embedding
         self.lm_head = _take(decoder, "lm_head", choose)
         c = self.config
+        [rope] = decoder.ropes
+        assert isinstance(rope, RopeTable)
         layers = []
         kept: list[Tensor] = []  # what the structures point to
 
@@ -63,15 +75,15 @@ class NativeDecoder(nn.Module):
         self._c = CDecoder(
             num_layers=c.num_layers,
             hidden=c.hidden_size,
-            intermediate=c.intermediate_size,
+            intermediate=c.layers[0].feed_forward.width,
             num_heads=c.num_heads,
             num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim,
-            norm_eps=c.norm_eps,
+            norm_eps=c.final_norm.eps,
             embedding=self.embedding.data_ptr(),
             final_norm=pointer(decoder.norm.weight),
-            cos=pointer(decoder.cos),
-            sin=pointer(decoder.sin),
+            cos=pointer(rope.cos),
+            sin=pointer(rope.sin),
             layers=self._c_layers,
         )
 
@@ -106,15 +118,17 @@ def can_run(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def can_take(decoder: Decoder) -> bool:
-    """Whether `can_run` holds and the kernels have this decoder's shapes."""
+    """Whether `can_run` holds and the kernels have all features and shapes of this decoder."""
     c = decoder.config
+    if not features(c) <= _KNOWN:
+        return False
     weights = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
     return (
         can_run(decoder.embedding.dtype, decoder.embedding.device)
         and all(map(fits, weights))
         and c.head_dim % 32 == 0
         and c.head_dim <= MAX_HEAD_DIM
-        and c.intermediate_size % (2 * LANES) == 0
+        and c.layers[0].feed_forward.width % (2 * LANES) == 0
         and c.hidden_size % (2 * LANES) == 0
     )
 

@@ -22,8 +22,9 @@ from engine.backends.native import tensor_file
 from engine.backends.native.matrix import Kind, NativeLinear
 from engine.config import Quantization
 from engine.model.config import DecoderConfig
-from engine.model.decoder import Decoder, Linear
+from engine.model.decoder import Decoder
 from engine.model.identity import code_of, digest, files_of
+from engine.model.layers import Linear
 from heads.cache import cache_dir
 from heads.errors import RegistryError
 

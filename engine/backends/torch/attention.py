@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.backends.kv_cache import KVCache
 from engine.backends.native.attention import NativeAttention
 from engine.backends.rows import PassInput
-from engine.model.decoder import Attention
+from engine.model.layers import Attention
 from trees.family import MAX_DRAFT_NODES
 
 
@@ -49,7 +49,7 @@ class AttentionGroup:
 
 
 class PagedAttention:
-    """The attention callable of one pass (see `engine.model.decoder.Attention`)."""
+    """The attention callable of one pass (see `engine.model.layers.Attention`)."""
 
     def __init__(self, step: PassInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> None:
         self._cache = cache

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from engine.model.decoder import Decoder, Linear
+from engine.model.decoder import Decoder
+from engine.model.layers import Linear
 from heads.base import plain_linear
 
 _ROWS_HINT = 16  # rows per call that oneDNN lays the weights out for: a decoding pass with small trees

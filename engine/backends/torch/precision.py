@@ -19,7 +19,8 @@ from engine.backends.torch.quantization import Int4Linear, Int8Linear, fits_int4
 from engine.backends.torch.scaled import FP8_CAPABILITY, ScaledFP8Linear, ScaledInt8Linear, fits_scaled
 from engine.config import Quantization
 from engine.errors import ConfigError
-from engine.model.decoder import Decoder, Linear
+from engine.model.decoder import Decoder
+from engine.model.layers import Linear
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from engine.backends.triton.cache import compact, store
 from engine.backends.triton.kernels.attention import attend, merge
 from engine.backends.triton.plan import AttentionPlan, Capacity
 from engine.backends.triton.tiles import PagedHeads, padded, query_counts
-from engine.model.decoder import RotatingAttention
+from engine.model.layers import RotatingAttention
 
 if TYPE_CHECKING:
     from engine.backends.kv_cache import KVCache

@@ -64,12 +64,14 @@ HOSTILE = st.one_of(
 
 def assert_works(config: DecoderConfig) -> None:
     """What the engine will compute with it makes sense."""
-    sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers)
+    widths = {layer.feed_forward.width for layer in config.layers}
+    sizes = (config.vocab_size, config.hidden_size, *widths, config.num_layers)
     assert all(0 < size < 2**23 for size in (*sizes, config.num_heads, config.num_kv_heads, config.head_dim))
     assert config.num_heads % config.num_kv_heads == 0 and config.head_dim % 2 == 0
     assert 2 <= config.max_positions < 2**23
-    assert 0 < config.norm_eps <= 1
-    frequencies, factor = rope_frequencies(config)
+    assert 0 < config.final_norm.eps <= 1
+    [rope] = config.ropes
+    frequencies, factor = rope_frequencies(rope, config.head_dim)
     assert frequencies.isfinite().all() and 0 < factor < float("inf")
     assert all(0 <= i < config.vocab_size for i in config.eos_token_ids)
     assert config.bos_token_id is None or 0 <= config.bos_token_id < config.vocab_size

@@ -60,7 +60,8 @@ def test_weights_are_frozen_tied_and_of_the_asked_dtype(default_model_dir: Path)
     decoder = load_decoder(default_model_dir, torch.bfloat16, CPU)
     assert decoder.lm_head.weight is decoder.embedding
     assert {(p.dtype, p.requires_grad) for p in decoder.parameters()} == {(torch.bfloat16, False)}
-    assert decoder.cos.dtype == decoder.sin.dtype == torch.float32
+    [rope] = decoder.ropes
+    assert rope.cos.dtype == rope.sin.dtype == torch.float32
 
 
 def test_a_damaged_file_is_refused(default_model_dir: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from engine.backends.torch import packing, precision
 from engine.backends.torch.packing import pack_linears
 from engine.backends.torch.precision import quantize_linears
 from engine.model import loader
-from engine.model.decoder import Decoder, Linear
+from engine.model.decoder import Decoder
+from engine.model.layers import Linear
 from engine.model.loader import load_decoder
 from tests.engine.tiny import CONFIG, CPU
 

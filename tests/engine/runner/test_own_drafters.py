@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from engine.batch import Allowance, Batch, Chain, RequestState, ScheduledRequest
 from engine.errors import ConfigError
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, RopeTable
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import ChainDrafter, Proposal, RootRows
 from engine.runner.drafting import limit_drafts
@@ -117,7 +118,7 @@ def test_a_model_that_drafts_for_itself_is_right_after_steps_without_drafts() ->
 def test_a_draft_model_with_a_shorter_context_stops_where_it_ends() -> None:
     short = first_layers(tiny_decoder(), 2)
     short.config = replace(CONFIG, max_positions=30)
-    short.cos, short.sin = short.cos[:30], short.sin[:30]
+    short.ropes = nn.ModuleList([RopeTable(CONFIG.ropes[0], CONFIG.head_dim, 30)])
     [request] = arrivals((FRESH,))
     engine = TinyEngine(chain(4), DraftModelDrafter(short))
     [result] = engine.run([request]).values()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import torch
 
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
-from tests.engine.tiny import CONFIG
+from tests.engine.tiny import tiny_config
 
-WIDE = replace(CONFIG, hidden_size=64, intermediate_size=128, num_heads=6, num_kv_heads=2, head_dim=32)
+
+def wide_config(**changes: Any) -> DecoderConfig:
+    """WIDE with other sizes or options, as `tiny_config` takes them."""
+    return tiny_config(**{"intermediate_size": 128, "num_heads": 6, "head_dim": 32, **changes})
+
+
+WIDE = wide_config()
 
 
 def random_decoder(config: DecoderConfig) -> Decoder:

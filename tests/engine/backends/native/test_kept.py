@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,10 @@ from engine.backends.native.library import kernels
 from engine.backends.native.matrix import NativeLinear
 from engine.backends.native.precision import take_over
 from engine.model.config import DecoderConfig
-from tests.engine.backends.native.decoders import WIDE, random_decoder
+from tests.engine.backends.native.decoders import WIDE, random_decoder, wide_config
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no AVX-512 VNNI and BF16, or no C compiler")
-BIASED = replace(WIDE, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
+BIASED = wide_config(qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def entries(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "config", [WIDE, BIASED, replace(WIDE, tie_embeddings=True)], ids=["plain", "biased", "tied"]
+    "config", [WIDE, BIASED, wide_config(tie_embeddings=True)], ids=["plain", "biased", "tied"]
 )
 def test_the_next_start_has_the_same_weights_mapped_from_the_file(
     model_dir: Path, tmp_path: Path, config: DecoderConfig
@@ -94,7 +93,7 @@ def test_a_truncated_file_is_no_file(model_dir: Path, tmp_path: Path, share: flo
 
 def test_what_was_packed_for_other_shapes_is_not_used(model_dir: Path) -> None:
     first_start(model_dir)
-    for other in (replace(WIDE, num_layers=3), replace(WIDE, num_layers=1), replace(WIDE, hidden_size=128)):
+    for other in (wide_config(num_layers=3), wide_config(num_layers=1), wide_config(hidden_size=128)):
         assert KeptWeights(model_dir, "auto").load(other) is None
 
 

@@ -24,9 +24,9 @@ from engine.backends.torch.attention import PagedAttention
 from engine.backends.torch.quantization import quantize_int4
 from engine.batch import make_block_table
 from engine.errors import ConfigError
-from tests.engine.backends.native.decoders import WIDE, random_decoder
+from tests.engine.backends.native.decoders import WIDE, random_decoder, wide_config
 from tests.engine.passes import make_pass
-from tests.engine.tiny import CONFIG, CPU
+from tests.engine.tiny import CPU, tiny_config
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no AVX-512 VNNI and BF16, or no C compiler")
 
@@ -124,7 +124,7 @@ def test_attention_follows_the_visibility_rule(
     lengths: list[tuple[int, int, int]], block_size: int, heads: tuple[int, int, int], seed: int
 ) -> None:
     num_heads, num_kv_heads, dim = heads
-    config = replace(CONFIG, num_layers=1, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=dim)
+    config = tiny_config(num_layers=1, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=dim)
     step, num_blocks = make_pass(lengths, block_size, seed)
     caches = [
         KVCache(config, num_blocks, block_size, dtype, CPU) for dtype in (torch.bfloat16, torch.float32)
@@ -156,9 +156,9 @@ def test_block_tables_are_read_where_requests_keep_them() -> None:
 
 CONFIGS = {
     "llama": WIDE,
-    "qwen2": replace(WIDE, qkv_bias=True),
-    "qwen3": replace(WIDE, qk_norm=True, tie_embeddings=True),
-    "biased": replace(WIDE, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "qwen2": wide_config(qkv_bias=True),
+    "qwen3": wide_config(qk_norm=True, tie_embeddings=True),
+    "biased": wide_config(qkv_bias=True, o_bias=True, mlp_bias=True),
 }
 
 
@@ -224,4 +224,4 @@ def test_a_decoder_that_does_not_fit_is_left_to_torch() -> None:
     assert can_take(random_decoder(WIDE))
     assert not can_take(random_decoder(WIDE).float())
     for change in ({"head_dim": 16}, {"hidden_size": 48}, {"vocab_size": 100}, {"intermediate_size": 80}):
-        assert not can_take(random_decoder(replace(WIDE, **change)))
+        assert not can_take(random_decoder(wide_config(**change)))

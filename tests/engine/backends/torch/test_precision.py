@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from engine.backends.torch.quantization import Int4Linear, Int8Linear
 from engine.config import Quantization
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder
-from tests.engine.tiny import CONFIG, CPU
+from tests.engine.tiny import CPU, tiny_config
 from tests.fakes import DenseCausalAttention
 
 ENOUGH = 1 << 30
@@ -63,7 +62,7 @@ def test_gpus_have_formats_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
 
 def random_decoder(**changes: int) -> Decoder:
     torch.manual_seed(0)
-    decoder = Decoder(replace(CONFIG, **changes))
+    decoder = Decoder(tiny_config(**changes))
     for name, parameter in decoder.named_parameters():
         parameter.data = torch.randn_like(parameter).mul(0.1).add("norm" in name).bfloat16()
     return decoder.eval()

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.backends.kv_cache import KVCache
 from engine.backends.rows import PassInput
 from tests.engine.passes import make_pass
-from tests.engine.tiny import CONFIG, CPU
+from tests.engine.tiny import CPU, tiny_config
 
 if sys.platform == "linux":
     from engine.backends.triton.attention import TritonAttention as TritonAttention
@@ -57,7 +57,7 @@ def make_case(
 ) -> Case:
     """lengths: as in `make_pass`; heads: query heads, KV heads, head size; stored: the cache's dtype."""
     num_heads, num_kv_heads, head_dim = heads
-    config = replace(CONFIG, num_layers=1, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    config = tiny_config(num_layers=1, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     step, num_blocks = make_pass(lengths, block_size, seed)
     cache = KVCache(config, num_blocks, block_size, dtype, DEVICE)
     reference = KVCache(config, num_blocks, block_size, torch.float32, CPU)

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from engine.backends.triton.plan import AttentionPlan
 from engine.backends.triton.tiles import PagedHeads
 from tests.engine.backends.triton.cases import TritonAttention, compact, warm_up
 from tests.engine.passes import make_pass
-from tests.engine.tiny import CONFIG, CPU
+from tests.engine.tiny import CONFIG, CPU, tiny_config
 
 LLAMA_8B, SMOLLM2 = (32, 8, 128), (9, 3, 64)  # query heads, KV heads, head size
 WIDE = (8, 4, 256)
@@ -81,7 +81,7 @@ def cache_of(
     heads: tuple[int, int, int], dtype: torch.dtype, stored: torch.dtype, num_blocks: int
 ) -> KVCache:
     num_heads, num_kv_heads, head_dim = heads
-    config = replace(CONFIG, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    config = tiny_config(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     return KVCache(config, num_blocks, 16, dtype, CPU, stored=stored)
 
 

@@ -21,7 +21,7 @@ from engine.backends.kv_cache import KVCache
 from engine.backends.torch.attention import PagedAttention
 from engine.backends.triton.plan import AttentionPlan, Capacity, programs_at_once
 from engine.backends.triton.tiles import PagedHeads, choose_tile, query_counts
-from engine.model.decoder import apply_rope
+from engine.model.layers import apply_rope
 from engine.model.rope import rotation_table
 from tests.engine.backends.triton.cases import DEVICE, Case, TritonAttention, make_case, step_on, warm_up
 from tests.engine.passes import make_pass

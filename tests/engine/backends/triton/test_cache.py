@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -11,7 +9,7 @@ from hypothesis import given, settings
 
 from engine.backends.kv_cache import KVCache
 from tests.engine.backends.triton.cases import DEVICE, compact
-from tests.engine.tiny import CONFIG, CPU
+from tests.engine.tiny import CONFIG, CPU, tiny_config
 
 
 @settings(max_examples=25, deadline=None)
@@ -26,7 +24,7 @@ def test_overlapping_moves_of_all_layers(
 ) -> None:
     """Each request permutes slots of its own, or copies some of them: every move's source may be another's
     destination."""
-    cache = KVCache(replace(CONFIG, head_dim=head_dim), 8, 8, dtype, DEVICE)
+    cache = KVCache(tiny_config(head_dim=head_dim), 8, 8, dtype, DEVICE)
     for values in (cache.k, cache.v):
         values.copy_(torch.randn(values.shape, generator=torch.Generator().manual_seed(1)))
     order = torch.randperm(64, generator=torch.Generator().manual_seed(sum(sizes))).tolist()
