@@ -28,7 +28,7 @@ from engine.runner.profile import measure_costs
 from engine.runner.runner import Runner
 from heads.checkpoint import load_heads
 from heads.defaults import DEFAULT_MODEL
-from heads.registry import list_head_sets, resolve_heads, resolve_model
+from heads.registry.names import list_head_sets, resolve_heads, resolve_model
 from trees.family import MAX_DRAFT_NODES, TreeFamily
 
 _BLOCK_SIZE = 16

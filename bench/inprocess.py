@@ -42,7 +42,7 @@ class EngineBenchOptions:
 
 
 def run(options: EngineBenchOptions) -> int:
-    from engine.model.tokenizer import load_chat_tokenizer
+    from engine.text.tokenizer import load_chat_tokenizer
 
     if options.concurrency > 1 and options.num_prompts < options.concurrency * options.rounds:
         raise ConfigError(

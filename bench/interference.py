@@ -55,8 +55,8 @@ class Measured:
 
 def run(options: InterferenceOptions) -> int:
     from engine.build import build
-    from engine.model.tokenizer import load_chat_tokenizer
-    from heads.registry import resolve_heads, resolve_model
+    from engine.text.tokenizer import load_chat_tokenizer
+    from heads.registry.names import resolve_heads, resolve_model
 
     model = resolve_model(options.model)
     heads_dir = resolve_heads(options.heads, model)

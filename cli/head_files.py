@@ -53,11 +53,11 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def run_import(args: argparse.Namespace) -> int:
-    from heads.cache import expand_user
     from heads.checkpoint import load_heads, save_heads
     from heads.formats.files import FILE_PATTERNS
     from heads.formats.load import load_foreign
-    from heads.registry import fetch_head_files, is_hub_id
+    from heads.registry.cache import expand_user
+    from heads.registry.names import fetch_head_files, is_hub_id
     from trees.published import SOURCE, published_family
 
     source = expand_user(args.source)
@@ -99,7 +99,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_push(args: argparse.Namespace) -> int:
     from engine.head_set import load_head_set
-    from heads.share import push_heads
+    from heads.registry.share import push_heads
 
     folder = find_heads(args.heads)
     heads, _ = load_head_set(folder)
@@ -111,7 +111,7 @@ def run_push(args: argparse.Namespace) -> int:
 
 def run_pull(args: argparse.Namespace) -> int:
     from engine.head_set import load_head_set
-    from heads.share import copy_heads, fetch_heads
+    from heads.registry.share import copy_heads, fetch_heads
 
     folder = fetch_heads(args.repository)
     heads, _ = load_head_set(folder)
@@ -126,6 +126,6 @@ def run_pull(args: argparse.Namespace) -> int:
 def _load_base(name: str) -> tuple[Tensor, Tensor]:
     """Embedding and projection of a model, [vocab, hidden] each."""
     from engine.model.loader import load_vocabulary
-    from heads.registry import resolve_model
+    from heads.registry.names import resolve_model
 
     return load_vocabulary(resolve_model(name).model_dir)

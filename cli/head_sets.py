@@ -8,7 +8,7 @@ from pathlib import Path
 def find_heads(name: str) -> Path:
     """The folder of a head set by name, folder or hub id. Raises RegistryError."""
     from heads.errors import RegistryError
-    from heads.registry import ResolvedModel, resolve_heads
+    from heads.registry.names import ResolvedModel, resolve_heads
 
     # Without a model "auto" finds nothing; every other way to name a set does not depend on one.
     folder = resolve_heads(name, ResolvedModel("", Path()))

@@ -47,7 +47,7 @@ def _add_heads(parser: argparse.ArgumentParser) -> None:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    from heads.registry import list_head_sets
+    from heads.registry.names import list_head_sets
 
     for name, folder in list_head_sets().items():
         print(f"{name}  {folder}")
@@ -74,7 +74,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
     from engine.head_set import load_head_set
     from engine.model.loader import load_decoder
-    from heads.registry import resolve_model
+    from heads.registry.names import resolve_model
 
     heads, _ = load_head_set(find_heads(args.heads))
     model = resolve_model(args.model)

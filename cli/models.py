@@ -26,7 +26,7 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from heads.registry import resolve_heads, resolve_model
+    from heads.registry.names import resolve_heads, resolve_model
 
     model = resolve_model(args.model)
     heads = resolve_heads(args.heads, model)

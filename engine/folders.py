@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.config import EngineConfig
-from heads.registry import ResolvedModel, resolve_heads, resolve_model
+from heads.registry.names import ResolvedModel, resolve_heads, resolve_model
 
 
 def with_folders(config: EngineConfig, model: str, heads: str) -> tuple[ResolvedModel, EngineConfig]:

@@ -82,7 +82,7 @@ def chain(num_nodes: int) -> TreeFamily:
 
 def _draft_model(config: EngineConfig, draft_model: str | None, draft_layers: int | None) -> Baseline:
     from engine.model.loader import load_config
-    from heads.registry import resolve_model
+    from heads.registry.names import resolve_model
 
     base = load_config(Path(config.model_dir))
     if draft_model is None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from bench.modes import EngineMode, Run
 from bench.prompts import Prompt
 from engine.errors import RequestError
-from engine.model.tokenizer import ChatTokenizer
+from engine.text.tokenizer import ChatTokenizer
 from evaluation.answers import Answered, Journal, Turn
 from evaluation.exactness import compare_answers
 from evaluation.modes import OFF

@@ -52,7 +52,7 @@ class Text:
 
 
 def run(options: QualityOptions) -> int:
-    from engine.model.tokenizer import load_chat_tokenizer
+    from engine.text.tokenizer import load_chat_tokenizer
 
     prompts = sample(read_prompts(options.prompts), options.num_prompts, options.seed)
     model, config = with_folders(

@@ -60,7 +60,7 @@ class EvaluateOptions:
 
 
 def run(options: EvaluateOptions) -> int:
-    from engine.model.tokenizer import load_chat_tokenizer
+    from engine.text.tokenizer import load_chat_tokenizer
 
     check_matplotlib()
     prompts = read_prompts(options.prompts)

@@ -10,10 +10,11 @@ from server import errors
 from server.api import chat, completions, health, metrics, models
 from server.body_gate import BodyGate
 from server.entrance import Entrance
+from server.interfaces import Engine, Tokenizer
 from server.logprobs import TokenTexts
 from server.metrics import Metrics
 from server.middleware import KeyGate, LifecycleGate
-from server.services import Engine, Services, Tokenizer
+from server.services import Services
 from server.settings import ServerSettings
 
 

@@ -13,10 +13,10 @@ import anyio
 
 from engine.errors import EngineDeadError, RequestError, RequestMemoryError
 from engine.messages import RequestOutput, RequestUsage, SamplingParams, TokenLogprobs
+from engine.text.detokenizer import TextAssembler
 from server.errors import GenerationError
 from server.protocol.common import CompletionTokensDetails, Finish, PromptTokensDetails, SamplingFields, Usage
 from server.services import Services
-from server.text import TextAssembler
 
 logger = logging.getLogger("gorgon.server")
 

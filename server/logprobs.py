@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from server.text import REPLACEMENT
+from engine.text.detokenizer import REPLACEMENT
 
 MIN_LOGPROB = -9999.0  # what OpenAI sends for a probability of zero; JSON has no infinity
 

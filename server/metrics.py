@@ -7,14 +7,12 @@ scrape them by these. Without torch; one registry per server, so that tests can 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
 
 from engine.messages import SpeculationState, StepStats
-
-if TYPE_CHECKING:
-    from server.services import Engine
+from server.interfaces import Engine
 
 _MODEL_LABELS = ("architecture", "dtype", "quantization", "backend", "device")
 _STEP_TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)

@@ -23,10 +23,11 @@ from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.errors import GorgonError
 from engine.messages import ModelInfo
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 from server.app import create_app
+from server.interfaces import Engine, Tokenizer
 from server.metrics import Metrics
-from server.services import Engine, Services, Tokenizer
+from server.services import Services
 from server.settings import ServerSettings
 
 logger = logging.getLogger("gorgon.server")

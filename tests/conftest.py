@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from heads.defaults import DEFAULT_MODEL
-from heads.registry import resolve_model
+from heads.registry.names import resolve_model
 
 # Without a GPU its kernels run in Triton's interpreter. Triton looks when anybody imports it.
 if not Path("/dev/nvidiactl").exists():

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import GorgonError
-from engine.model.gguf import find_gguf
+from engine.files.gguf import find_gguf
 from engine.model.loader import load_config
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 
 LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 32, 16, 0.05
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.errors import RequestError
 from engine.messages import AddRequest, ModelInfo, RequestOutput, SamplingParams
-from engine.model.tokenizer import ChatTokenizer
+from engine.text.tokenizer import ChatTokenizer
 from training.dataset import DataError, read_rows
 
 _ASKED_ROLES = ("system", "developer", "user")

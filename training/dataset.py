@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import GorgonError, RequestError
-from engine.model.tokenizer import ChatTokenizer
+from engine.text.tokenizer import ChatTokenizer
 
 
 class DataError(GorgonError):

@@ -19,9 +19,9 @@ from engine.build import build
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.folders import with_folders
-from engine.model.tokenizer import ChatTokenizer, load_chat_tokenizer
 from engine.runner.device import resolve_device, resolve_dtype
-from heads.registry import ResolvedModel
+from engine.text.tokenizer import ChatTokenizer, load_chat_tokenizer
+from heads.registry.names import ResolvedModel
 from training.conversation import Conversation, FailedError, Prompt, Sampling, choose, read_prompts
 from training.distill_files import DistillFiles, failed_path
 

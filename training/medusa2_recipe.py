@@ -12,11 +12,11 @@ import torch
 
 from engine.config import Device
 from engine.model.loader import load_config, load_vocabulary
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 from heads.base import DraftHeads
 from heads.checkpoint import load_heads, save_heads
 from heads.medusa import MedusaHeads
-from heads.registry import resolve_model
+from heads.registry.names import resolve_model
 from training.backbone import Backbone, JointTrainingError, load_model
 from training.calibrate import Calibration
 from training.dataset import DataError, Document, load_documents

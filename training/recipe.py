@@ -13,14 +13,14 @@ from engine.config import Device
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder
 from engine.model.loader import load_config, load_decoder
-from engine.model.tokenizer import load_chat_tokenizer
 from engine.runner.device import resolve_device
+from engine.text.tokenizer import load_chat_tokenizer
 from heads.base import DraftHeads, ProjectionKind
 from heads.checkpoint import load_heads
 from heads.hydra import HydraHeads
 from heads.medusa import MedusaHeads
 from heads.prefix import PrefixLayer
-from heads.registry import resolve_model
+from heads.registry.names import resolve_model
 from training.calibrate import Calibration, calibrate
 from training.card import update_card, write_card
 from training.dataset import DataError, Document, load_documents

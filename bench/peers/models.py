@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bench.peers.environment import PeerError
-from heads.registry import resolve_model
+from heads.registry.names import resolve_model
 
 
 @dataclass(frozen=True)

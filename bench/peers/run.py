@@ -24,7 +24,7 @@ from bench.peers.turns import FIRST_TOKEN_REQUESTS, Running, Turns
 from bench.prompts import read_prompts, sample
 from bench.report import print_json
 from engine.errors import ConfigError
-from heads.cache import writable_cache
+from heads.registry.cache import writable_cache
 
 CONTEXT = 2048  # tokens of one request: the longest prompts of the usual sets, and their answers
 _TERMINATED = 143  # 128 + SIGTERM, as shells report it

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelError
+from engine.files.fields import MAX_HEAD_DIM, MAX_POSITIONS, MAX_VOCABULARY, ROPE_THETA, Fields
+from engine.files.gguf import GGUFFile
 from engine.model.config import DecoderConfig, RopeSpec
-from engine.model.end_tokens import END_TOKENS, end_token_ids
-from engine.model.fields import MAX_HEAD_DIM, MAX_POSITIONS, MAX_VOCABULARY, ROPE_THETA, Fields
-from engine.model.gguf import GGUFFile
 from engine.model.uniform import Names, Sizes, read_sizes, uniform_config
+from engine.text.end_tokens import END_TOKENS, end_token_ids
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 

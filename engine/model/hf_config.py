@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import ModelError
+from engine.files.fields import MAX_POSITIONS, MAX_VOCABULARY, ROPE_THETA, Fields
+from engine.files.reading import ADAPTER, read_json
 from engine.model.config import DecoderConfig, RopeSpec
-from engine.model.end_tokens import end_token_ids, read_end_tokens
-from engine.model.fields import MAX_POSITIONS, MAX_VOCABULARY, ROPE_THETA, Fields
-from engine.model.files import ADAPTER, read_json
 from engine.model.uniform import Names, read_sizes, uniform_config
+from engine.text.end_tokens import end_token_ids, read_end_tokens
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine.errors import ModelError
+from engine.files.gguf import find_gguf, open_gguf
+from engine.files.reading import ADAPTER, read_json, refuse_pointer
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder, check_runs, make_layer
-from engine.model.files import ADAPTER, read_json, refuse_pointer
-from engine.model.gguf import find_gguf, open_gguf
 from engine.model.gguf_weights import gguf_shapes, gguf_tensors, read_gguf_config
 from engine.model.hf_config import read_hf_config
 from engine.model.layers import Layer

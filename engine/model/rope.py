@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelError
+from engine.files.fields import MAX_POSITIONS, Fields
 from engine.model.config import RopeSpec
-from engine.model.fields import MAX_POSITIONS, Fields
 
 _FACTOR = (1e-3, 1e6)  # bounds of factors and of numbers of turns
 _ORIGINAL = "original_max_position_embeddings"

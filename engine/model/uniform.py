@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from engine.model.config import AttentionSpec, DecoderConfig, FeedForwardSpec, LayerSpec, NormSpec, RopeSpec
-from engine.model.fields import (
+from engine.files.fields import (
     MAX_HEAD_DIM,
     MAX_HEADS,
     MAX_LAYERS,
@@ -16,6 +15,7 @@ from engine.model.fields import (
     NORM_EPS,
     Fields,
 )
+from engine.model.config import AttentionSpec, DecoderConfig, FeedForwardSpec, LayerSpec, NormSpec, RopeSpec
 
 
 class Names(NamedTuple):

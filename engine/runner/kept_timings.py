@@ -13,8 +13,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.model.identity import code_of, digest, files_of
-from heads.cache import cache_dir
 from heads.errors import RegistryError
+from heads.registry.cache import cache_dir
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import pytest
 
 from cli.main import main
 from heads.defaults import DEFAULT_MODEL
-from heads.registry import list_head_sets
+from heads.registry.names import list_head_sets
 
 
 def test_list_names_the_built_in_set(capsys: Any) -> None:

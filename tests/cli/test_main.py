@@ -70,9 +70,9 @@ def test_version(capsys: Any) -> None:
 
 
 def test_default_model_is_the_registrys() -> None:
-    from heads import registry
+    from heads.registry.names import list_models
 
-    assert registry.list_models()[0].name == serve.DEFAULT_MODEL
+    assert list_models()[0].name == serve.DEFAULT_MODEL
 
 
 def test_serve_hands_over_what_was_asked(

@@ -21,11 +21,11 @@ from engine.engine import Engine
 from engine.messages import AddRequest, SamplingParams
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
-from engine.model.tokenizer import load_chat_tokenizer
 from engine.runner.heads_drafter import HeadsDrafter
+from engine.text.tokenizer import load_chat_tokenizer
 from heads.defaults import DEFAULT_MODEL
 from heads.medusa import MedusaHeads
-from heads.registry import resolve_heads, resolve_model
+from heads.registry.names import resolve_heads, resolve_model
 from tests.engine.drafters import ScriptedDrafter
 from tests.engine.families import full
 from tests.engine.helpers import params

@@ -13,7 +13,7 @@ import pytest
 from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 from tests.engine.processes import collect, running, tokens_of, until
 from tests.engine.prompts import CHATS
 

@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.messages import AddRequest, StepOutput
 from engine.model.loader import load_decoder
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 from evaluation.answers import Answered, Turn
 from evaluation.exactness import NEAR_TIE, compare_answers, first_difference, scores_of
 from evaluation.figures import exactness

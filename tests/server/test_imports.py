@@ -7,14 +7,15 @@ import sys
 
 
 def test_the_server_imports_neither_torch_nor_what_fetches_and_reads_weights() -> None:
-    runs_without({"torch", "transformers", "gguf", "huggingface_hub"}, "import server.run, heads.registry")
+    code = "import server.run, heads.registry.names, heads.registry.share"
+    runs_without({"torch", "transformers", "gguf", "huggingface_hub"}, code)
 
 
 def test_an_engine_with_heads_imports_nothing_that_trains_fetches_or_compiles() -> None:
     code = """
 import engine.process
 from heads.checkpoint import load_heads
-from heads.registry import list_head_sets
+from heads.registry.names import list_head_sets
 for folder in list_head_sets().values():
     load_heads(folder)
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.model.chat_templates import chat_tokenizer
+from tests.engine.text.chat_templates import chat_tokenizer
 from training.dataset import DataError, digest, encode_row, load_documents, read_rows
 
 END = "#"

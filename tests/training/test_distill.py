@@ -16,7 +16,7 @@ import torch
 
 from cli.main import main
 from engine.model.loader import load_decoder
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 from heads.checkpoint import save_heads
 from heads.medusa import MedusaHeads
 from tests.engine.families import full

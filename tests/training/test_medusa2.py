@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from cli.main import main
 from engine.model.loader import load_decoder
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 from heads.base import DraftHeads, ProjectionKind
 from heads.checkpoint import load_heads
 from heads.hydra import HydraHeads, PrefixLayer

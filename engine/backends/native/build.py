@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from heads.cache import writable_cache
 from heads.errors import RegistryError
+from heads.registry.cache import writable_cache
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.model.identity import code_of, digest, files_of
 from engine.model.layers import Linear
-from heads.cache import cache_dir
 from heads.errors import RegistryError
+from heads.registry.cache import cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class KeptWeights:
         with contextlib.suppress(RegistryError):  # no place for a cache; that has been told
             self._folder = cache_dir() / "packed"
         self._model = digest(str(model_dir.resolve()))
-        state = digest(files_of(model_dir), asked, code_of("model", "backends"))
+        state = digest(files_of(model_dir), asked, code_of("files", "model", "backends"))
         self._name = f"{self._model}-{state}.weights"
         self._is_there = False
 

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ModelError
+from engine.files.gguf import GGUFFile, open_gguf
 from engine.model.config import DecoderConfig
-from engine.model.gguf import GGUFFile, open_gguf
-from engine.model.gguf_tokenizer import build_gguf_tokenizer
 from engine.model.gguf_weights import read_gguf_config
 from engine.model.hf_config import read_hf_config
 from engine.model.loader import load_config, load_decoder
 from engine.model.rope import rope_frequencies
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.gguf_tokenizer import build_gguf_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 from tests.engine.model.small_gguf import METADATA, NONE, write
 
 CONFIG: dict[str, Any] = {

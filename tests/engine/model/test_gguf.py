@@ -11,7 +11,7 @@ import torch
 from engine.errors import ModelError
 from engine.model.decoder import Decoder
 from engine.model.loader import load_config, load_decoder
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 from tests.fakes import DenseCausalAttention
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from engine.errors import ModelError
-from engine.model.gguf import open_gguf
+from engine.files.gguf import open_gguf
 from engine.model.loader import load_config, load_decoder
 from tests.fakes import DenseCausalAttention
 

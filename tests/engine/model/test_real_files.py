@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ModelError
-from engine.model.gguf import find_gguf, open_gguf
+from engine.files.gguf import find_gguf, open_gguf
 from engine.model.loader import load_config, load_decoder
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 from tests.engine.model.small_gguf import METADATA, TOKENS, tensors, write, write_split
 
 CPU = torch.device("cpu")

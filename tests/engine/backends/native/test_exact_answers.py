@@ -13,9 +13,9 @@ from engine.backends.native.library import kernels
 from engine.build import build
 from engine.config import EngineConfig, Quantization
 from engine.engine import Engine
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 from heads.defaults import DEFAULT_MODEL
-from heads.registry import resolve_heads, resolve_model
+from heads.registry.names import resolve_heads, resolve_model
 from tests.engine.prompts import CHATS
 
 pytestmark = [

@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ModelError
-from engine.model.end_tokens import read_end_tokens
-from engine.model.sentencepiece import read_sentencepiece
-from engine.model.tokenizer import ChatTokenizer, load_chat_tokenizer
+from engine.text.end_tokens import read_end_tokens
+from engine.text.sentencepiece import read_sentencepiece
+from engine.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 
 with warnings.catch_warnings():  # its bindings are old ones
     warnings.simplefilter("ignore")

@@ -12,8 +12,8 @@ from functools import cache
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from engine.model.gguf_tokenizer import build_gguf_tokenizer
-from engine.model.tokenizer import ChatTokenizer
+from engine.text.gguf_tokenizer import build_gguf_tokenizer
+from engine.text.tokenizer import ChatTokenizer
 
 _ALTERNATE = (
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from engine.errors import RequestError
-from engine.model.tokenizer import ChatTokenizer, load_chat_tokenizer
-from tests.engine.model.chat_templates import chat_tokenizer, vocabulary
+from engine.text.tokenizer import ChatTokenizer, load_chat_tokenizer
+from tests.engine.text.chat_templates import chat_tokenizer, vocabulary
 
 
 def say(**roles: str) -> list[dict[str, Any]]:

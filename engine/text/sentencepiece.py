@@ -16,7 +16,7 @@ from tokenizers.models import BPE, Unigram
 from tokenizers.processors import TemplateProcessing
 
 from engine.errors import ModelError
-from engine.model.files import read_json, refuse_pointer
+from engine.files.reading import read_json, refuse_pointer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces, in GGUF files too
 _SPACE = "\u2581"

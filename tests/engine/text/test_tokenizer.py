@@ -15,8 +15,8 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from engine.errors import ModelError, RequestError
-from engine.model.gguf_tokenizer import build_gguf_tokenizer
-from engine.model.tokenizer import ChatTokenizer, load_chat_tokenizer
+from engine.text.gguf_tokenizer import build_gguf_tokenizer
+from engine.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 
 TEXTS = [
     "",
@@ -90,7 +90,7 @@ class TestDefaultModel:
 
     def test_loading_it_does_not_import_torch(self, default_model_dir: Path) -> None:
         script = (
-            "import sys; from pathlib import Path; from engine.model.tokenizer import load_chat_tokenizer;"
+            "import sys; from pathlib import Path; from engine.text.tokenizer import load_chat_tokenizer;"
             "load_chat_tokenizer(Path(sys.argv[1])); sys.exit('torch' in sys.modules)"
         )
         root = Path(__file__).parents[3]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from engine.model.tokenizer import ChatTokenizer, load_chat_tokenizer
-from server.text import REPLACEMENT, IncrementalDecoder, StopMatcher, TextAssembler
+from engine.text.detokenizer import REPLACEMENT, IncrementalDecoder, StopMatcher, TextAssembler
+from engine.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 
 SPECIAL = -1  # a token that decodes to nothing
 

@@ -10,9 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from engine.model.gguf_tokenizer import build_gguf_tokenizer
-from engine.model.token_bytes import token_bytes
-from engine.model.tokenizer import ChatTokenizer, load_chat_tokenizer
+from engine.text.gguf_tokenizer import build_gguf_tokenizer
+from engine.text.token_bytes import token_bytes
+from engine.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 from server.logprobs import TokenTexts
 
 

@@ -12,9 +12,9 @@ from typing import NoReturn
 
 import pytest
 
-from heads import cache
-from heads.cache import cache_dir, expand_user, writable_cache
 from heads.errors import RegistryError
+from heads.registry import cache
+from heads.registry.cache import cache_dir, expand_user, writable_cache
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from heads.fetch import WheelSource
+from heads.registry.wheels import WheelSource
 
 WEIGHTS = b"GGUF" + bytes(1000)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from heads.errors import RegistryError
-from heads.fetching import alone, run_stoppable, sha256_of
+from heads.registry.downloads import alone, run_stoppable, sha256_of
 
 _CHUNK = 1 << 20
 

@@ -13,8 +13,8 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from engine.errors import ModelError
-from engine.model.fields import Fields
-from engine.model.sentencepiece import CONTROL, NORMAL, UNKNOWN, Pieces, add_whole_pieces, build_bpe
+from engine.files.fields import Fields
+from engine.text.sentencepiece import CONTROL, NORMAL, UNKNOWN, Pieces, add_whole_pieces, build_bpe
 
 # Where the file has the id of each, and what it is where a SentencePiece file does not say.
 _SPECIAL_TOKENS: dict[str, tuple[str, int | None]] = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from heads import fetch
-from tests.heads.wheel import FakePip
+from heads.registry import wheels
+from tests.heads.registry.wheel import FakePip
 
 
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch) -> FakePip:
     fake = FakePip()
-    monkeypatch.setattr(fetch, "run_stoppable", fake)
+    monkeypatch.setattr(wheels, "run_stoppable", fake)
     return fake

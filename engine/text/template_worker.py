@@ -1,4 +1,4 @@
-"""The helper process that renders chat templates: `engine.model.chat_template` starts it with a connected
+"""The helper process that renders chat templates: `engine.text.chat_template` starts it with a connected
 socket's file descriptor and limits as its arguments, and it ends when that socket closes.
 
 A template is foreign code that comes with a model file. jinja's sandbox keeps it from the machine, but one

