@@ -87,8 +87,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden rows after the final norm, [num_tokens, hidden].
 
-        token_ids, positions: [num_tokens] int64. taps: numbers of layers, in ascending order, whose output
-        rows follow in the same row: [num_tokens, (1 + number of taps) * hidden].
+        token_ids, positions: [num_tokens] int64. taps: numbers of layers, in ascending order. Where there
+        are any, a row goes on with what each of them gave: [num_tokens, (1 + number of taps) * hidden].
         """
         x = F.embedding(token_ids, self.embedding)
         if self.config.embedding_scale != 1.0:

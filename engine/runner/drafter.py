@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.backends.kv_cache import KVCache
 from engine.backends.noise import Noise
 from engine.batch import RequestState, ScheduledRequest
+from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.model.layers import Attention
 from engine.runner.step_input import StepInput
@@ -59,6 +60,9 @@ class Drafter(ABC):
     where compaction moves them along, or keeps `cache_bytes_per_token` elsewhere, under the same slots.
     """
 
+    # Layers of the base, in ascending order, whose rows it asks for. They follow the row after the final norm
+    # in each row of `hidden` that it is given: [..., (1 + number of taps) * hidden].
+    taps: tuple[int, ...] = ()
     takes_chains: bool = False  # whether guesses of the host join its own
     num_levels: int = 0  # of guesses that take time of their own
     root_heads: int | None = None  # query heads of its attention over the roots, where it has one
@@ -128,6 +132,16 @@ class BlankDrafter(Drafter):
     def grow(self, rows: RootRows) -> Proposal:
         tokens = torch.nn.functional.pad(rows.roots.unsqueeze(1), (0, rows.max_nodes - 1))
         return Proposal(tokens, torch.zeros_like(tokens), 1)
+
+
+def row_size(drafter: Drafter, config: DecoderConfig) -> int:
+    """Numbers in a row of `hidden` as the drafter is given it. Raises ConfigError for taps that are none."""
+    taps = drafter.taps
+    if taps != tuple(sorted(set(taps) & set(range(config.num_layers)))):
+        raise ConfigError(
+            "drafter", f"asks for rows of layers {taps}; the model has layers 0 to {config.num_layers - 1}"
+        )
+    return (1 + len(taps)) * config.hidden_size
 
 
 def propose_chains(rows: RootRows) -> Proposal:

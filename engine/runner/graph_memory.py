@@ -8,6 +8,7 @@ from engine.backends.triton.plan import AttentionPlan, Capacity, Scratch, progra
 from engine.backends.triton.tiles import PagedHeads, choose_tile
 from engine.batch import BatchLimits
 from engine.runner.capture import default_buckets, num_guessed_levels
+from engine.runner.drafter import row_size
 from engine.runner.runner import Runner
 
 
@@ -30,5 +31,5 @@ def kept_bytes(runner: Runner, limits: BatchLimits) -> int:
             programs = programs_at_once(cache.k.device, choose_tile(heads, size.max_nodes))
             capacity = Capacity(size.num_requests, size.num_tokens, size.max_nodes, blocks)
             total += AttentionPlan.reserve(capacity, heads, nowhere, programs, scratch).nbytes
-        total += bucket.num_tokens * config.hidden_size * runner.decoder.embedding.itemsize
+        total += bucket.num_tokens * row_size(drafter, config) * runner.decoder.embedding.itemsize
     return total + scratch.nbytes

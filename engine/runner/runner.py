@@ -16,7 +16,7 @@ from engine.model.decoder import Decoder
 from engine.model.layers import Attention
 from engine.runner.commit import Commitment, compact, pack, unpack
 from engine.runner.device import torch_threads
-from engine.runner.drafter import Drafter, NoDrafter, Proposal, RootRows
+from engine.runner.drafter import Drafter, NoDrafter, Proposal, RootRows, row_size
 from engine.runner.drafting import levels_of, limit_drafts, propose
 from engine.runner.graphs import StepGraph, StepGraphs
 from engine.runner.passes import EagerPass, Settled, StepPass
@@ -56,13 +56,14 @@ class Runner:
         self.decoder = decoder
         self.cache = cache
         self.drafter = drafter or NoDrafter()
+        self._taps = self.drafter.taps  # kept where another drafter takes its place for a while
         config = decoder.config
         self._device = decoder.embedding.device
         # Beside our own kernels torch has little to do, for which waiting threads cost more than they save.
         self._torch_threads = 1 if isinstance(decoder, NativeDecoder) else None
         # Two more rows: what padding writes, and zeros.
         self.spare_slot, self._zero_slot = max_num_seqs, max_num_seqs + 1
-        self._hidden = decoder.embedding.new_zeros(max_num_seqs + 2, config.hidden_size)
+        self._hidden = decoder.embedding.new_zeros(max_num_seqs + 2, row_size(self.drafter, config))
         self._sampler = Sampler(config.vocab_size, config.eos_token_ids, max_num_seqs + 2, self._device)
         self._eager = EagerPass(self, cache, config.num_heads, config.num_kv_heads)
         self._graphs = StepGraphs()
@@ -197,7 +198,7 @@ class Runner:
         return proposal.tokens, proposal.parents
 
     def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
-        hidden: Tensor = self.decoder(step.token_ids, step.positions, attention)
+        hidden: Tensor = self.decoder(step.token_ids, step.positions, attention, self._taps)
         if self.drafter.capturable:
             self._observe(step, trees, hidden)
         return hidden
@@ -205,7 +206,8 @@ class Runner:
     def settle(self, step: StepInput, trees: DraftTrees, hidden: Tensor, demand: Demand) -> Settled:
         commits = step.commits
         hidden = hidden.index_select(0, commits.rows)
-        logits = self.decoder.logits(hidden)
+        final = hidden[:, : self.decoder.config.hidden_size] if self._taps else hidden
+        logits = self.decoder.logits(final)
         verdict = self._sampler.judge(logits, step, trees, demand)
         last = deepest_accepted(verdict.edges, trees)
         compact(self.cache, commits, last, trees)

@@ -7,7 +7,7 @@ are read by one kernel, and sums never depend on the number of rows.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,13 +87,16 @@ class NativeDecoder(nn.Module):
             layers=self._c_layers,
         )
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden rows after the final norm, [num_tokens, hidden] bfloat16.
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, taps: Sequence[int] = ()
+    ) -> Tensor:
+        """Hidden rows in bfloat16, and those of `taps`, as `Decoder.forward` gives them.
 
         token_ids, positions: [num_tokens] int64, contiguous. attention: over the paged cache.
         """
         assert isinstance(attention, NativeAttention)
-        out = torch.empty(len(token_ids), self.config.hidden_size, dtype=torch.bfloat16)
+        width = (1 + len(taps)) * self.config.hidden_size
+        out = torch.empty(len(token_ids), width, dtype=torch.bfloat16)
         paging = attention.paging
         needed = self._library.gorgon_pass_bytes(ctypes.byref(self._c), paging.num_tokens, paging.num_threads)
         self._library.gorgon_pass(
@@ -101,6 +104,8 @@ class NativeDecoder(nn.Module):
             ctypes.byref(paging),
             token_ids.data_ptr(),
             positions.data_ptr(),
+            (ctypes.c_int64 * len(taps))(*taps) if taps else None,
+            len(taps),
             out.data_ptr(),
             scratch.pointer(needed),
         )

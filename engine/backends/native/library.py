@@ -71,7 +71,10 @@ class CPaging(ctypes.Structure):
 
 _FUNCTIONS = {
     "gorgon_pass_bytes": (c_int64, (POINTER(CDecoder), c_int64, c_int64)),
-    "gorgon_pass": (None, (POINTER(CDecoder), POINTER(CPaging), c_void_p, c_void_p, c_void_p, c_void_p)),
+    "gorgon_pass": (
+        None,
+        (POINTER(CDecoder), POINTER(CPaging), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
+    ),
     "gorgon_linear_bytes": (c_int64, (c_int64, c_int64, c_int64)),
     "gorgon_linear": (None, (POINTER(CMatrix), c_void_p, c_int64, c_void_p, c_int64, c_void_p)),
     "gorgon_prefix_bytes": (c_int64, (POINTER(CDecoder), c_int64, c_int64)),

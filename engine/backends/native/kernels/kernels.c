@@ -205,7 +205,8 @@ typedef struct {
     const decoder *d;
     const buffers *b;
     const int64_t *token_ids;
-    uint16_t *out;
+    uint16_t *out;    /* where the first row goes */
+    int64_t out_size; /* from row to row */
 } ends_job;
 
 static void embed_rows(const void *argument, range rows, int64_t thread) {
@@ -223,21 +224,33 @@ static void finish_rows(const void *argument, range rows, int64_t thread) {
     for (int64_t r = rows.first; r < rows.end; r++) {
         normalize(job->b->x + r * hidden, job->d->final_norm, hidden, job->d->norm_eps, row);
         for (int64_t i = 0; i < hidden; i += LANES)
-            store_bf16(job->out + r * hidden + i, _mm512_loadu_ps(row + i));
+            store_bf16(job->out + r * job->out_size + i, _mm512_loadu_ps(row + i));
     }
+}
+
+/* Rows between two layers, as they are. */
+static void tap_rows(const void *argument, range rows, int64_t thread) {
+    const ends_job *job = argument;
+    const int64_t hidden = job->d->hidden;
+    (void)thread;
+    for (int64_t r = rows.first; r < rows.end; r++)
+        for (int64_t i = 0; i < hidden; i += LANES)
+            store_bf16(job->out + r * job->out_size + i, _mm512_loadu_ps(job->b->x + r * hidden + i));
 }
 
 int64_t gorgon_pass_bytes(const decoder *d, int64_t rows, int64_t num_threads) {
     return buffers_bytes(d, d->hidden, rows, d->hidden + LANES, num_threads);
 }
 
-/* token_ids, positions: [num_tokens]; out: [num_tokens, hidden] bfloat16, after the final norm; memory: as
- * many bytes as gorgon_pass_bytes says. */
+/* token_ids, positions: [num_tokens]; taps: numbers of layers, ascending; out: [num_tokens, 1 + num_taps, hidden]
+ * bfloat16, the row after the final norm, then those after the tapped layers; memory: as many bytes as
+ * gorgon_pass_bytes says. */
 void gorgon_pass(const decoder *d, const paging *p, const int64_t *token_ids, const int64_t *positions,
-                 uint16_t *out, char *memory) {
+                 const int64_t *taps, int64_t num_taps, uint16_t *out, char *memory) {
     const int64_t n = p->num_tokens, threads = p->num_threads;
     const buffers b = take_buffers(&memory, d, d->hidden, n, d->hidden + LANES, threads);
-    const ends_job ends = {d, &b, token_ids, out};
+    const ends_job ends = {d, &b, token_ids, out, (1 + num_taps) * d->hidden};
+    ends_job tapped = ends;
     layer_job job = job_of(d, p, positions, &b);
     attention_job attention = {.p = p, .q = b.q, .out = b.attended};
     cut_attention(&attention);
@@ -245,6 +258,11 @@ void gorgon_pass(const decoder *d, const paging *p, const int64_t *token_ids, co
     for (; job.index < d->num_layers; job.index++, job.w++) {
         normalized(d, &b, job.w->input_norm, &b.outer, (enum kind)job.w->qkv.kind, p);
         run_layer(&job, &attention);
+        if (num_taps && *taps == job.index) {
+            tapped.out += d->hidden;
+            in_parallel(tap_rows, &tapped, n, least_rows(d->hidden), threads);
+            taps++, num_taps--;
+        }
     }
     in_parallel(finish_rows, &ends, n, least_rows(d->hidden), threads);
 }

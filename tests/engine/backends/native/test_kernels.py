@@ -177,6 +177,27 @@ def test_the_decoder_is_the_decoder(name: str) -> None:
     assert (found - expected).norm() < 0.015 * expected.norm()
 
 
+@torch.inference_mode()
+def test_tapped_rows_follow_the_last_and_change_nothing() -> None:
+    config = wide_config(num_layers=3)
+    step, num_blocks = make_pass([(0, 30, 0), (0, 1, 20)], 16, 1)
+    decoder = random_decoder(config)
+    reference = random_decoder(config).float()
+    cache = KVCache(config, num_blocks, 16, torch.float32, CPU)
+    attention = PagedAttention(step, cache, config.num_heads, config.num_kv_heads)
+    expected = reference(step.token_ids, step.positions, attention, (0, 2))
+    native = NativeDecoder(decoder, lambda name, weight: Kind.BF16)
+    attention = NativeAttention(
+        step, KVCache(config, num_blocks, 16, torch.bfloat16, CPU), config.num_heads, config.num_kv_heads
+    )
+    found = native(step.token_ids, step.positions, attention, (0, 2))
+    plain = native(step.token_ids, step.positions, attention)
+    assert found.shape == expected.shape == (len(step.token_ids), 3 * config.hidden_size)
+    for part, right in zip(found.chunk(3, dim=1), expected.chunk(3, dim=1), strict=True):
+        assert (part - right).norm() < 0.015 * right.norm()
+    assert torch.equal(found[:, : config.hidden_size], plain)
+
+
 def logits_of(decoder: NativeDecoder, step: PassInput, cache: KVCache) -> Tensor:
     config = decoder.config
     attention = NativeAttention(step, cache, config.num_heads, config.num_kv_heads)
