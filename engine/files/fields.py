@@ -1,5 +1,5 @@
-"""Values out of a model file's metadata, which may hold anything. Each is of its kind and within its bounds,
-or a ModelError names the key.
+"""Values out of a model file's metadata, which may hold anything. Each value is of its kind and within its
+bounds, or a ModelError names its key.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.errors import ModelError
 
-# What no Llama-family model exceeds. Beyond lie damaged files, which would otherwise fill the memory first.
+# No model of these families exceeds these bounds. A damaged file may, and would fill the memory first.
 MAX_LAYERS = 1024
 MAX_HEADS = 4096
 MAX_HEAD_DIM = 1024

@@ -175,7 +175,7 @@ class _Header:
         return self.strings(count)
 
     def strings(self, count: int) -> list[str]:
-        """As so many calls of `string`, of which a vocabulary needs hundreds of thousands at every start."""
+        """The same as calling `string` for each, but fast: a vocabulary has hundreds of thousands."""
         data, at, size_at, found = self.data, self.at, struct.Struct("<Q").unpack_from, []
         for _ in range(count):
             [size] = size_at(data, at)

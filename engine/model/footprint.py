@@ -1,4 +1,4 @@
-"""How many bytes a pass must read of a model: what its time is measured against."""
+"""How many bytes of a model every pass must read. The time of a pass is measured against them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from engine.backends.native.decoder import NativeDecoder
-from engine.model.decoder import Decoder
-
 _SECOND_COPY = "_copy"
 
 
-def weight_bytes(decoder: Decoder | NativeDecoder) -> int:
+def weight_bytes(decoder: nn.Module) -> int:
     """Bytes of layers, final norm and vocabulary projection, in the form in which they are multiplied.
 
-    The embedding is not among them, of which a pass reads a few rows, unless it is the projection too.
-    Whatever a module holds in tensors counts, because packed and quantized weights are no parameters; a
-    second copy, which serves passes of another size, does not.
+    decoder: a `Decoder`, or what a backend made of one. Its embedding does not count, unless it is the
+    projection, too: a pass reads few of its rows. All tensors that a module holds count, because packed and
+    quantized weights are no parameters. A second copy, for passes of another size, does not count.
     """
-    parts = (decoder.layers, decoder.norm, decoder.lm_head)
+    parts = (decoder.get_submodule(name) for name in ("layers", "norm", "lm_head"))
     tensors = {id(tensor): tensor for part in parts for tensor in _tensors(part)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

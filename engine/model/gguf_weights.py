@@ -1,5 +1,6 @@
-"""What a GGUF file says of a Llama-family decoder: its configuration, and its tensors under the names and in
-the order of the original checkpoint.
+"""What a GGUF file says of a decoder: its configuration, and its tensors as the original checkpoint has them.
+
+Names and the order of rows are those of the original checkpoint.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def gguf_tensors(file: GGUFFile, config: DecoderConfig) -> Iterator[tuple[str, T
 
 
 def _same_in_all_layers(name: str, metadata: dict[str, Any], arch: str) -> dict[str, Any]:
-    """What files may say for each layer, as one number."""
+    """The fields that a file may give for each layer, as one number each."""
     single = {}
     for key in (f"{arch}.{suffix}" for suffix in _PER_LAYER):
         value = metadata.get(key)

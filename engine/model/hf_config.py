@@ -1,6 +1,6 @@
 """config.json of a checkpoint folder, read into the decoder's own configuration.
 
-Read by hand and not by transformers, whose configurations fill in what a file lacks without a word.
+It is read by hand: transformers' configurations fill in what a file lacks, and do not say so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a thing that is kept between starts depends on, as names of files: its model's files, and our code."""
+"""Names for what is kept between starts. They change with the model's files and with our code."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ def digest(*parts: object) -> str:
 
 
 def files_of(folder: Path) -> list[tuple[str, int, int, int]]:
-    """Name, size and times of each file that a model or a head set is read from: of its content, which images
-    and archives may set to one date for all, and of the file as it lies here."""
+    """Name, size and times of each file of a model or a head set.
+
+    The time of a file's content is not enough: images and archives may set it to one date for all files. So
+    the time of the file as it lies here counts, too.
+    """
     paths = sorted(path for pattern in _MODEL_FILES for path in folder.glob(pattern))
     facts = [(path.name, path.stat()) for path in paths]
     return [(name, found.st_size, found.st_mtime_ns, found.st_ctime_ns) for name, found in facts]

@@ -58,8 +58,8 @@ def _scale(frequencies: Tensor, rope: RopeSpec) -> tuple[Tensor, float]:
     if kind in ("default", "none"):
         return frequencies, 1.0
     if kind == "dynamic":
-        # It stretches beyond max_position_embeddings only, and no request goes there: frequencies that grow
-        # with the text would not fit the keys that are in the cache.
+        # It stretches texts beyond max_position_embeddings only, and no request is that long: frequencies
+        # that change as a text grows would not fit the keys that are in the cache already.
         return frequencies, 1.0
     if kind == "linear":
         return frequencies / scaling.real("factor", *_FACTOR), 1.0

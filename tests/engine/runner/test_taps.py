@@ -18,8 +18,10 @@ from engine.model.config import DecoderConfig
 from engine.model.layers import Attention
 from engine.runner.drafter import Drafter, Proposal, RootRows
 from engine.runner.sampling import argmax
+from engine.runner.step_buffers import Bucket
 from engine.runner.step_input import StepInput, build_rows
 from tests.engine.families import chain
+from tests.engine.graphs import add_graphs
 from tests.engine.helpers import params
 from tests.engine.tiny import CONFIG, VOCAB, Arrival, TinyEngine, tiny_decoder
 from tests.fakes import DenseCausalAttention
@@ -114,7 +116,8 @@ class LastLayerDrafter(Drafter):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"block_size": 3, "num_blocks": 300, "budget": 14}], ids=str)
-def test_a_drafter_may_tap_layers_and_attend_at_every_level(sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_a_drafter_may_tap_layers_and_attend_at_every_level(sizes: dict[str, int], graphs: bool) -> None:
     requests = [
         Arrival(str(i), prompt, params(LENGTH, ignore_eos=True), step=2 * i)
         for i, prompt in enumerate(PROMPTS)
@@ -122,6 +125,8 @@ def test_a_drafter_may_tap_layers_and_attend_at_every_level(sizes: dict[str, int
     expected = TinyEngine(**sizes).run(requests)
     drafter = LastLayerDrafter()
     engine = TinyEngine(chain(6), drafter, **sizes)
+    if graphs:
+        capture = add_graphs(engine.runner, [Bucket.of(1, 8, 8), Bucket.of(4, 30, 8)])
     for name, result in engine.run(requests).items():
         usage = result.outputs[-1].usage
         assert result.tokens == expected[name].tokens
@@ -129,6 +134,7 @@ def test_a_drafter_may_tap_layers_and_attend_at_every_level(sizes: dict[str, int
         assert abs(2 * usage.accepted_tokens - usage.drafted_tokens) <= 6
         assert usage.accepted_tokens >= 20
     assert drafter.roots_checked > 20
+    assert not graphs or capture.num_replays > 20
 
 
 @pytest.mark.parametrize("taps", [(2,), (-1,), (1, 0), (0, 0)])
