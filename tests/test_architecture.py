@@ -46,7 +46,6 @@ PLAIN_DATA = {"config", "costs", "errors", "host", "messages"}
 # What is not yet as it should be. Both lists are exact and only get shorter: delete what you have mended.
 KNOWN_SHORTCUTS = {
     ("engine.backends.native.hydra", "engine.runner.drafter"),
-    ("engine.model.footprint", "engine.backends.native.decoder"),
 }
 KNOWN_CIRCLES = {
     frozenset(
