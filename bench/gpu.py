@@ -20,7 +20,7 @@ import torch
 from bench.bandwidth import Bandwidth
 from bench.device_profile import profile_device
 from bench.facts import machine_facts
-from bench.gpu_model import GpuBenchOptions, GpuModel, profile_family
+from bench.gpu_model import GpuBenchOptions, GpuModel
 from bench.report import print_json, print_table
 from bench.step import NO_LIMIT, Measured, decoding, figures_of, measure_steps
 from engine.engine import Engine
@@ -29,11 +29,6 @@ from engine.messages import SpeculationParams
 from engine.runner.device import resolve_device
 from heads.errors import HeadsError, RegistryError
 
-_SIMULATED = (
-    "Tokens per step, and what follows from them, are simulated: from the gains of the built-in head set of "
-    "smollm2-135m-instruct (tree.json, its own held-out greedy answers), whatever the model. Shapes have "
-    "untrained Hydra heads of the same kind: the time to draft is real, what is accepted is not."
-)
 _LISTED_KERNELS = 8  # those that take the most time
 
 
@@ -58,11 +53,10 @@ def run(options: GpuBenchOptions) -> int:
             failed[name] = str(error)
             print(f"{name} was not measured to the end: {error}", file=sys.stderr)
     rows = [{**one.facts, **figures_of(one.measured, one.kv_bytes, bandwidth.copy)} for one in found]
-    gains = profile_family().gains
-    compare(rows, gains)
+    compare(rows)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     speeds = f"reads {bandwidth.read / 1e9:.1f} GB/s, copies {bandwidth.copy / 1e9:.1f} GB/s"
-    print(f"{gpu or 'CPU'}: memory {speeds}\n{_SIMULATED}\n")
+    print(f"{gpu or 'CPU'}: memory {speeds}\n")
     _print(rows)
     print_json(
         {
@@ -74,7 +68,6 @@ def run(options: GpuBenchOptions) -> int:
             "threads": torch.get_num_threads(),
             "read_bytes_per_second": round(bandwidth.read),
             "copy_bytes_per_second": round(bandwidth.copy),
-            "simulated": {"note": _SIMULATED, "gains": gains},
             "rows": rows,
             "not_measured": failed,
         }
@@ -126,20 +119,15 @@ def _measure_kind(
     return measured, facts
 
 
-def compare(rows: list[dict[str, Any]], gains: tuple[float, ...]) -> None:
-    """Put each step of trees beside the plain one of the same requests and context: the ratio of their times
-    and, from the profile's gains, tokens per step and the speed-up, drafting included."""
-    plain = {_place(row): row["ms_median"] for row in rows if row["nodes"] == 1}
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Put each step of trees beside the plain one of the same load: the ratio of their times."""
+    plain = {_load(row): row["ms_median"] for row in rows if row["nodes"] == 1}
     for row in rows:
-        if row["nodes"] == 1:
-            continue
-        alone, step = plain[_place(row)], row["ms_median"] + row["ms_drafting"]
-        row["simulated_tokens_per_step"] = round(1 + sum(gains[: row["nodes"] - 1]), 3)
-        row["over_plain"] = round(row["ms_median"] / alone, 3)
-        row["simulated_speed_up"] = round(row["simulated_tokens_per_step"] * alone / step, 3)
+        if row["nodes"] > 1:
+            row["over_plain"] = round(row["ms_median"] / plain[_load(row)], 3)
 
 
-def _place(row: dict[str, Any]) -> tuple[str, int, int]:
+def _load(row: dict[str, Any]) -> tuple[str, int, int]:
     return row["model"], row["requests"], row["context"]
 
 
@@ -148,6 +136,5 @@ def _print(rows: list[dict[str, Any]]) -> None:
         "model": "model", "step": "kind", "requests": "requests", "context": "context", "ms": "ms_median",
         "best ms": "ms_best", "limit ms": "limit_ms", "share of limit": "share_of_limit",
         "over plain": "over_plain", "device waits": "idle_share", "drafting ms": "ms_drafting",
-        "tokens/step (sim.)": "simulated_tokens_per_step", "speed-up (sim.)": "simulated_speed_up",
     }  # fmt: skip
     print_table(list(columns), [[row.get(key) for key in columns.values()] for row in rows])

@@ -106,7 +106,7 @@ class GpuModel:
 
     def tree_engine(self) -> Engine:
         """Its trees take no time to grow, and are as large as requests allow."""
-        family = profile_family()
+        family = TreeFamily.load(list_head_sets()[DEFAULT_MODEL] / "tree.json")  # any shape does
         drafter = FreeDrafter(family, self.decoder.vocab_size, self.placement.device)
         return build(
             self.config, loaded=self.load(), drafter=drafter, family=family, fixed_drafts=MAX_DRAFT_NODES
@@ -149,8 +149,3 @@ class FreeDrafter(Drafter):
         width = rows.max_nodes
         tokens = (rows.roots.unsqueeze(1) + self._offsets[:width]) % self._vocab_size
         return Proposal(tokens, self._parents[:width].expand_as(tokens), self._depth)
-
-
-def profile_family() -> TreeFamily:
-    """The tree whose calibrated gains stand for acceptance: the default model's own."""
-    return TreeFamily.load(list_head_sets()[DEFAULT_MODEL] / "tree.json")

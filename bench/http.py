@@ -13,7 +13,6 @@ import httpx
 
 from bench.facts import machine_facts
 from bench.load import closed_loop, open_loop, summarize_load
-from bench.plot import check_plot, plot_levels
 from bench.prompts import Prompt, read_prompts, sample
 from bench.proxies import is_loopback
 from bench.report import print_json, print_table
@@ -41,16 +40,11 @@ class ServeBenchOptions:
     output_len: int | None
     max_tokens: int
     seed: int
-    plot: Path | None
 
 
 def run(options: ServeBenchOptions) -> int:
-    if options.plot is not None:
-        check_plot(options.plot)
     document = asyncio.run(_measure(options))
     print_levels(document["levels"])
-    if options.plot is not None:
-        plot_levels(document["levels"], options.plot)
     print_json(document)
     return 0
 

@@ -14,10 +14,11 @@ from typing import Any, get_args
 
 from bench.extras import check_accelerate
 from bench.facts import machine_facts
-from bench.modes import EngineMode, Mode, Run
+from bench.modes import Mode
 from bench.prompts import Prompt, read_prompts, sample
 from bench.report import print_json, print_table, quartiles
 from bench.summary import compare, print_modes, print_ratios, print_tasks, summarize
+from engine.answering import EngineMode, Run
 from engine.config import EngineConfig, Speculation
 from engine.errors import ConfigError
 from engine.folders import with_folders

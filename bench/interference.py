@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.facts import machine_facts
-from bench.modes import Engine
 from bench.prompts import BUILTIN, read_prompts
 from bench.report import print_json, print_table
+from engine.answering import Engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.messages import AddRequest, SamplingParams

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.modes import Run
 from bench.report import mean_and_std, print_table, quartiles
+from engine.answering import Run
 
 Runs = Mapping[str, Sequence[Run]]  # by mode, in the order of the prompts
 

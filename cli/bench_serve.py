@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from cli.bench_common import add_prompts, check_positive
 from cli.parser import Subparsers
@@ -61,9 +60,6 @@ def register(commands: Subparsers[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="answers of exactly N tokens: ignores end-of-text on servers that know ignore_eos",
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw the levels (.png, .svg, .pdf; needs matplotlib)"
-    )
     parser.set_defaults(run=run)
 
 
@@ -92,6 +88,5 @@ def run(args: argparse.Namespace) -> int:
             output_len=args.output_len,
             max_tokens=args.max_tokens,
             seed=args.prompt_seed,
-            plot=args.plot,
         )
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from bench.modes import Run
+from engine.answering import Run
 from engine.errors import ConfigError, GorgonError
 
 ANSWERS = "answers.jsonl"

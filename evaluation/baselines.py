@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.modes import EngineMode
+from engine.answering import EngineMode
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from trees.family import TreeFamily

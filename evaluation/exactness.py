@@ -12,7 +12,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.modes import Engine
+from engine.answering import Engine
 from engine.messages import AddRequest, SamplingParams
 from evaluation.answers import Difference
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.modes import Run
 from bench.summary import compare, summarize
+from engine.answering import Run
 from evaluation.answers import Answered
 from evaluation.modes import OFF
 

@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from bench.modes import EngineMode, Run
 from bench.prompts import Prompt
+from engine.answering import EngineMode, Run
 from engine.errors import RequestError
 from engine.text.tokenizer import ChatTokenizer
 from evaluation.answers import Answered, Journal, Turn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench.modes import EngineMode
+from engine.answering import EngineMode
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from trees.family import TreeFamily

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.facts import machine_facts
-from bench.modes import EngineMode, Run
 from bench.prompts import read_prompts, sample
 from bench.report import print_json, print_table
+from engine.answering import EngineMode, Run
 from engine.config import EngineConfig, Quantization
 from engine.folders import with_folders
 from evaluation.exactness import compare_answers

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from engine.answering import EngineMode
 from engine.build import build
 from engine.config import Device, EngineConfig
-from engine.messages import AddRequest, SamplingParams
 from engine.model.loader import load_config, load_decoder
 from training.dataset import Document
 from training.document_rows import DenseCausalAttention
@@ -80,15 +80,8 @@ def greedy_continuations(
         max_model_len=min(longest, load_config(model_dir).max_positions),
         max_num_seqs=8,
     )
-    engine = build(config)
-    sampling = SamplingParams(max_tokens=CONTINUATION, temperature=0.0)
-    answers: list[list[int]] = [[] for _ in prompts]
-    for i, prompt in enumerate(prompts):
-        engine.add_request(AddRequest(request_id=str(i), prompt_token_ids=list(prompt), sampling=sampling))
-    while engine.has_work():
-        for output in engine.step().outputs:
-            answers[int(output.request_id)] += output.token_ids
-    return answers
+    run = EngineMode("greedy", build(config)).run_many(prompts, CONTINUATION, config.max_num_seqs)
+    return list(run.outputs.values())
 
 
 def measure_cost(

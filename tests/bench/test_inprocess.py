@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from bench.inprocess import one_at_a_time, side_by_side
-from bench.modes import EngineMode, Run
 from bench.prompts import Prompt
 from bench.report import mean_and_std, print_table, quartiles
 from bench.summary import acceptance_by_depth, compare, summarize
+from engine.answering import EngineMode, Run
 from engine.messages import AddRequest, ModelInfo, RequestOutput, RequestUsage, StepOutput, StepStats
 
 USAGE = RequestUsage(cached_tokens=0, decode_steps=0, drafted_tokens=0, accepted_tokens=0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.modes import EngineMode
+from engine.answering import EngineMode
 from engine.build import build
 from engine.config import EngineConfig, Quantization
 from engine.engine import Engine

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.modes import Run
+from engine.answering import Run
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from evaluation.baselines import DRAFT_TOKENS, baseline_modes, chain, plan_baselines

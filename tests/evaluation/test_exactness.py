@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.modes import EngineMode
+from engine.answering import EngineMode
 from engine.build import build
 from engine.config import EngineConfig
 from engine.engine import Engine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.modes import Run
+from engine.answering import Run
 from engine.config import EngineConfig
 from evaluation.quality import (
     QualityOptions,

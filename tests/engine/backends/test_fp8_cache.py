@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.modes import EngineMode
+from engine.answering import EngineMode
 from engine.backends.kv_cache import FP8, KVCache, bytes_per_token
 from engine.backends.torch.attention import PagedAttention
 from engine.batch import RequestState

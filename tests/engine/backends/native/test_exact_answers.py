@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.modes import EngineMode, Run
+from engine.answering import EngineMode, Run
 from engine.backends.native.library import kernels
 from engine.build import build
 from engine.config import EngineConfig, Quantization

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from bench.modes import EngineMode
+from engine.answering import EngineMode
 from engine.backends.native.hydra import NativeHydra
 from engine.backends.native.library import kernels
 from engine.backends.noise import Noise

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.modes import EngineMode
 from engine import host
+from engine.answering import EngineMode
 from engine.backends.kv_cache import KVCache
 from engine.backends.native.attention import NativeAttention
 from engine.backends.native.decoder import NativeDecoder
