@@ -26,6 +26,16 @@ class Bandwidth:
         self.copy = max(self.copy, 2 * _BYTES / self._fastest(lambda: self._target.copy_(self._source)))
 
     @property
+    def facts(self) -> dict[str, int]:
+        """For the JSON of a benchmark."""
+        return {"read_bytes_per_second": round(self.read), "copy_bytes_per_second": round(self.copy)}
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        return f"memory reads {self.read / 1e9:.1f} GB/s, copies {self.copy / 1e9:.1f} GB/s"
+
+    @property
     def best(self) -> float:
         """Bytes per second that a pass could read at most; on some machines a copy moves more."""
         return max(self.read, self.copy)

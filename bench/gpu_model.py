@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from bench.shapes import SHAPES, random_decoder, random_heads
-from bench.step import WARM_UP_STEPS
-from engine.backends.kv_cache import KVCache, bytes_per_token
-from engine.batch import BatchLimits, ScheduledRequest
+from bench.steps import WARM_UP_STEPS
+from engine.backends.kv_cache import bytes_per_token
 from engine.build import build
 from engine.config import MAX_TREE_NODES, Device, Dtype, EngineConfig, KVCacheDtype, Quantization
 from engine.engine import Engine
@@ -22,10 +18,7 @@ from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.model.loader import load_config, load_decoder
 from engine.placement import Placement
-from engine.runner.drafter import Drafter, Proposal, RootRows
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.profile import measure_costs
-from engine.runner.runner import Runner
 from heads.checkpoint import load_heads
 from heads.defaults import DEFAULT_MODEL
 from heads.registry.names import list_head_sets, resolve_heads, resolve_model
@@ -33,6 +26,7 @@ from trees.family import MAX_DRAFT_NODES, TreeFamily
 
 _BLOCK_SIZE = 16
 _ROOM = 64  # positions of a tree, at the end of each request
+_HEAD_LAYERS = 1  # of the cache, that heads may have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +83,7 @@ class GpuModel:
         positions = requests * -(-longest // _BLOCK_SIZE) * _BLOCK_SIZE
         sized = replace(
             config,
-            kv_cache_memory=positions * bytes_per_token(decoder, place.stored),
+            kv_cache_memory=positions * bytes_per_token(decoder, place.stored, _HEAD_LAYERS),
             max_model_len=longest,
             max_num_seqs=requests,
             max_num_batched_tokens=requests * _ROOM,
@@ -105,47 +99,18 @@ class GpuModel:
         return build(replace(self.config, speculation="off"), loaded=self.load())
 
     def tree_engine(self) -> Engine:
-        """Its trees take no time to grow, and are as large as requests allow."""
-        family = TreeFamily.load(list_head_sets()[DEFAULT_MODEL] / "tree.json")  # any shape does
-        drafter = FreeDrafter(family, self.decoder.vocab_size, self.placement.device)
-        return build(
-            self.config, loaded=self.load(), drafter=drafter, family=family, fixed_drafts=MAX_DRAFT_NODES
-        )
-
-    def drafting_seconds(self, requests: Sequence[int]) -> dict[int, float]:
-        """What heads take to guess trees, by the number of requests: the model's own, else untrained ones."""
-        loaded, most = self.load(), max(requests)
+        """Trees as large as requests allow, grown by the model's own heads, else by untrained ones."""
+        loaded = self.load()
         if self.heads_dir is None:
             drafter = HeadsDrafter(random_heads(loaded), loaded.lm_head.weight)
         else:
             drafter = HeadsDrafter.of(load_heads(self.heads_dir), loaded.embedding, loaded.lm_head.weight)
-        limits = BatchLimits(most, most * _ROOM, self.decoder.max_positions, MAX_DRAFT_NODES)
-        cache = KVCache(
-            self.decoder,
-            most * (4 * _ROOM // _BLOCK_SIZE),
-            _BLOCK_SIZE,
-            self.placement.dtype,
-            self.placement.device,
-            drafter.num_cache_layers,
+        family = TreeFamily.load(list_head_sets()[DEFAULT_MODEL] / "tree.json")  # any of that size does
+        return build(
+            self.config,
+            loaded=loaded,
+            drafter=drafter,
+            family=family,
+            fixed_drafts=MAX_DRAFT_NODES,
+            ngrams=False,  # which are right too often where a random model repeats itself
         )
-        costs = measure_costs(Runner(loaded, cache, drafter, most), limits)
-        levels = np.full(len(requests), drafter.num_levels)
-        seconds = costs.guessing_seconds(np.array(requests), levels)
-        return dict(zip(requests, map(float, seconds), strict=True))
-
-
-class FreeDrafter(Drafter):
-    """Trees of the right shape at once, with guesses that are hardly ever right: what they cost to verify."""
-
-    def __init__(self, family: TreeFamily, vocab_size: int, device: torch.device) -> None:
-        self._parents = torch.tensor(family.parents, device=device)
-        self._offsets = torch.arange(len(family.parents), device=device)
-        self._depth, self._vocab_size = family.max_depth, vocab_size
-
-    def limit(self, scheduled: ScheduledRequest) -> int:
-        return scheduled.num_drafts
-
-    def grow(self, rows: RootRows) -> Proposal:
-        width = rows.max_nodes
-        tokens = (rows.roots.unsqueeze(1) + self._offsets[:width]) % self._vocab_size
-        return Proposal(tokens, self._parents[:width].expand_as(tokens), self._depth)

@@ -110,15 +110,13 @@ class ServerProcess:
 
     def _pids(self) -> list[int]:
         """Processes of the server's session; off Linux the server's own alone."""
+        if not Path("/proc/self").exists():
+            return [self._process.pid] if self._process.poll() is None else []
         pids = []
         for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                # The name in parentheses may hold blanks. After it: state, parent, group, session.
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self._process.pid and fields[0] != "Z":
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getsid(int(entry.name)) == self._process.pid:
                     pids.append(int(entry.name))
-        if not pids and not Path("/proc/self/stat").exists() and self._process.poll() is None:
-            return [self._process.pid]
         return pids
 
 

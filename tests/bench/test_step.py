@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from bench.bandwidth import Bandwidth
-from bench.step import StepBenchError, StepBenchOptions, measure, measure_steps
+from bench.steps import Kind, StepBenchError, measure_steps
 from cli.main import main
 from engine.backends.torch.packing import pack_linears
 from engine.build import build
@@ -73,21 +74,14 @@ def test_an_fp8_cache_is_counted_as_what_it_is(folders: tuple[Path, Path], capsy
 
 
 def test_nothing_to_draft_with_means_no_trees(
-    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    config = EngineConfig(
-        model_dir=str(folders[0]),
-        dtype="float32",
-        device="cpu",
-        kv_cache_memory=2**20,
-        speculation="off",
+    monkeypatch.setattr(
+        "bench.step.build", lambda config, **_: build(replace(config, speculation="off"), ngrams=False)
     )
-    plain = build(config)
-    monkeypatch.setattr("bench.step.build", lambda config, fixed_drafts: plain)
-    options = StepBenchOptions(
-        model="", heads="none", config=config, requests=(2,), trees=(4, 8), context=10, steps=2
-    )
-    assert [row.kind for row in measure(plain, config, options)] == ["plain"]
+    assert bench(folders[0], "--heads", "none", "--requests", "2", "--trees", "4", "8") == 0
+    steps = json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]
+    assert [row["kind"] for row in steps] == ["plain"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +108,7 @@ def test_too_little_cache_is_no_measurement(folders: tuple[Path, Path]) -> None:
         max_model_len=40,
     )
     with pytest.raises(StepBenchError, match="requests decoded in a step"):
-        measure_steps(build(config), "plain", 2, context=12, num_steps=20)
+        measure_steps(build(config), Kind(2, 1, context=12), num_steps=20)
 
 
 def test_trees_have_as_many_nodes_as_asked_for(folders: tuple[Path, Path]) -> None:
@@ -123,7 +117,8 @@ def test_trees_have_as_many_nodes_as_asked_for(folders: tuple[Path, Path]) -> No
         model_dir=str(model), heads_dir=str(heads), dtype="float32", device="cpu", kv_cache_memory=2**20
     )
     engine = build(config, fixed_drafts=63)
-    assert measure_steps(engine, "tree of 64", 1, context=10, num_steps=2).num_tokens == 64
+    for nodes in (64, 5, 2):
+        assert measure_steps(engine, Kind(1, nodes, context=10), num_steps=2).num_tokens == nodes
     assert not engine.has_work()
 
 

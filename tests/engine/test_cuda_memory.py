@@ -107,8 +107,8 @@ def test_the_benchmark_says_how_long_the_device_waits(capsys: Any) -> None:
     assert main(["bench", "gpu", *flags, "--contexts", "100"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["gpu"] == torch.cuda.get_device_name()
-    assert 0.0 < document["rows"][0]["idle_share"] < 1.0
-    assert min(document["rows"][0]["ms_by_kernel"].values()) > 0.0
+    assert 0.0 < document["steps"][0]["idle_share"] < 1.0
+    assert min(document["steps"][0]["ms_by_kernel"].values()) > 0.0
 
 
 def test_weights_are_loaded_without_a_second_copy(tiny_model_dir: Path) -> None:
