@@ -48,8 +48,8 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     from engine.errors import ConfigError
     from training.calibration_report import independent_tokens, report
+    from training.heads_recipe import calibrate_heads
     from training.plots import can_plot, plot_expected_tokens
-    from training.recipe import calibrate_heads
 
     if not args.data.is_file():
         raise ConfigError("data", f"{args.data} is no file")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from cli import bench, calibrate, chat, distill, evaluate, heads, models, serve, train
+from cli import bench, calibrate, chat, distill, evaluate, heads, pull, serve, train
 from cli.parser import Parser
 from cli.settings import EnvironmentSettingError
 from engine.errors import ConfigError, GorgonError
@@ -26,7 +26,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="gorgon", description="Serve language models, several tokens per forward pass.")
     parser.add_argument("--version", action="version", version=f"gorgon {version('gorgon-serve')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, chat, models, heads, distill, train, calibrate, evaluate, bench):
+    for command in (serve, chat, pull, heads, distill, train, calibrate, evaluate, bench):
         command.register(subparsers)
     return parser
 

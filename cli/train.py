@@ -1,11 +1,11 @@
-"""`gorgon train medusa1|medusa2|overlap`: make head sets from a model's own text."""
+"""`gorgon train heads|joint|overlap`: make head sets from a model's own text."""
 
 from __future__ import annotations
 
 import argparse
 import math
 
-from cli import overlap, train_medusa1, train_medusa2
+from cli import overlap, train_heads, train_joint
 from cli.parser import Subparsers
 from heads.defaults import DEFAULT_MODEL
 
@@ -14,8 +14,8 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("train", help="train head sets")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    train_medusa1.register(commands, DEFAULT_MODEL, _positive, _positive_float)
-    train_medusa2.register(commands, DEFAULT_MODEL, _positive, _positive_float)
+    train_heads.register(commands, DEFAULT_MODEL, _positive, _positive_float)
+    train_joint.register(commands, DEFAULT_MODEL, _positive, _positive_float)
 
     overlap.register(commands)
 

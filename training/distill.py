@@ -241,5 +241,5 @@ def summary(totals: Totals, out: Path, model: str) -> list[str]:
         lines.append(f"failed: {failed} (see {failed_path(out)}; the same command tries them again)")
     if totals.rows:
         data = shlex.quote(str(out))
-        lines.append(f"next: gorgon train medusa1 --model {shlex.quote(model)} --data {data} --out my-heads")
+        lines.append(f"next: gorgon train heads --model {shlex.quote(model)} --data {data} --out my-heads")
     return lines

@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineStartError
 from heads.errors import RegistryError
 from server.settings import ServerSettings
-from training.recipe import HeadsConfig
+from training.heads_recipe import HeadsConfig
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +177,7 @@ def test_the_readme_lists_every_flag() -> None:
     ("flags", "name"),
     [
         (["--rank", "7"], "rank"),
-        (["--architecture", "hydra", "--layers", "5"], "layers"),
+        (["--kind", "hydra", "--layers", "5"], "layers"),
         (["--architecture", "hydra", "--no-root-input"], "root_input"),
         (["--prefix-width", "64"], "prefix_width"),
         (["--start", "somewhere", "--heads", "3"], "heads"),
@@ -194,9 +194,9 @@ def test_training_flags_without_effect_are_refused(
 
 def test_the_training_guide_gives_the_defaults_that_are() -> None:
     guide = (Path(__file__).parent.parent.parent / "docs" / "training.md").read_text()
-    args = build_parser().parse_args(["train", "medusa1", "--data", "d", "--out", "o"])
+    args = build_parser().parse_args(["train", "heads", "--data", "d", "--out", "o"])
     heads = HeadsConfig()
-    assert f"| `--architecture` | {heads.architecture} |" in guide
+    assert f"| `--kind` | {heads.kind} |" in guide
     assert f"| `--heads` | {heads.heads} |" in guide
     assert f"| `--layers` | {heads.layers} |" in guide
     assert f"| `--vocab` | {heads.vocab} |" in guide

@@ -10,8 +10,8 @@ import torch
 from heads.hydra import HydraHeads, PrefixLayer
 from tests.training.tiny import VOCAB, tiny_decoder, tiny_documents
 from training.devices import make_accelerator
+from training.heads_trainer import HeadsTrainer, TrainerConfig
 from training.hidden_states import extract
-from training.trainer import HeadsTrainer, TrainerConfig
 
 
 def main(out: Path) -> None:

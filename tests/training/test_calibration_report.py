@@ -9,11 +9,11 @@ import pytest
 
 from cli.main import main
 from tests.training.tiny import VOCAB, tiny_decoder, tiny_documents
-from training import recipe
+from training import heads_recipe
 from training.calibrate import MAX_RANK, Calibration, Rates
 from training.calibration_report import independent_tokens, report
-from training.recipe import HeadsConfig
-from training.trainer import TrainerConfig
+from training.heads_recipe import HeadsConfig
+from training.heads_trainer import TrainerConfig
 from trees.family import TreeFamily
 
 
@@ -62,12 +62,12 @@ def test_hit_rates_stand_by_head_and_rank_and_by_task() -> None:
 def test_the_command_says_what_it_measured_and_what_comes_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(recipe, "_load", lambda *_: (tiny_decoder(), tiny_documents(60)))
+    monkeypatch.setattr(heads_recipe, "_load", lambda *_: (tiny_decoder(), tiny_documents(60)))
     heads, data = tmp_path / "heads", tmp_path / "text.jsonl"
     data.touch()
     config = TrainerConfig(epochs=1, batch=128, lr=2e-2, warmup=5)
     shape = HeadsConfig(heads=2, layers=1, vocab=VOCAB)
-    recipe.train_medusa1("tiny", data, heads, heads / "cache", 10**6, shape, config)
+    heads_recipe.train_heads("tiny", data, heads, heads / "cache", 10**6, shape, config)
     capsys.readouterr()
     assert main(["calibrate", "--heads", str(heads), "--model", "tiny", "--data", str(data)]) == 0
     printed = capsys.readouterr().out

@@ -104,7 +104,7 @@ def test_rows_carry_what_training_reads_and_the_summary_counts(
     tokens = sum(row["tokens"] for row in rows)
     assert f"{len(rows)} rows, {tokens} answer tokens, {100 * greedy / len(rows):.1f}% of rows" in printed
     assert "1 prompt too long" in printed and "1 template error" in printed
-    assert f"gorgon train medusa1 --model {model_dir} --data {out}" in printed
+    assert f"gorgon train heads --model {model_dir} --data {out}" in printed
     failed = [json.loads(line) for line in failed_path(out).read_text().splitlines()]
     assert {(row["id"], row["reason"]) for row in failed} == {
         ("long", "prompt too long"),

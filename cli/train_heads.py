@@ -1,4 +1,4 @@
-"""`gorgon train medusa1`: heads learn on a model that stands still; what comes out is a head set for it."""
+"""`gorgon train heads`: heads learn on a model that stands still; what comes out is a head set for it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def register(
 ) -> None:
     """Add the command to those of `gorgon train`; `positive` and `positive_float` read numbers above 0."""
     parser = commands.add_parser(
-        "medusa1",
+        "heads",
+        aliases=["medusa1"],  # its name until now
         help="train heads on a frozen model, then calibrate them",
         description="Train heads on a frozen model: its hidden states are computed once and kept, heads "
         "learn from them, and calibration chooses their tree. The same command again takes up a run that "
-        "was killed. Several GPUs: accelerate launch --module cli.main train medusa1 ...",
+        "was killed. Several GPUs: accelerate launch --module cli.main train heads ...",
     )
     whole: dict[str, Any] = {"type": positive, "metavar": "N"}
     number: dict[str, Any] = {"type": positive_float, "metavar": "X"}
@@ -48,7 +49,8 @@ def register(
         help="head set to go on from; it decides on all else here",
     )
     add(
-        "--architecture",
+        "--kind",
+        "--architecture",  # its name until now
         choices=("medusa", "hydra"),
         help="independent heads, or heads that see the tokens guessed before them (medusa)",
     )
@@ -97,8 +99,8 @@ def register(
 def run(args: argparse.Namespace) -> int:
     from engine.errors import ConfigError
     from training.calibration_report import report
-    from training.recipe import HeadsConfig, train_medusa1
-    from training.trainer import TrainerConfig
+    from training.heads_recipe import HeadsConfig, train_heads
+    from training.heads_trainer import TrainerConfig
 
     if not args.data.is_file():
         raise ConfigError("data", f"{args.data} is no file")
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     _check_heads(args, [f.name for f in fields(HeadsConfig) if f.name != "start"])
     heads, config = HeadsConfig(**given(HeadsConfig)), TrainerConfig(**given(TrainerConfig))
     cache = args.cache or args.out / "cache"
-    result = train_medusa1(
+    result = train_heads(
         args.model, args.data, args.out, cache, args.max_positions, heads, config, args.device
     )
     if result is not None:
@@ -127,10 +129,10 @@ def _check_heads(args: argparse.Namespace, names: list[str]) -> None:
     from engine.errors import ConfigError
 
     unused = dict.fromkeys(names, "--start decides on it") if args.start is not None else {}
-    if args.architecture == "hydra":
-        unused |= dict.fromkeys(("layers", "root_input"), "it is for --architecture medusa")
+    if args.kind == "hydra":
+        unused |= dict.fromkeys(("layers", "root_input"), "it is for --kind medusa")
     else:
-        unused.setdefault("prefix_width", "it is for --architecture hydra")
+        unused.setdefault("prefix_width", "it is for --kind hydra")
     if args.projection != "low_rank":
         unused.setdefault("rank", "it is for --projection low_rank")
     for name, reason in unused.items():

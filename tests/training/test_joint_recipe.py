@@ -20,7 +20,7 @@ from training import devices
 from training.backbone import Backbone, load_model
 from training.dataset import Document
 from training.devices import make_accelerator
-from training.medusa2 import Medusa2Config, Medusa2Trainer
+from training.joint import JointConfig, JointTrainer
 from training.output_cost import common_share, greedy_continuations, measure_cost, perplexity
 
 
@@ -74,10 +74,10 @@ def test_bfloat16_trains(checkpoint: Path, tmp_path: Path) -> None:
     losses = []
     torch.manual_seed(1)
     backbone = Backbone(load_model(checkpoint, torch.bfloat16), lora=True)
-    config = Medusa2Config(heads_first_steps=3, batch=8, accumulate=2, lr=5e-3, warmup=3, epochs=3)
+    config = JointConfig(heads_first_steps=3, batch=8, accumulate=2, lr=5e-3, warmup=3, epochs=3)
     heads = MedusaHeads(2, 1, 32, VOCAB, root_input=True)
     accelerator = make_accelerator("bf16", heads_first=True)
-    trainer = Medusa2Trainer(config, counting_documents(80), backbone, heads, tmp_path, accelerator)
+    trainer = JointTrainer(config, counting_documents(80), backbone, heads, tmp_path, accelerator)
     for _ in range(trainer.num_steps):
         losses.append(trainer.train_step().loss_heads[0])
     assert {p.dtype for p in trainer.joint.backbone.trained().values()} == {torch.float32}

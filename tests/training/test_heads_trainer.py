@@ -18,9 +18,9 @@ from tests.training.tiny import VOCAB, tiny_decoder, tiny_documents
 from training.calibrate import calibrate
 from training.heads_log import EpochCost
 from training.heads_loss import LATER_HEADS_EVERY
+from training.heads_trainer import HeadsTrainer, TrainerConfig, TrainingError, token_map
 from training.hidden_states import HiddenCache, extract
 from training.sequences import SequenceBatch, Sequences
-from training.trainer import HeadsTrainer, TrainerConfig, TrainingError, token_map
 from training.vocabulary_loss import distributions, frozen_projection_loss, mean_rows, vocabulary_loss
 
 CONFIG = TrainerConfig(targets="hard", epochs=20, batch=192, lr=2e-2, warmup=5, checkpoint_every=20)

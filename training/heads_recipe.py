@@ -25,10 +25,10 @@ from training.calibrate import Calibration, calibrate
 from training.card import update_card, write_card
 from training.dataset import DataError, Document, load_documents
 from training.devices import check_installed, make_accelerator, peak_memory_words, training_dtype
+from training.heads_trainer import HeadsTrainer, TrainerConfig, token_map
 from training.hidden_states import HiddenCache, extract
 from training.run_state import tensors_digest
 from training.sequences import Sequences
-from training.trainer import HeadsTrainer, TrainerConfig, token_map
 
 MAX_LENGTH = 1024  # tokens of a conversation, prompt included; longer ones are left out
 
@@ -54,7 +54,7 @@ class HeadsConfig:
     `root_input` are Medusa's, `prefix_width` (the inner size of the prefix layer, 0 for the model's hidden
     size) is Hydra's."""
 
-    architecture: Literal["medusa", "hydra"] = "medusa"
+    kind: Literal["medusa", "hydra"] = "medusa"
     start: Path | None = None
     heads: int = 4
     vocab: int = 8192
@@ -70,7 +70,7 @@ class HeadsConfig:
             return {"start": self.start.name}
         left_out = {
             "start",
-            *(("prefix_width",) if self.architecture == "medusa" else ("layers", "root_input")),
+            *(("prefix_width",) if self.kind == "medusa" else ("layers", "root_input")),
         }
         if self.projection != "low_rank":
             left_out.add("rank")
@@ -86,7 +86,7 @@ def make_heads(config: HeadsConfig, decoder: Decoder, cache: HiddenCache) -> Dra
     vocab_size, hidden_size = decoder.lm_head.weight.shape
     tokens = token_map(cache, config.vocab, vocab_size)
     rank = config.rank if config.projection == "low_rank" else 0
-    if config.architecture == "medusa":
+    if config.kind == "medusa":
         heads: DraftHeads = MedusaHeads(
             config.heads,
             config.layers,
@@ -106,7 +106,7 @@ def make_heads(config: HeadsConfig, decoder: Decoder, cache: HiddenCache) -> Dra
     return heads
 
 
-def train_medusa1(
+def train_heads(
     model_name: str,
     data: Path,
     out: Path,

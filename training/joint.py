@@ -39,7 +39,7 @@ _CHANGEABLE = ("lr", "heads_first_lr", "accumulate", "checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Medusa2Config:
+class JointConfig:
     """How both are trained. `batch` counts conversations in a step over all devices, taken in `accumulate`
     passes by each; `lr` is the backbone's, None for that of the loss."""
 
@@ -95,7 +95,7 @@ class JointModel(nn.Module):
         return torch.cat((lm_loss.unsqueeze(0), by_head))
 
 
-class Medusa2Trainer:
+class JointTrainer:
     """One run in one directory, which holds the trainer's state and a log.
 
     accelerator: accelerate's, which says the device, the number format and which share of a step is ours.
@@ -105,7 +105,7 @@ class Medusa2Trainer:
 
     def __init__(
         self,
-        config: Medusa2Config,
+        config: JointConfig,
         documents: list[Document],
         backbone: Backbone,
         heads: DraftHeads,

@@ -1,4 +1,4 @@
-"""`gorgon train medusa2`: heads and backbone learn together; what comes out is a model and its head set."""
+"""`gorgon train joint`: heads and backbone learn together; what comes out is a model and its head set."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def register(
 ) -> None:
     """Add the command to those of `gorgon train`; `positive` and `positive_float` read numbers above 0."""
     parser = commands.add_parser(
-        "medusa2",
+        "joint",
+        aliases=["medusa2"],  # its name until now
         help="train heads together with their model (LoRA or whole), merge, calibrate and compare",
         description="Train heads together with their model. Several GPUs: accelerate launch --module "
-        "cli.main train medusa2 ... The same command again takes up a run that was killed.",
+        "cli.main train joint ... The same command again takes up a run that was killed.",
     )
     whole: dict[str, Any] = {"type": positive, "metavar": "N"}
     number: dict[str, Any] = {"type": positive_float, "metavar": "X"}
@@ -79,20 +80,20 @@ def _natural(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     from engine.errors import ConfigError
     from training.calibration_report import report
-    from training.medusa2 import Medusa2Config
-    from training.medusa2_recipe import Medusa2Options, train_medusa2
+    from training.joint import JointConfig
+    from training.joint_recipe import JointOptions, train_joint
 
     if not args.data.is_file():
         raise ConfigError("data", f"{args.data} is no file")
     first_steps = args.heads_first_steps
     if first_steps is None:
         first_steps = FIRST_STEPS if args.heads is None else 0
-    config = Medusa2Config(
+    config = JointConfig(
         heads_first_steps=first_steps,
-        **{name: getattr(args, name) for name in _names(Medusa2Config) if name != "heads_first_steps"},
+        **{name: getattr(args, name) for name in _names(JointConfig) if name != "heads_first_steps"},
     )
-    options = Medusa2Options(**{name: getattr(args, name) for name in _names(Medusa2Options)})
-    result = train_medusa2(options, config)
+    options = JointOptions(**{name: getattr(args, name) for name in _names(JointOptions)})
+    result = train_joint(options, config)
     if result is not None:
         print("\n".join([*report(result.calibration), *result.cost.lines()]))
         print(f"serve it: gorgon serve {args.out / 'model'} --heads {args.out / 'heads'}")

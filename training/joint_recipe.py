@@ -21,16 +21,16 @@ from training.backbone import Backbone, JointTrainingError, load_model
 from training.calibrate import Calibration
 from training.dataset import DataError, Document, load_documents
 from training.devices import check_installed, make_accelerator
-from training.medusa2 import Medusa2Config, Medusa2Trainer
+from training.heads_recipe import calibrate_heads
+from training.joint import JointConfig, JointTrainer
 from training.output_cost import OutputCost, measure_cost
-from training.recipe import calibrate_heads
 from training.run_state import tensors_digest
 
 MEASURED_DOCUMENTS = 64  # held-out conversations that the cost in output is measured on
 
 
 @dataclass(frozen=True, kw_only=True)
-class Medusa2Options:
+class JointOptions:
     """What goes in and out. `heads`: a trained head set to start from; without one, fresh heads of the given
     numbers. `max_length`: tokens of a conversation, longer ones are left out, as are those that the model has
     no positions for."""
@@ -52,14 +52,14 @@ class Medusa2Options:
 
 
 @dataclass(frozen=True)
-class Medusa2Result:
+class JointResult:
     """What a finished run measured."""
 
     calibration: Calibration
     cost: OutputCost
 
 
-def train_medusa2(options: Medusa2Options, config: Medusa2Config) -> Medusa2Result | None:
+def train_joint(options: JointOptions, config: JointConfig) -> JointResult | None:
     """Train, merge, calibrate, compare; a killed run goes on where it stopped. `out` then holds `model` and
     `heads`, which belong together, and `report.json`. None on all devices but the first.
     """
@@ -82,7 +82,7 @@ def train_medusa2(options: Medusa2Options, config: Medusa2Config) -> Medusa2Resu
     backbone = _backbone(options, config, source, accelerator.mixed_precision == "bf16")
     heads = _heads(options, backbone, documents)
     start = None if options.heads is None else tensors_digest(heads.state_dict())
-    trainer = Medusa2Trainer(config, documents, backbone, heads, options.out, accelerator, start)
+    trainer = JointTrainer(config, documents, backbone, heads, options.out, accelerator, start)
     trainer.run()
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
@@ -90,7 +90,7 @@ def train_medusa2(options: Medusa2Options, config: Medusa2Config) -> Medusa2Resu
     return _finish(options, config, source, trainer.joint.backbone, heads, held_out, accelerator.device.type)
 
 
-def _documents(options: Medusa2Options, source: Path, seed: int) -> list[Document]:
+def _documents(options: JointOptions, source: Path, seed: int) -> list[Document]:
     tokenizer = load_chat_tokenizer(source)
     if tokenizer.eos_token is None:
         raise DataError(f"{options.model} has no end-of-turn token, so that its answers have no end to learn")
@@ -99,7 +99,7 @@ def _documents(options: Medusa2Options, source: Path, seed: int) -> list[Documen
     return load_documents(options.data, tokenizer, tokenizer.eos_token, *limits, seed)
 
 
-def _backbone(options: Medusa2Options, config: Medusa2Config, source: Path, bf16: bool) -> Backbone:
+def _backbone(options: JointOptions, config: JointConfig, source: Path, bf16: bool) -> Backbone:
     """Weights that train are float32; those under adapters are in the format they are computed in."""
     dtype = torch.bfloat16 if bf16 and not config.full else torch.float32
     torch.manual_seed(config.seed)  # adapters start at random
@@ -111,7 +111,7 @@ def _backbone(options: Medusa2Options, config: Medusa2Config, source: Path, bf16
     )
 
 
-def _heads(options: Medusa2Options, backbone: Backbone, documents: Sequence[Document]) -> DraftHeads:
+def _heads(options: JointOptions, backbone: Backbone, documents: Sequence[Document]) -> DraftHeads:
     """The head set to start from, in float32, or fresh heads over the answers' most frequent tokens."""
     embedding = backbone.embedding
     vocab_size, hidden_size = embedding.shape
@@ -130,14 +130,14 @@ def _heads(options: Medusa2Options, backbone: Backbone, documents: Sequence[Docu
 
 
 def _finish(
-    options: Medusa2Options,
-    config: Medusa2Config,
+    options: JointOptions,
+    config: JointConfig,
     source: Path,
     backbone: Backbone,
     heads: DraftHeads,
     held_out: Sequence[Document],
     device: str,
-) -> Medusa2Result:
+) -> JointResult:
     model_dir, heads_dir = options.out / "model", options.out / "heads"
     backbone.save_merged(model_dir, source)
     embedding, _ = load_vocabulary(model_dir)
@@ -155,10 +155,10 @@ def _finish(
     (options.out / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
     with (heads_dir / "README.md").open("a") as card:
         card.write("\n## What it costs in output\n\n" + "\n".join(f"- {x}" for x in cost.lines()) + "\n")
-    return Medusa2Result(calibration, cost)
+    return JointResult(calibration, cost)
 
 
-def _write_card(heads_dir: Path, options: Medusa2Options, config: Medusa2Config) -> None:
+def _write_card(heads_dir: Path, options: JointOptions, config: JointConfig) -> None:
     """The head of the card; calibration adds its figures."""
     how = "all weights" if config.full else "LoRA, merged"
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())

@@ -26,11 +26,11 @@ from training.backbone import Backbone, JointTrainingError, load_model
 from training.conversations import make_batch
 from training.dataset import Document
 from training.document_rows import DenseCausalAttention
+from training.joint import JointConfig, JointModel, JointTrainer
 from training.joint_losses import distillation_loss
-from training.medusa2 import JointModel, Medusa2Config, Medusa2Trainer
 from trees.family import TreeFamily
 
-CONFIG = Medusa2Config(
+CONFIG = JointConfig(
     lm_loss="ce", heads_first_steps=6, epochs=2, batch=8, accumulate=2, lr=5e-3, warmup=3, checkpoint_every=5
 )
 HEADS = 3
@@ -51,10 +51,10 @@ def fresh_heads(token_map: Tensor | None = None) -> MedusaHeads:
 
 
 def trainer_of(
-    checkpoint: Path, out: Path, config: Medusa2Config = CONFIG, *, lora: bool = True, **options: Any
-) -> Medusa2Trainer:
+    checkpoint: Path, out: Path, config: JointConfig = CONFIG, *, lora: bool = True, **options: Any
+) -> JointTrainer:
     backbone = backbone_of(checkpoint, lora=lora, **options)
-    return Medusa2Trainer(config, counting_documents(80), backbone, fresh_heads(), out, Accelerator(cpu=True))
+    return JointTrainer(config, counting_documents(80), backbone, fresh_heads(), out, Accelerator(cpu=True))
 
 
 def losses(directory: Path) -> list[list[float]]:
@@ -170,7 +170,7 @@ def test_heads_of_every_kind_learn_with_their_backbone(
     heads.start_from(backbone.projection())
     before = {name: p.detach().clone() for name, p in heads.named_parameters()}
     config = dataclasses.replace(CONFIG, heads_first_steps=0, epochs=4)
-    trainer = Medusa2Trainer(config, counting_documents(80), backbone, heads, tmp_path, Accelerator(cpu=True))
+    trainer = JointTrainer(config, counting_documents(80), backbone, heads, tmp_path, Accelerator(cpu=True))
     trainer.run()
     rows = torch.tensor(losses(tmp_path))
     assert (rows[-4:].mean(dim=0) < 0.8 * rows[:4].mean(dim=0)).all()
@@ -247,10 +247,10 @@ def test_another_token_map_or_start_of_equal_shape_does_not_take_up_a_run(
 ) -> None:
     kept = torch.arange(16)
 
-    def run(tokens: Tensor, start: str | None) -> Medusa2Trainer:
+    def run(tokens: Tensor, start: str | None) -> JointTrainer:
         heads, documents = fresh_heads(tokens), counting_documents(80)
         parts = backbone_of(checkpoint), heads, tmp_path, Accelerator(cpu=True)
-        return Medusa2Trainer(CONFIG, documents, *parts, start)
+        return JointTrainer(CONFIG, documents, *parts, start)
 
     run(kept, "a").save()
     assert run(kept, "a").step == 0
