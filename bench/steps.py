@@ -92,7 +92,7 @@ def _decoding(engine: Engine, kind: Kind, num_steps: int) -> Iterator[Callable[[
         max_tokens=max_tokens,
         temperature=0.0,
         ignore_eos=True,
-        speculation=SpeculationParams(max_nodes=max(1, kind.nodes - 1)),
+        speculation=SpeculationParams(max_draft_tokens=max(1, kind.nodes - 1)),
     )
     names = [f"{kind.name}-{index}" for index in range(kind.requests)]
     for name in names:

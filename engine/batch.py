@@ -9,7 +9,8 @@ slot mapping      the slot of every token of a pass
 seat              a row of the runner's per-request state; a running request has one
 prefix length     how many committed positions a query token sees
 root              the last known token of a request; its KV is not computed yet
-draft tokens      guesses that hang below the root in a tree; node 0 of the tree is the root
+draft tokens      guesses that hang below the root in a tree; limits on drafts do not count the root
+node              a token of a tree; node 0 is the root, and numbers of nodes count it
 target            the token the model itself draws at a node
 accepted tokens   draft tokens on the path that agrees with the targets
 bonus token       the target at the end of that path; it needs no draft

@@ -19,10 +19,10 @@ MAX_LISTED_TOKENS = 512  # of `logit_bias`, and of what ends a request: its stop
 
 
 class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
-    """What one request asks of speculation. `max_nodes` counts draft tokens, the root not included."""
+    """What one request asks of speculation."""
 
     enabled: bool = True
-    max_nodes: int | None = None
+    max_draft_tokens: int | None = None  # of one tree
     acceptance: Literal["exact", "typical"] = "exact"
     epsilon: float = 0.09  # typical acceptance: hard floor of the probability
     delta: float = 0.3  # typical acceptance: factor of exp(-entropy)

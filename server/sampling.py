@@ -79,7 +79,7 @@ def _speculation(request: SamplingFields) -> SpeculationParams:
         return SpeculationParams()
     return SpeculationParams(
         enabled=asked.enabled,
-        max_nodes=asked.max_nodes,
+        max_draft_tokens=asked.max_draft_tokens,
         acceptance=asked.acceptance,
         epsilon=asked.epsilon,
         delta=asked.delta,

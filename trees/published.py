@@ -30,7 +30,7 @@ def published_family(num_heads: int, num_tokens: int) -> TreeFamily:
     return independent_family(rates[:num_heads])
 
 
-def independent_family(hit_rates: list[list[float]], max_nodes: int = MAX_DRAFT_NODES) -> TreeFamily:
+def independent_family(hit_rates: list[list[float]], max_drafts: int = MAX_DRAFT_NODES) -> TreeFamily:
     """The best family where a path is right with the product of its guesses' rates.
 
     hit_rates: for each head the rates of its guesses by rank, falling. Best first: a node is never likelier
@@ -39,7 +39,7 @@ def independent_family(hit_rates: list[list[float]], max_nodes: int = MAX_DRAFT_
     paths: list[RankPath] = []
     gains: list[float] = []
     border: list[tuple[float, RankPath, float]] = [(-hit_rates[0][0], (0,), 1.0)]  # with the parent's gain
-    while border and len(paths) < max_nodes:
+    while border and len(paths) < max_drafts:
         negative, path, parent_gain = heapq.heappop(border)
         paths.append(path)
         gains.append(-negative)

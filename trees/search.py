@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from trees.family import MAX_DRAFT_NODES, RankPath, TreeFamily
 
 
-def family_from_paths(observed: Iterable[RankPath], max_nodes: int = MAX_DRAFT_NODES) -> TreeFamily:
+def family_from_paths(observed: Iterable[RankPath], max_drafts: int = MAX_DRAFT_NODES) -> TreeFamily:
     """The best family for what was observed at each position of held-out text: the ranks of the true next
     tokens among the heads' guesses, cut before the first head that missed (so `()` where head 0 did).
 
-    Paths that never came true are left out, so that the family may be smaller than `max_nodes`.
+    Paths that never came true are left out, so that the family may be smaller than `max_drafts`.
     """
     hits: Counter[RankPath] = Counter()
     positions = 0
@@ -25,7 +25,7 @@ def family_from_paths(observed: Iterable[RankPath], max_nodes: int = MAX_DRAFT_N
         positions += 1
         hits.update(path[:depth] for depth in range(1, len(path) + 1))
     # A parent is hit at least as often as its child and is shorter, so this order puts it first.
-    best = sorted(hits, key=lambda path: (-hits[path], len(path), path))[:max_nodes]
+    best = sorted(hits, key=lambda path: (-hits[path], len(path), path))[:max_drafts]
     return TreeFamily(tuple(best), tuple(hits[path] / positions for path in best))
 
 

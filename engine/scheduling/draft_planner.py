@@ -143,4 +143,5 @@ class DraftPlanner:
         # A draft needs a logical position.
         positions = self._limits.max_model_len - len(request.token_ids) - scheduled.most_gained
         limit = max(0, min(self._limits.max_drafts, positions))
-        return limit if speculation.max_nodes is None else min(limit, speculation.max_nodes)
+        most = speculation.max_draft_tokens
+        return limit if most is None else min(limit, most)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from engine.config import MAX_TREE_NODES
 from engine.messages import SpeculationParams
+from trees.family import MAX_DRAFT_NODES
 
 MAX_FIELDS = 100
 MAX_STOP_STRINGS = 16
@@ -95,10 +95,13 @@ class StreamOptions(Strict):
 
 
 class SpeculationOptions(Strict):
-    """Our extension: how this request speculates. `max_nodes` counts draft tokens besides the root."""
+    """Our extension: how this request speculates."""
 
     enabled: bool = True
-    max_nodes: Whole | None = Field(None, ge=0, le=MAX_TREE_NODES - 1)
+    # Also taken by its first name, `max_nodes`. Nodes include the root everywhere else, and this does not.
+    max_draft_tokens: Whole | None = Field(
+        None, ge=0, le=MAX_DRAFT_NODES, validation_alias=AliasChoices("max_draft_tokens", "max_nodes")
+    )
     acceptance: Literal["exact", "typical"] = "exact"
     epsilon: float = Field(_DEFAULTS.epsilon, ge=0, le=1)
     delta: float = Field(_DEFAULTS.delta, ge=0, le=1)

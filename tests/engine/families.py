@@ -12,9 +12,9 @@ from trees.family import MAX_DRAFT_NODES, RankPath, TreeFamily
 
 
 @st.composite
-def families(draw: st.DrawFn, max_nodes: int = 24, max_rank: int = 3, max_depth: int = 8) -> TreeFamily:
-    """A nested family of up to `max_nodes` draft nodes in any valid order, gains falling."""
-    size = draw(st.integers(0, min(max_nodes, MAX_DRAFT_NODES)))
+def families(draw: st.DrawFn, max_drafts: int = 24, max_rank: int = 3, max_depth: int = 8) -> TreeFamily:
+    """A nested family of up to `max_drafts` draft nodes in any valid order, gains falling."""
+    size = draw(st.integers(0, min(max_drafts, MAX_DRAFT_NODES)))
     paths: list[RankPath] = []
     for _ in range(size):
         known = [(), *paths]

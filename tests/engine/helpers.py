@@ -113,7 +113,8 @@ class FakeRunner:
     def _draft_limit(self, request: Request) -> int:
         speculation = request.sampling.speculation
         limit = self.scheduler.limits.max_drafts if speculation.enabled and request.has_hidden else 0
-        return limit if speculation.max_nodes is None else min(limit, speculation.max_nodes)
+        most = speculation.max_draft_tokens
+        return limit if most is None else min(limit, most)
 
     def _slot(self, request: Request, position: int) -> int:
         size = self.scheduler.pool.block_size

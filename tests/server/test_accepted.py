@@ -117,7 +117,7 @@ async def test_whole_numbers_may_be_written_with_a_point(route: str) -> None:
     whole |= chat if route == CHAT else {"logprobs": 2, "best_of": 1}
     written = {k: v if isinstance(v, bool) else float(v) for k, v in whole.items()}
     assert await taken(route, body_for(route, **written, speculation={"max_nodes": 3.0})) == await taken(
-        route, body_for(route, **whole, speculation={"max_nodes": 3})
+        route, body_for(route, **whole, speculation={"max_draft_tokens": 3})
     )
 
 

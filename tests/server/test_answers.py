@@ -282,7 +282,13 @@ async def test_every_sampling_field_reaches_the_engine() -> None:
         ignore_eos=True,
         logprobs=True,
         top_logprobs=4,
-        speculation={"enabled": True, "max_nodes": 5, "acceptance": "typical", "epsilon": 0.2, "delta": 0.4},
+        speculation={
+            "enabled": True,
+            "max_draft_tokens": 5,
+            "acceptance": "typical",
+            "epsilon": 0.2,
+            "delta": 0.4,
+        },
     )
     [sampling] = engine.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0, 0.5, 7, 0.1)
@@ -296,7 +302,7 @@ async def test_every_sampling_field_reaches_the_engine() -> None:
     assert (sampling.min_tokens, sampling.max_tokens, sampling.logprobs) == (3, 9, 4)
     assert (sampling.stop_token_ids, sampling.ignore_eos) == ((5,), True)
     assert sampling.speculation == SpeculationParams(
-        max_nodes=5, acceptance="typical", epsilon=0.2, delta=0.4
+        max_draft_tokens=5, acceptance="typical", epsilon=0.2, delta=0.4
     )
 
 

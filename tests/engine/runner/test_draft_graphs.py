@@ -134,10 +134,10 @@ def test_trees_and_answers_are_those_without_graphs(
                 seed=index,
                 # One token over and over now and then, so that n-grams guess, too.
                 logit_bias={7: 4.0} if index % 2 else {},
-                speculation={"max_nodes": max_nodes},
+                speculation={"max_draft_tokens": max_drafts},
             ),
         )
-        for index, (prompt, length, max_nodes, sampled) in enumerate(requests)
+        for index, (prompt, length, max_drafts, sampled) in enumerate(requests)
     ]
     plain, graphed = (engine_of(HEADS[kind](), drafts=drafts) for _ in range(2))
     add_graphs(graphed.runner, buckets)

@@ -52,7 +52,7 @@ def bucket_lists(draw: st.DrawFn) -> list[Bucket]:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    family=families(max_nodes=16),
+    family=families(max_drafts=16),
     kind=st.sampled_from(KINDS),
     requests=st.lists(
         st.tuples(st.integers(0, len(ALL_PROMPTS) - 1), st.integers(0, 12), st.integers(1, LENGTH)),

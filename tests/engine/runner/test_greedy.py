@@ -69,7 +69,7 @@ def arrivals_of(numbers: list[int], steps: list[int], lengths: list[int]) -> lis
 
 @settings(max_examples=40, deadline=None)
 @given(
-    family=families(max_nodes=16),
+    family=families(max_drafts=16),
     kind=st.sampled_from(KINDS),
     requests=st.lists(
         st.tuples(st.integers(0, len(ALL_PROMPTS) - 1), st.integers(0, 12), st.integers(1, LENGTH)),
@@ -126,7 +126,7 @@ def test_preemption_changes_nothing(kind: str) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    family=families(max_nodes=16),
+    family=families(max_drafts=16),
     kind=st.sampled_from(["oracle", "mixed", "random", "oracle scrambled", "mixed scrambled"]),
     block_size=st.integers(1, 20),
     seed=st.integers(0, 100),
@@ -225,6 +225,8 @@ def test_token_zero_is_no_padding() -> None:
     arrivals = arrivals_of([2, 3], [0, 0], [10, 10])
     for arrival in arrivals:
         arrival.sampling = params(10, ignore_eos=True, logit_bias={0: 1000.0})
-    arrivals[0].sampling = params(10, ignore_eos=True, logit_bias={0: 1000.0}, speculation={"max_nodes": 2})
+    arrivals[0].sampling = params(
+        10, ignore_eos=True, logit_bias={0: 1000.0}, speculation={"max_draft_tokens": 2}
+    )
     results = engine.run(arrivals)
     assert [result.tokens for result in results.values()] == [[0] * 10, [0] * 10]

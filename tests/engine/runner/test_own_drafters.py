@@ -101,7 +101,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(
 def test_a_model_that_drafts_for_itself_is_right_after_steps_without_drafts() -> None:
     # Budgets differ between requests; the second one drafts nothing at all.
     requests = arrivals((FRESH, REPEATING, FRESH[:5]))
-    for request, speculation in zip(requests, ({"max_nodes": 2}, {"enabled": False}, {}), strict=True):
+    for request, speculation in zip(requests, ({"max_draft_tokens": 2}, {"enabled": False}, {}), strict=True):
         request.sampling = params(LENGTH, ignore_eos=True, speculation=speculation)
     requests.append(
         Arrival("3", REPEATING, params(LENGTH, ignore_eos=True), step=60)

@@ -110,10 +110,10 @@ def test_every_request_gets_its_own_tokens(
     )
     asked: dict[str, tuple[list[int], SamplingParams]] = {}
     for step in range(3000):
-        for index, (length, max_tokens, arrives, max_nodes) in enumerate(requests):
+        for index, (length, max_tokens, arrives, max_drafts) in enumerate(requests):
             if step == arrives:
                 prompt = [source.randrange(3, 9) for _ in range(length)]
-                sampling = params(max_tokens, speculation={"max_nodes": max_nodes})
+                sampling = params(max_tokens, speculation={"max_draft_tokens": max_drafts})
                 ahead.scheduler.add(str(index), prompt, sampling)
                 asked[str(index)] = (prompt, sampling)
             if aborted.get(index) == step - arrives:

@@ -267,8 +267,8 @@ class TestDrafts:
 
     def test_a_request_may_switch_them_off_or_bound_them(self) -> None:
         assert by_id(self.start(speculation={"enabled": False})[1]) == {"a": (1, 0)}
-        assert by_id(self.start(speculation={"max_nodes": 2})[1]) == {"a": (1, 2)}
-        assert by_id(self.start(speculation={"max_nodes": 0})[1]) == {"a": (1, 0)}
+        assert by_id(self.start(speculation={"max_draft_tokens": 2})[1]) == {"a": (1, 2)}
+        assert by_id(self.start(speculation={"max_draft_tokens": 0})[1]) == {"a": (1, 0)}
 
     def test_never_over_the_budget(self) -> None:
         assert by_id(self.start(8, budget=6)[1]) == {"a": (1, 5)}

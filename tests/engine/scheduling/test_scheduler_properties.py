@@ -66,7 +66,7 @@ samplings = st.builds(
     min_tokens=st.sampled_from([0, 0, 5]),
     ignore_eos=st.booleans(),
     stop_token_ids=st.sampled_from([(), (), (11, 30, 41), tuple(range(20, 30))]),
-    speculation=st.sampled_from([{}, {}, {"max_nodes": 2}, {"enabled": False}]),
+    speculation=st.sampled_from([{}, {}, {"max_draft_tokens": 2}, {"enabled": False}]),
 )
 arrivals = st.lists(
     st.builds(Arrival, st.integers(0, 30), prompts, samplings, st.none() | st.integers(0, 40)),

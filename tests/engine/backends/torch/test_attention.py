@@ -108,7 +108,7 @@ def check(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    family=families(max_nodes=12),
+    family=families(max_drafts=12),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     block_size=st.integers(1, 32),
     chunk=st.integers(1, 40),
