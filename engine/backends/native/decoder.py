@@ -7,6 +7,7 @@ are read by one kernel, and sums never depend on the number of rows.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,8 @@ from engine.backends.native.scratch import scratch
 from engine.model.config import DecoderConfig, features, refuse_unknown
 from engine.model.decoder import Decoder, RopeTable
 from engine.model.layers import Attention, DecoderLayer, Linear
+
+logger = logging.getLogger(__name__)
 
 _KNOWN = {
     "layers of kind 'decoder'",
@@ -125,12 +128,14 @@ def can_run(dtype: torch.dtype, device: torch.device) -> bool:
 def can_take(decoder: Decoder) -> bool:
     """Whether `can_run` holds and the kernels have all features and shapes of this decoder."""
     c = decoder.config
-    if not features(c) <= _KNOWN:
+    if not can_run(decoder.embedding.dtype, decoder.embedding.device):
+        return False
+    if unknown := sorted(features(c) - _KNOWN):
+        logger.info("Torch's operators run this model; the kernels for CPUs lack %s.", ", ".join(unknown))
         return False
     weights = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
     return (
-        can_run(decoder.embedding.dtype, decoder.embedding.device)
-        and all(map(fits, weights))
+        all(map(fits, weights))
         and c.head_dim % 32 == 0
         and c.head_dim <= MAX_HEAD_DIM
         and c.layers[0].feed_forward.width % (2 * LANES) == 0

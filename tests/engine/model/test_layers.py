@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.backends.native.decoder import NativeDecoder, can_take
+from engine.backends.native.library import kernels
 from engine.backends.native.matrix import Kind
 from engine.errors import ModelError
 from engine.model.config import DecoderConfig, NormSpec, RopeSpec
@@ -138,9 +139,13 @@ def test_what_no_decoder_does_is_refused(changes: dict[str, Any], message: str) 
         (replace(wide_config(), logit_softcap=30.0), "a softcap on logits"),
     ],
 )
-def test_what_the_kernels_for_cpus_do_not_do_is_refused(config: DecoderConfig, message: str) -> None:
+def test_what_the_kernels_for_cpus_do_not_do_is_refused(
+    config: DecoderConfig, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     decoder = random_decoder(config)
-    assert not can_take(decoder)
+    with caplog.at_level("INFO"):
+        assert not can_take(decoder)
+    assert kernels() is None or f"the kernels for CPUs lack {message}" in caplog.text
     with pytest.raises(ModelError, match=f"the kernels for CPUs cannot run.*it has {message}"):
         NativeDecoder(decoder, lambda name, weight: Kind.BF16)
 
