@@ -7,21 +7,22 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.backends.kv_cache import KVCache, bytes_per_token
-from engine.backends.native.decoder import NativeDecoder
+from engine.backends.backend import Backend, Place
+from engine.backends.kv_cache import bytes_per_token
 from engine.batch import BatchLimits
 from engine.config import EngineConfig
 from engine.costs import CostModel
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.head_set import load_head_set
-from engine.messages import Backend, ModelInfo
+from engine.messages import ModelInfo
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.model.loader import load_config
-from engine.placement import PlacedModel, Placement
+from engine.model.running import RunningDecoder
+from engine.placement import PlacedModel, place_of
 from engine.runner import device as hardware
-from engine.runner.capture import capture_graphs, compile_kernels
+from engine.runner.capture import capture_graphs
 from engine.runner.drafter import ChainDrafter, Drafter, NoDrafter
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.kept_timings import KeptTimings
@@ -61,24 +62,21 @@ def build(
     """
     threads = hardware.share_cpus(config.threads)
     logger.info("Computing with %d %s.", threads, "threads" if threads > 1 else "thread")
-    placement = Placement.of(config)
     from_files = loaded is None and drafter is None
     model = load_config(Path(config.model_dir)) if loaded is None else loaded.config
+    place = place_of(config, model)
     max_model_len = _resolve_model_len(config, model)
-    if loaded is None:
-        placed = PlacedModel.load(Path(config.model_dir), placement)
-    else:
-        placed = PlacedModel(loaded, placement)
+    placed = PlacedModel(config, place, loaded)
     drafting = _plan_drafting(config, placed, drafter, family, ngrams)
     decoder, quantization = placed.in_formats()
     limits = BatchLimits(
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=_resolve_budget(config, placement),
+        max_num_batched_tokens=_resolve_budget(config, place),
         max_model_len=max_model_len,
         max_drafts=drafting.max_drafts,
     )
-    runner = _make_runner(config, placement, decoder, drafting, limits)
-    timings = _kept_timings(config, placement, runner, quantization, limits) if from_files else None
+    runner = _make_runner(config, placed.backend, decoder, drafting, limits)
+    timings = _kept_timings(config, runner, quantization, limits) if from_files else None
     costs = None if fixed_drafts is not None else measure_costs(runner, limits, timings)
     policy = _make_policy(drafting, fixed_drafts, costs, runner)
     scheduler = Scheduler(
@@ -90,7 +88,7 @@ def build(
         pacing=_make_pacing(config, costs),
         ngrams=ngrams and drafting.drafter.takes_chains,
     )
-    info = _describe(config, placement, runner, drafting, limits, quantization, costs)
+    info = _describe(config, runner, drafting, limits, quantization, costs)
     return Engine(runner, scheduler, policy, info)
 
 
@@ -111,10 +109,10 @@ def _plan_drafting(
     """Raises HeadsError and TreeError."""
     if config.speculation == "off" or config.max_tree_nodes == 1:
         return _Drafting(NoDrafter(), _NO_TREE, max_drafts=0)
-    heads_name, num_heads, model_dir = None, 0, Path(config.model_dir)
+    heads_name, num_heads = None, 0
     if drafter is None and config.heads_dir is not None:
         heads, family = load_head_set(Path(config.heads_dir))
-        drafter = HeadsDrafter.of(heads, placed.decoder.embedding, placed.projection(model_dir))
+        drafter = HeadsDrafter.of(heads, placed.decoder.embedding, placed.projection(), placed.backend)
         heads_name, num_heads = f"{heads.name} ({heads.kind})", heads.module.num_heads
     if drafter is None:
         drafter = ChainDrafter() if ngrams else NoDrafter()
@@ -126,32 +124,23 @@ def _plan_drafting(
 
 def _make_runner(
     config: EngineConfig,
-    placement: Placement,
-    decoder: Decoder | NativeDecoder,
+    backend: Backend,
+    decoder: RunningDecoder,
     drafting: _Drafting,
     limits: BatchLimits,
 ) -> Runner:
     """A runner whose cache has its size and whose passes are compiled and captured. Raises ConfigError where
     memory is short, and GraphCaptureError."""
-    device, drafter = placement.device, drafting.drafter
-    token_bytes = bytes_per_token(decoder.config, placement.stored, drafter.num_cache_layers)
+    place, drafter = backend.place, drafting.drafter
+    token_bytes = bytes_per_token(decoder.config, place.stored, drafter.num_cache_layers)
     token_bytes += drafter.cache_bytes_per_token
-    num_blocks = first_num_blocks(config, token_bytes, device, limits.max_model_len)
-    fits_later = is_fitted(config, device)
+    num_blocks = first_num_blocks(config, token_bytes, place.device, limits.max_model_len)
+    fits_later = is_fitted(config, place.device)
     sized_by = "max_model_len" if fits_later else "kv_cache_memory"
     with allocating(sized_by, f"a KV cache of {num_blocks * config.block_size} tokens"):
-        cache = KVCache(
-            decoder.config,
-            num_blocks,
-            config.block_size,
-            placement.dtype,
-            device,
-            drafter.num_cache_layers,
-            placement.stored,
-        )
+        cache = place.cache(num_blocks, drafter.num_cache_layers)
     with allocating("max_num_seqs", f"the state of {config.max_num_seqs} requests"):
-        runner = Runner(decoder, cache, drafter, config.max_num_seqs)
-    compile_kernels(runner)
+        runner = Runner(backend, decoder, cache, drafter, config.max_num_seqs)
     captures = not config.enforce_eager
     if fits_later:
         fit_cache(runner, limits, token_bytes, config.gpu_memory_utilization, captures)
@@ -161,11 +150,12 @@ def _make_runner(
 
 
 def _kept_timings(
-    config: EngineConfig, placement: Placement, runner: Runner, quantization: str, limits: BatchLimits
+    config: EngineConfig, runner: Runner, quantization: str, limits: BatchLimits
 ) -> KeptTimings:
     """What earlier starts of the same have measured."""
     positions = min(runner.cache.num_blocks * config.block_size, POSITIONS_TIMED)
-    return KeptTimings(config, placement.device, _backend(runner), quantization, limits, positions)
+    backend = runner.backend
+    return KeptTimings(config, backend.place.device, backend.name, quantization, limits, positions)
 
 
 def _make_policy(
@@ -187,7 +177,6 @@ def _make_pacing(config: EngineConfig, costs: CostModel | None) -> Pacing:
 
 def _describe(
     config: EngineConfig,
-    placement: Placement,
     runner: Runner,
     drafting: _Drafting,
     limits: BatchLimits,
@@ -195,14 +184,15 @@ def _describe(
     costs: CostModel | None,
 ) -> ModelInfo:
     model, tokens = runner.decoder.config, limits.max_num_batched_tokens
-    same = placement.stored == placement.dtype
+    place = runner.backend.place
+    same = place.stored == place.dtype
     return ModelInfo(
         architecture=model.architecture,
         vocab_size=model.vocab_size,
         max_model_len=limits.max_model_len,
         eos_token_ids=model.eos_token_ids,
-        dtype=str(placement.dtype).removeprefix("torch."),
-        device=str(placement.device),
+        dtype=str(place.dtype).removeprefix("torch."),
+        device=str(place.device),
         num_blocks=runner.cache.num_blocks,
         block_size=config.block_size,
         max_num_seqs=limits.max_num_seqs,
@@ -211,21 +201,15 @@ def _describe(
         num_heads=drafting.num_heads,
         max_tree_nodes=limits.max_drafts + 1,
         quantization=quantization,
-        backend=_backend(runner),
-        kv_cache_dtype=None if same else str(placement.stored).removeprefix("torch."),
+        backend=runner.backend.name,
+        kv_cache_dtype=None if same else str(place.stored).removeprefix("torch."),
         largest_pass_seconds=costs.base_seconds(tokens, 0, 0) if costs else 0.0,
     )
 
 
-def _backend(runner: Runner) -> Backend:
-    if isinstance(runner.decoder, NativeDecoder):
-        return "native"
-    return "triton" if runner.cache.has_triton else "torch"
-
-
-def _resolve_budget(config: EngineConfig, placement: Placement) -> int:
+def _resolve_budget(config: EngineConfig, place: Place) -> int:
     """Tokens in one pass."""
-    default = max(hardware.default_batched_tokens(placement.device), config.max_num_seqs)
+    default = max(hardware.default_batched_tokens(place.device), config.max_num_seqs)
     return config.max_num_batched_tokens or default
 
 

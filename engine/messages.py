@@ -13,7 +13,6 @@ from engine.config import EngineConfig
 
 FinishReason = Literal["stop", "length", "abort"]
 Failure = Literal["error", "out_of_memory"]
-Backend = Literal["native", "triton", "torch"]
 
 MAX_LISTED_TOKENS = 512  # of `logit_bias`, and of what ends a request: its stop tokens and the model's own
 
@@ -99,7 +98,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_tree_nodes: int  # root included; 1 where nothing speculates
     # Of the weights: what was asked for, or what auto came to, as int4+int8: the most weights' format first.
     quantization: str = "none"
-    backend: Backend = "torch"  # whose kernels run the layers
+    backend: str = "torch"  # whose kernels run the layers
     kv_cache_dtype: str | None = None  # where it is not the model's
     largest_pass_seconds: float = 0.0  # estimated, of a pass with all the tokens it may have; 0: not known
 

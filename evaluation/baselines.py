@@ -111,12 +111,14 @@ def _chain_length(wanted: int, config: EngineConfig) -> int:
 
 
 def _load_drafter(folder: Path, num_layers: int, config: EngineConfig) -> Drafter:
-    from engine.backends.torch.packing import pack_linears
-    from engine.model.loader import load_decoder
-    from engine.placement import Placement
+    from engine.backends.choose import choose
+    from engine.model.loader import load_config, load_decoder
+    from engine.placement import place_of
     from engine.runner.draft_model import DraftModelDrafter, first_layers
 
-    place = Placement.of(config)
-    decoder = first_layers(load_decoder(folder, place.dtype, place.device), num_layers)
-    pack_linears(decoder)
-    return DraftModelDrafter(decoder)
+    place = place_of(config, load_config(folder))
+    backend = choose(place)
+    decoder, _ = backend.in_formats(
+        first_layers(load_decoder(folder, place.dtype, place.device), num_layers), "none"
+    )
+    return DraftModelDrafter(decoder, backend)

@@ -101,22 +101,18 @@ def read_texts(config: EngineConfig, texts: Sequence[Sequence[int]]) -> Text:
     import torch
     import torch.nn.functional as F
 
-    from engine.backends.kv_cache import KVCache
-    from engine.backends.torch.attention import paged_attention
-    from engine.placement import PlacedModel, Placement
+    from engine.model.loader import load_config
+    from engine.placement import PlacedModel, place_of
 
-    place = Placement.of(config)
-    decoder, _ = PlacedModel.load(Path(config.model_dir), place).in_formats()
-    model = decoder.config
+    place = place_of(config, load_config(Path(config.model_dir)))
+    placed = PlacedModel(config, place)
+    decoder, _ = placed.in_formats()
     losses, likeliest = [], []
     with torch.inference_mode():
         for text in texts:
             rows = _whole_text(text, config.block_size)
-            num_blocks = len(rows.block_tables[0])
-            cache = KVCache(
-                model, num_blocks, config.block_size, place.dtype, place.device, stored=place.stored
-            )
-            attention = paged_attention(rows, cache, model.num_heads, model.num_kv_heads)
+            cache = place.cache(num_blocks=len(rows.block_tables[0]))
+            attention = placed.backend.attention(rows, cache, place.model.num_heads)
             logits = decoder.logits(decoder(rows.token_ids, rows.positions, attention)[:-1]).float()
             losses.append(F.cross_entropy(logits, rows.token_ids[1:], reduction="none"))
             likeliest.append(logits.argmax(dim=-1))

@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.backends.kv_cache import KVCache
-from engine.backends.native.attention import NativeAttention
-from engine.backends.native.decoder import NativeDecoder, can_take
-from engine.backends.native.matrix import Kind
+from engine.backends.backend import Backend, Place
+from engine.backends.choose import backend_named
 from engine.backends.rows import PassInput
 from engine.model.decoder import Decoder
 from training.dataset import Document
@@ -42,9 +40,11 @@ class DenseCausalAttention:
 
 def make_reader(decoder: Decoder, most_tokens: int, most_documents: int) -> Reader:
     """The fastest reader this machine has. most_tokens, most_documents: in a call."""
-    if can_take(decoder):
-        return _NativeReader(decoder, most_tokens // _BLOCK_SIZE + most_documents)
-    return _DenseReader(decoder)
+    device, dtype = decoder.embedding.device, decoder.embedding.dtype
+    native = backend_named("native", Place(decoder.config, device, dtype, dtype, _BLOCK_SIZE))
+    if native is None:
+        return _DenseReader(decoder)
+    return _PagedReader(decoder, native, most_tokens // _BLOCK_SIZE + most_documents)
 
 
 class _DenseReader:
@@ -65,11 +65,11 @@ class _DenseReader:
         return [rows[row, : len(document.token_ids)] for row, document in enumerate(documents)]
 
 
-class _NativeReader:
-    def __init__(self, decoder: Decoder, num_blocks: int) -> None:
-        self._decoder = NativeDecoder(copy.deepcopy(decoder), lambda name, weight: Kind.BF16)
-        config = decoder.config
-        self._cache = KVCache(config, num_blocks, _BLOCK_SIZE, torch.bfloat16, decoder.embedding.device)
+class _PagedReader:
+    def __init__(self, decoder: Decoder, backend: Backend, num_blocks: int) -> None:
+        self._backend = backend
+        self._decoder, _ = backend.in_formats(copy.deepcopy(decoder), "none")
+        self._cache = backend.place.cache(num_blocks)
 
     @torch.inference_mode()
     def __call__(self, documents: list[Document]) -> list[Tensor]:
@@ -87,7 +87,6 @@ class _NativeReader:
             block_tables=[list(range(a, b)) for a, b in itertools.pairwise(firsts)],
             context_lens=np.array(lengths),
         )
-        config = self._decoder.config
-        attention = NativeAttention(step, self._cache, config.num_heads, config.num_kv_heads)
+        attention = self._backend.attention(step, self._cache, self._decoder.config.num_heads)
         rows = self._decoder(step.token_ids, step.positions, attention)
-        return list(rows.split(lengths))
+        return list(torch.split(rows, lengths))

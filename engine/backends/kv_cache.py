@@ -1,5 +1,5 @@
-"""The paged KV cache's tensors: written by attention, rearranged by compaction. Who owns a block is not its
-business (see `engine.scheduling.block_pool`)."""
+"""The paged KV cache's tensors, and how torch's operators write, read and rearrange them. Who owns a block is
+not its business (see `engine.scheduling.block_pool`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.backends.native.attention import reads_cache
-from engine.backends.triton import support
 from engine.config import KVCacheDtype
 from engine.model.config import DecoderConfig
 
@@ -49,10 +47,8 @@ class KVCache:
         self.num_layers = config.num_layers + extra_layers
         self.dtype = dtype
         self.stored = stored or dtype
-        self._num_kv_heads, self._head_dim = config.num_kv_heads, config.head_dim
+        self.num_kv_heads, self._head_dim = config.num_kv_heads, config.head_dim
         self._allocate(num_blocks, device)
-        self.has_kernels = reads_cache(self.k)
-        self.has_triton = support.reads_cache(self.k)
 
     def resize(self, num_blocks: int) -> None:
         """Take another number of blocks; what was in them is gone."""
@@ -62,7 +58,7 @@ class KVCache:
 
     def _allocate(self, num_blocks: int, device: torch.device) -> None:
         self.num_blocks = num_blocks
-        shape = (self.num_layers, self._num_kv_heads, num_blocks * self.block_size, self._head_dim)
+        shape = (self.num_layers, self.num_kv_heads, num_blocks * self.block_size, self._head_dim)
         self.k = _zeros(shape, self.stored, device)
         self.v = _zeros(shape, self.stored, device)
         # The same memory as it is copied from place to place, for which fp8 has no operators.
@@ -106,16 +102,7 @@ class KVCache:
         return k, v
 
     def move(self, sources: Tensor, destinations: Tensor) -> None:
-        """Compaction, in all layers: slot sources[i, j] of request i moves to destinations[i, j].
-
-        Both are [num_requests, num_moves] int64; where they are equal nothing moves. All sources of a request
-        are read before anything is written: a destination may be another of its moves' source.
-        """
-        if self.has_triton:
-            from engine.backends.triton.cache import compact
-
-            compact(self.k, self.v, sources, destinations)
-            return
+        """See `engine.backends.backend.Backend.move`."""
         moves = sources != destinations
         sources, destinations = sources[moves], destinations[moves]
         if sources.numel():

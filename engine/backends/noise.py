@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.backends.native import noise as native
-
 _LARGEST_SHARE = 1.0 - 2.0**-24  # below 1 in float32
 _LOW = 0xFFFFFFFF
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64's
@@ -42,13 +40,11 @@ def make_keys(mixed_seeds: Tensor, positions: Tensor) -> Tensor:
 
 
 def gumbel(keys: Tensor, scales: Tensor, num_tokens: int, token_ids: Tensor | None = None) -> Tensor:
-    """Noise of each key times its scale, [num_keys, num_tokens] float32.
+    """Noise of each key times its scale, [num_keys, num_tokens] float32, by torch's operators.
 
     keys: [num_keys] int64; scales: [num_keys] float32; token_ids: [num_tokens] int64 of which tokens, None
     for all of a vocabulary of num_tokens.
     """
-    if keys.device.type == "cpu" and (made := native.gumbel(keys, scales, token_ids, num_tokens)) is not None:
-        return made
     if token_ids is None:
         token_ids = torch.arange(num_tokens, device=keys.device)
     low, high = (keys & _LOW).unsqueeze(1), ((keys >> 32) & _LOW).unsqueeze(1)
@@ -73,10 +69,6 @@ class Noise:
     def rows(self, indices: Tensor) -> Noise:
         """Of some of the requests. indices: [num_rows] int64"""
         return Noise(self.keys[indices], self.temperatures[indices])
-
-    def of_level(self, level: int, num_tokens: int, token_ids: Tensor | None = None) -> Tensor:
-        """What to add to the logits of that level's guesses, [num_requests, num_tokens]; see `gumbel`."""
-        return gumbel(self.keys[:, level], self.temperatures, num_tokens, token_ids)
 
 
 def _signed(bits: int) -> int:

@@ -12,6 +12,15 @@ from torch import Tensor
 IntArray = NDArray[np.int64]
 
 
+@dataclass(frozen=True, order=True)
+class PassSize:
+    """The largest pass that something is made for."""
+
+    num_tokens: int
+    num_requests: int
+    max_nodes: int  # of one tree, root included
+
+
 @dataclass(frozen=True)
 class PassShape:
     """What the host knows of one pass over rows of several requests: where they lie, and how far they see."""

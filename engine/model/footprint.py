@@ -7,17 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from engine.model.running import RunningDecoder
+
 _SECOND_COPY = "_copy"
 
 
-def weight_bytes(decoder: nn.Module) -> int:
+def weight_bytes(decoder: RunningDecoder) -> int:
     """Bytes of layers, final norm and vocabulary projection, in the form in which they are multiplied.
 
     decoder: a `Decoder`, or what a backend made of one. Its embedding does not count, unless it is the
     projection, too: a pass reads few of its rows. All tensors that a module holds count, because packed and
     quantized weights are no parameters. A second copy, for passes of another size, does not count.
     """
-    parts = (decoder.get_submodule(name) for name in ("layers", "norm", "lm_head"))
+    parts = (decoder.layers, decoder.norm, decoder.lm_head)
     tensors = {id(tensor): tensor for part in parts for tensor in _tensors(part)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

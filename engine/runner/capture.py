@@ -1,4 +1,4 @@
-"""What a GPU is made ready with at start-up: its kernels, and the CUDA graphs of decoding passes."""
+"""The CUDA graphs of decoding passes, captured at start-up."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from engine.backends.attention import MakeAttention
 from engine.batch import Batch, BatchLimits
 from engine.errors import GraphCaptureError
 from engine.runner.capture_stream import capture_stream, on_capture_stream
@@ -16,8 +16,6 @@ from engine.runner.device import is_out_of_memory
 from engine.runner.graphs import (
     Capture,
     DraftGraphs,
-    FixedAttention,
-    MakeAttention,
     Run,
     StepGraph,
     StepGraphs,
@@ -34,31 +32,14 @@ _MOST_GUESSING = 64
 _MOST_SECONDS = 30.0  # for all of them, as far as they are done by then
 
 
-def compile_kernels(runner: Runner) -> None:
-    """Compile our GPU kernels, where they run, for the model's own layers: no request waits for it.
-
-    Where that fails, for want of a compiler or of Python's headers, torch's operators do instead.
-    """
-    cache, decoder = runner.cache, runner.decoder
-    if not cache.has_triton:
-        return
-    try:
-        from engine.backends.triton.attention import warm_up  # imports triton, which not every machine has
-
-        warm_up(cache, decoder.config.num_heads, decoder.config.num_kv_heads, decoder.embedding.dtype)
-    except Exception:  # Triton raises whatever its compilers do
-        cache.has_triton = False
-        logger.warning("Running without our GPU kernels, slower: they cannot be compiled.", exc_info=True)
-
-
 def capture_graphs(runner: Runner, limits: BatchLimits) -> None:
-    """Let the runner decode by CUDA graphs where our GPU kernels run. Do it when the cache has its size, and
-    before the first request: it writes into the cache and the per-request state."""
-    if runner.cache.k.device.type == "cuda" and runner.cache.has_triton:
+    """Let the runner decode by CUDA graphs where its backend's attention can be in them. Do it when the cache
+    has its size, and before the first request: it writes into the cache and the per-request state."""
+    attentions = runner.backend.fixed_attentions(runner.cache, limits.max_model_len)
+    if attentions is not None:
         buckets = default_buckets(limits, runner.decoder.config.max_positions)
-        make_attention = _triton_attention(runner, limits)
         before, _ = torch.cuda.mem_get_info(runner.cache.k.device)
-        runner.use_graphs(make_graphs(runner, buckets, make_attention, _CudaCapture()))
+        runner.use_graphs(make_graphs(runner, buckets, attentions.make, _CudaCapture()))
         after, _ = torch.cuda.mem_get_info(runner.cache.k.device)
         logger.info("CUDA graphs took %.2f GiB.", (before - after) / 2**30)
 
@@ -175,28 +156,6 @@ def _example(runner: Runner, bucket: Bucket) -> Batch | None:
     if room(runner, requests) <= max(shares):
         return None
     return decoding_batch(runner, shares)
-
-
-def _triton_attention(runner: Runner, limits: BatchLimits) -> MakeAttention:
-    from engine.backends.triton.attention import (
-        TritonAttention,  # imports triton, which not every machine has
-    )
-    from engine.backends.triton.plan import AttentionPlan, Capacity, Scratch
-    from engine.backends.triton.tiles import PagedHeads
-
-    cache, num_kv_heads = runner.cache, runner.decoder.config.num_kv_heads
-    scratch = Scratch(cache.k.device)
-
-    def make(bucket: Bucket, num_heads: int, slots: Tensor, ancestors: Tensor) -> FixedAttention:
-        heads = PagedHeads.of(cache, num_heads, num_kv_heads)
-        longest = limits.max_model_len + bucket.max_nodes
-        blocks = min(cache.num_blocks, -(-longest // cache.block_size))
-        capacity = Capacity(bucket.num_requests, bucket.num_tokens, bucket.max_nodes, blocks)
-        plan = AttentionPlan.reserve(capacity, heads, cache.k.device, scratch=scratch)
-        attention = TritonAttention(plan, cache, slots, ancestors)
-        return FixedAttention(attention, plan.update, plan.prefix_len)
-
-    return make
 
 
 class _CudaCapture:

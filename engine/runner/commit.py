@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.backends.backend import Backend
 from engine.backends.kv_cache import KVCache
 from engine.runner.step_input import CommitRows
 from trees.verify import DraftTrees
@@ -24,7 +25,7 @@ class Commitment:
     draft_depth: int  # how deep the tree reached
 
 
-def compact(cache: KVCache, commits: CommitRows, last: Tensor, trees: DraftTrees) -> None:
+def compact(backend: Backend, cache: KVCache, commits: CommitRows, last: Tensor, trees: DraftTrees) -> None:
     """Move the K and V of accepted nodes to the logical positions base + 1, base + 2, ...
 
     last: [num_commits] int64, the deepest accepted node of each tree.
@@ -39,7 +40,7 @@ def compact(cache: KVCache, commits: CommitRows, last: Tensor, trees: DraftTrees
     moves = (order <= depths) & (paths != order)
     destinations = commits.node_slots[:, : paths.shape[1]]
     sources = torch.where(moves, commits.node_slots.gather(1, paths), destinations)
-    cache.move(sources, destinations)
+    backend.move(cache, sources, destinations)
 
 
 def pack(trees: DraftTrees, last: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from engine.host import available_memory
 
 _CPU_CACHE_LIMIT = 2 << 30  # bytes; enough for tens of long requests, and no more than a laptop can spare
 _CPU_CACHE_SHARE = 0.25  # of the memory that is free
-_COPIES_SHARE = 0.25  # of the memory that is free, for faster layouts of the same weights
 # What is said where the error has no type of its own: by torch's allocator for CPUs, by CUDA and Triton
 # outside torch's allocator, by cuBLAS and cuDNN, and by numpy and torch of sizes beyond any address.
 _OUT_OF_MEMORY = (
@@ -61,11 +60,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = str(error)
     return isinstance(error, RuntimeError | ValueError) and any(phrase in words for phrase in _OUT_OF_MEMORY)
-
-
-def spare_memory() -> int:
-    """Bytes of this machine that may go into second copies of weights, made to save time alone."""
-    return int(available_memory() * _COPIES_SHARE)
 
 
 def share_cpus(threads: int | None) -> int:

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from engine.backends.backend import Backend
 from engine.backends.kv_cache import KVCache, bytes_per_token
 from engine.backends.noise import Noise
-from engine.backends.torch.attention import paged_attention
 from engine.batch import RequestState, ScheduledRequest
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
-from engine.runner import sampling
+from engine.model.running import RunningDecoder
 from engine.runner.drafter import Drafter, Proposal, RootRows, chain_parents
 from engine.runner.per_request import PerRequest
 from engine.runner.step_input import StepInput, build_rows
@@ -37,13 +37,13 @@ class _Progress:
 
 
 class DraftModelDrafter(Drafter):
-    """Pack the decoder's linear layers beforehand where that makes it faster."""
+    """backend: that runs the draft model, whose decoder is as it makes it (`Backend.in_formats`)."""
 
     capturable = False
     _cache: KVCache  # there once attached
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: RunningDecoder, backend: Backend) -> None:
+        self._decoder, self._backend = decoder, backend
         self.cache_bytes_per_token = bytes_per_token(decoder.config, decoder.embedding.dtype)
         # What it starts with, the prefix cache has given it, the draft model's part included.
         self._progress = PerRequest(lambda request: _Progress(request.num_computed))
@@ -91,8 +91,9 @@ class DraftModelDrafter(Drafter):
         """The likeliest tokens, [num_requests] int64. hidden: [num_requests, hidden]; noise: of the same."""
         logits = self._decoder.logits(hidden)
         if noise is not None:
-            logits = logits.float() + noise.of_level(level, logits.shape[1])
-        return sampling.argmax(logits)
+            keys = noise.keys[:, level]
+            logits = logits.float() + self._backend.gumbel(keys, noise.temperatures, logits.shape[1])
+        return self._backend.argmax(logits)
 
     def observe(
         self, step: StepInput, trees: DraftTrees, hidden: Tensor, rows_before: Callable[[], Tensor]
@@ -125,13 +126,10 @@ class DraftModelDrafter(Drafter):
         token_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden rows of these positions, [num_tokens, hidden]; token_ids: of drafts, [num_tokens]."""
-        config = self._decoder.config
         rows = build_rows(requests, firsts, ends, self._cache.block_size, self._decoder.embedding.device)
-        attention = paged_attention(rows, self._cache, config.num_heads, config.num_kv_heads)
-        hidden: Tensor = self._decoder(
-            rows.token_ids if token_ids is None else token_ids, rows.positions, attention
-        )
-        return hidden
+        attention = self._backend.attention(rows, self._cache, self._decoder.config.num_heads)
+        token_ids = rows.token_ids if token_ids is None else token_ids
+        return self._decoder(token_ids, rows.positions, attention)
 
 
 def first_layers(decoder: Decoder, num_layers: int) -> Decoder:

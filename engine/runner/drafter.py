@@ -9,19 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.backends.growing import GrowRows
 from engine.backends.kv_cache import KVCache
-from engine.backends.noise import Noise
 from engine.batch import RequestState, ScheduledRequest
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.model.layers import Attention
 from engine.runner.step_input import StepInput
-from trees.select import Chains
 from trees.verify import DraftTrees
 
 
-@dataclass(frozen=True)
-class RootRows:
+@dataclass(frozen=True, kw_only=True)
+class RootRows(GrowRows):
     """What a drafter may go by: the roots of requests that have drafts in the coming pass.
 
     A root's position is that of its request's last known token; every position before it has its KV in the
@@ -30,15 +29,8 @@ class RootRows:
     """
 
     hidden: Tensor  # [num_requests, hidden], the base's row that each root was drawn from
-    roots: Tensor  # [num_requests] int64 token ids
     positions: Tensor  # [num_requests] int64, the roots'
-    num_nodes: Tensor  # [num_requests] int64, of each tree, root included
-    max_nodes: int  # of any tree
-    levels: int  # of guesses that are to take time of their own; 0 where the chains are all that is wanted
-    chains: Chains  # guesses from the host: what followed the last tokens before
-    noise: Noise | None  # of the coming draws, `levels` of each request; None where all are greedy
     attention: Attention | None  # over the roots, with the drafter's `root_heads`, where it has any
-    least: Tensor | None = None  # [num_requests] float32: log-probability below which a node is not worth it
     requests: Sequence[RequestState] = ()  # empty in a CUDA graph
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.backend import Backend
 from engine.backends.kv_cache import KVCache
-from engine.backends.torch.attention import paged_attention
 from engine.batch import Batch
 from engine.runner.drafter import Drafter, Proposal, RootRows
 from engine.runner.sampler import Sampler
@@ -37,7 +37,13 @@ def levels_of(drafter: Drafter, batch: Batch) -> int:
 
 
 def propose(
-    drafter: Drafter, batch: Batch, hidden: Tensor, cache: KVCache, sampler: Sampler, demand: Demand
+    drafter: Drafter,
+    batch: Batch,
+    hidden: Tensor,
+    cache: KVCache,
+    backend: Backend,
+    sampler: Sampler,
+    demand: Demand,
 ) -> Proposal | None:
     """Guesses for the requests of a batch that have drafts, None where nobody has; lowers the number of those
     that get fewer. hidden: [num_slots, hidden], the rows that roots were drawn from."""
@@ -52,12 +58,11 @@ def propose(
     slots = integers([s.request.seat or 0 for s in drafting], device)
     attention = noise = least = None
     if levels and drafter.root_heads is not None:
-        num_kv_heads = cache.k.shape[1]
-        attention = paged_attention(roots, cache, drafter.root_heads, num_kv_heads)
+        attention = backend.attention(roots, cache, drafter.root_heads)
     guessed = levels if drafter.takes_chains else max_nodes - 1
     if guessed and Demand.DRAW in demand:
         noise = sampler.noise_ahead(slots, roots.positions, guessed)
-    if drafter.trims and device.type == "cpu":  # elsewhere the host would have to wait for what was drafted
+    if drafter.trims and backend.host_is_device:  # elsewhere the host would wait for what was drafted
         least = to_device(np.array([s.allowance.least for s in drafting], dtype=np.float32), device).log_()
     proposal = drafter.grow(
         RootRows(

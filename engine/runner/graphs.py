@@ -11,15 +11,14 @@ is copied into the same places on the device beforehand, see `engine.runner.step
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
+from engine.backends.attention import FixedAttention
 from engine.backends.rows import PassShape
 from engine.batch import Batch
-from engine.model.layers import Attention
 from engine.runner.drafter import Proposal
 from engine.runner.passes import Settled, StepPass, Work
 from engine.runner.sampling_table import EVERYTHING, Demand
@@ -43,21 +42,6 @@ class Capture(Protocol):
 
     def record(self, run: Run) -> Run:
         """What does the same again. It need not have run when this returns."""
-
-
-@dataclass(frozen=True)
-class FixedAttention:
-    """Attention that is made once for a bucket. `load` tells it of a pass, without rows of padding; what
-    `attention` computes with lies in the same places ever after. Rows may see less than `load` was told:
-    what is in `prefix_len` when it computes."""
-
-    attention: Attention
-    load: Callable[[PassShape], None]
-    prefix_len: Tensor  # [num_tokens] integers
-
-
-# From a bucket, the number of query heads, and slots and ancestors, both [num_tokens]
-MakeAttention = Callable[[Bucket, int, Tensor, Tensor], FixedAttention]
 
 
 class DraftGraphs:

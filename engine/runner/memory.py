@@ -15,6 +15,7 @@ from engine.messages import SamplingParams
 from engine.runner import device as hardware
 from engine.runner.capture_stream import on_capture_stream
 from engine.runner.drafter import BlankDrafter, Drafter
+from engine.runner.graph_memory import kept_bytes
 from engine.runner.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def fit_cache(
     device = cache.k.device
     with allocating("max_num_batched_tokens", f"passes of {limits.max_num_batched_tokens} tokens"):
         pass_bytes = _measure_pass_bytes(runner, limits, device)
-        graph_bytes = _measure_graph_bytes(runner, limits, device) if captures and cache.has_triton else 0
+        graph_bytes = _measure_graph_bytes(runner, limits, device) if captures else 0
     runner.resize_cache(0)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
@@ -102,17 +103,18 @@ def _measure_pass_bytes(runner: Runner, limits: BatchLimits, device: torch.devic
 
 
 def _measure_graph_bytes(runner: Runner, limits: BatchLimits, device: torch.device) -> int:
-    """Bytes that graphs will take: what the pass of the largest takes for a while, which is theirs alone and
-    shared among them, and what each of them keeps. Workspaces of the stream that they are captured on are
-    among what is in use from now on."""
-    from engine.runner.graph_memory import kept_bytes  # of the Triton kernels' plans, where they run
-
+    """Bytes that graphs will take, where there will be any: what the pass of the largest takes for a while,
+    which is theirs alone and shared among them, and what each of them keeps. Workspaces of the stream that
+    they are captured on are among what is in use from now on."""
+    attentions = runner.backend.fixed_attentions(runner.cache, limits.max_model_len)
+    if attentions is None:
+        return 0
     batch = largest_trees(limits, runner.cache.num_blocks, runner.cache.block_size, _GREEDY)
     with on_capture_stream():
         _execute(runner, batch, BlankDrafter())  # leaves the workspaces
         with _peak(device) as peak:
             _execute(runner, batch, BlankDrafter())
-    return peak() + kept_bytes(runner, limits)
+    return peak() + kept_bytes(runner, limits, attentions)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.backends.backend import Backend
 from engine.backends.kv_cache import KVCache
-from engine.backends.torch.attention import paged_attention
 from engine.batch import Batch
 from engine.model.layers import Attention
 from engine.runner.drafter import Proposal
@@ -70,9 +70,8 @@ class EagerPass(StepPass):
     _trees: DraftTrees
     _hidden: Tensor
 
-    def __init__(self, work: Work, cache: KVCache, num_heads: int, num_kv_heads: int) -> None:
-        self._work, self._cache = work, cache
-        self._num_heads, self._num_kv_heads = num_heads, num_kv_heads
+    def __init__(self, work: Work, cache: KVCache, backend: Backend, num_heads: int) -> None:
+        self._work, self._cache, self._backend, self._num_heads = work, cache, backend, num_heads
 
     def complete(self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int]) -> StepInput:
         step = build_step(batch, self._cache.block_size, self._cache.k.device, before_slots)
@@ -81,7 +80,7 @@ class EagerPass(StepPass):
         return step
 
     def forward(self, step: StepInput) -> tuple[DraftTrees, Tensor]:
-        attention = paged_attention(step, self._cache, self._num_heads, self._num_kv_heads)
+        attention = self._backend.attention(step, self._cache, self._num_heads)
         self._hidden = self._work.forward(step, self._trees, attention)
         return self._trees, self._hidden
 

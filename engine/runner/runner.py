@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.backends.backend import Backend
 from engine.backends.kv_cache import KVCache
-from engine.backends.native.decoder import NativeDecoder
 from engine.batch import Batch, PassResult
-from engine.model.decoder import Decoder
 from engine.model.layers import Attention
+from engine.model.running import RunningDecoder
 from engine.runner.commit import Commitment, compact, pack, unpack
 from engine.runner.device import torch_threads
 from engine.runner.drafter import Drafter, NoDrafter, Proposal, RootRows, row_size
@@ -51,21 +51,25 @@ class Runner:
     that request's next draft starts from."""
 
     def __init__(
-        self, decoder: Decoder | NativeDecoder, cache: KVCache, drafter: Drafter | None, max_num_seqs: int
+        self,
+        backend: Backend,
+        decoder: RunningDecoder,
+        cache: KVCache,
+        drafter: Drafter | None,
+        max_num_seqs: int,
     ) -> None:
+        self.backend = backend
         self.decoder = decoder
         self.cache = cache
         self.drafter = drafter or NoDrafter()
         self._taps = self.drafter.taps  # kept where another drafter takes its place for a while
         config = decoder.config
         self._device = decoder.embedding.device
-        # Beside our own kernels torch has little to do, for which waiting threads cost more than they save.
-        self._torch_threads = 1 if isinstance(decoder, NativeDecoder) else None
         # Two more rows: what padding writes, and zeros.
         self.spare_slot, self._zero_slot = max_num_seqs, max_num_seqs + 1
         self._hidden = decoder.embedding.new_zeros(max_num_seqs + 2, row_size(self.drafter, config))
-        self._sampler = Sampler(config.vocab_size, config.eos_token_ids, max_num_seqs + 2, self._device)
-        self._eager = EagerPass(self, cache, config.num_heads, config.num_kv_heads)
+        self._sampler = Sampler(config.vocab_size, config.eos_token_ids, max_num_seqs + 2, backend)
+        self._eager = EagerPass(self, cache, backend, config.num_heads)
         self._graphs = StepGraphs()
         self._prepared: _Prepared | None = None
         self._behind: PerRequest[_Behind] = PerRequest(lambda _: _Behind())
@@ -74,7 +78,7 @@ class Runner:
     @property
     def trims(self) -> bool:
         """Whether trees may turn out smaller than they were planned."""
-        return self.drafter.trims and self._device.type == "cpu"
+        return self.drafter.trims and self.backend.host_is_device
 
     def use_graphs(self, graphs: StepGraphs) -> None:
         """Run what passes they hold by them. Their work is this runner's."""
@@ -89,7 +93,7 @@ class Runner:
     @property
     def works_by_itself(self) -> bool:
         """Whether passes go on while the host does something else."""
-        return self._device.type == "cuda" and len(self._graphs) > 0
+        return not self.backend.host_is_device and len(self._graphs) > 0
 
     def execute(self, batch: Batch) -> list[PassResult]:
         """Run one pass; entry i of the result belongs to `batch.scheduled[i]`.
@@ -101,7 +105,7 @@ class Runner:
     def launch(self, batch: Batch) -> Collect:
         """The same in two parts: what is returned waits for the result. Until it has been called, no other
         pass may be launched, but one may be prepared."""
-        with torch.inference_mode(), torch_threads(self._torch_threads):
+        with torch.inference_mode(), torch_threads(self.backend.torch_threads):
             return self._launch(batch)
 
     def _launch(self, batch: Batch) -> Collect:
@@ -118,7 +122,7 @@ class Runner:
         packed = to_host(settled.packed)
 
         def collect() -> list[PassResult]:
-            with torch.inference_mode(), torch_threads(self._torch_threads):
+            with torch.inference_mode(), torch_threads(self.backend.torch_threads):
                 results = self._collect(step, settled, unpack(packed()))
                 self._keep_rows(step, settled, hidden)
             for scheduled, result in zip(batch.scheduled, results, strict=True):
@@ -143,7 +147,7 @@ class Runner:
 
     def draft(self, batch: Batch) -> None:
         """Only the guesses of a pass, to measure what they cost."""
-        with torch.inference_mode(), torch_threads(self._torch_threads):
+        with torch.inference_mode(), torch_threads(self.backend.torch_threads):
             way, proposal = self._choose(batch, self._sampler.prepare(batch.scheduled))
             way.complete(batch, proposal, self._before_slots(batch))
 
@@ -157,7 +161,7 @@ class Runner:
         graph = self._graphs.find(batch)
         if graph is not None and self._tell(graph, batch, demand):
             return graph, None
-        proposal = propose(self.drafter, batch, self._hidden, self.cache, self._sampler, demand)
+        proposal = propose(self.drafter, batch, self._hidden, self.cache, self.backend, self._sampler, demand)
         graph = self._graphs.find(batch)  # trees may have become smaller
         if graph is None:
             return self._eager, proposal
@@ -198,7 +202,7 @@ class Runner:
         return proposal.tokens, proposal.parents
 
     def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
-        hidden: Tensor = self.decoder(step.token_ids, step.positions, attention, self._taps)
+        hidden = self.decoder(step.token_ids, step.positions, attention, self._taps)
         if self.drafter.capturable:
             self._observe(step, trees, hidden)
         return hidden
@@ -210,7 +214,7 @@ class Runner:
         logits = self.decoder.logits(final)
         verdict = self._sampler.judge(logits, step, trees, demand)
         last = deepest_accepted(verdict.edges, trees)
-        compact(self.cache, commits, last, trees)
+        compact(self.backend, self.cache, commits, last, trees)
         rows = hidden[commits.first_row + last]
         in_graph = not commits.scheduled
         if in_graph:

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.backends.native import noise as native
-from engine.backends.native.noise import Draws
-from engine.backends.noise import Noise, gumbel
+from engine.backends.backend import Backend
+from engine.backends.draws import Draws
+from engine.backends.noise import Noise
 from engine.batch import RequestState, ScheduledRequest
 from engine.messages import TokenLogprobs
 from engine.runner import sampling
 from engine.runner.per_request import PerRequest
 from engine.runner.processors import DrawRows, LogitBias, MinimumLength, Penalties, Processor
-from engine.runner.sampling_table import EVERYTHING, Demand, SamplingTable
+from engine.runner.sampling_table import Demand, SamplingTable
 from engine.runner.step_input import CommitRows, StepInput
 from trees.verify import DraftTrees, exact_edges
 
@@ -38,8 +38,10 @@ class Sampler:
     """num_slots: rows of the runner's per-request state."""
 
     def __init__(
-        self, vocab_size: int, eos_token_ids: tuple[int, ...], num_slots: int, device: torch.device
+        self, vocab_size: int, eos_token_ids: tuple[int, ...], num_slots: int, backend: Backend
     ) -> None:
+        device = backend.place.device
+        self._backend = backend
         self._table = SamplingTable(num_slots, device)
         # In this order.
         self._processors: tuple[Processor, ...] = (
@@ -82,7 +84,7 @@ class Sampler:
         commits = step.commits
         targets = torch.zeros_like(trees.tokens)
         if not demand:
-            targets.view(-1)[commits.places] = sampling.argmax(logits)
+            targets.view(-1)[commits.places] = self._backend.argmax(logits)
             return Verdict(targets, exact_edges(targets, trees))
         rows = _draw_rows(step, trees)
         for processor in self._processors:
@@ -108,25 +110,26 @@ class Sampler:
     ) -> tuple[Tensor, _Typical | None]:
         """Targets [num_rows] int64, and what typical acceptance has to know."""
         if Demand.DRAW not in demand:
-            return sampling.argmax(logits), None
+            return self._backend.argmax(logits), None
         if not commits.scheduled:  # in a graph
-            drawn, probs = _draw_with_noise(logits.float(), self._draws(rows), EVERYTHING, waits=False)
+            drawn, probs = self._backend.draw_with_probs(logits.float(), self._draws(rows), in_graph=True)
             return drawn, _Typical(None, probs)
         typical = self._rows_of(commits, Demand.TYPICAL) if Demand.TYPICAL in demand else _none(rows)
         asking = self._rows_of(commits, Demand.DRAW)
         if asking is None and typical is not None and not len(typical):
-            return _draw_exactly(logits.float(), self._draws(rows), demand), None
-        drawn = sampling.argmax(logits)
+            return self._backend.draw(logits.float(), self._draws(rows), Demand.CUTS in demand), None
+        drawn = self._backend.argmax(logits)
         exact = self._rows_of(commits, Demand.DRAW, without=Demand.TYPICAL)
         if exact is None or len(exact):
             exact = _all(rows) if exact is None else exact
-            drawn[exact] = _draw_exactly(logits[exact].float(), self._draws(rows.select(exact)), demand)
+            draws = self._draws(rows.select(exact))
+            drawn[exact] = self._backend.draw(logits[exact].float(), draws, Demand.CUTS in demand)
         typical = _all(rows) if typical is None else typical
         if not len(typical):
             return drawn, None
         # Of these the probabilities are needed too.
         draws = self._draws(rows.select(typical))
-        drawn[typical], probs = _draw_with_noise(logits[typical].float(), draws, EVERYTHING)
+        drawn[typical], probs = self._backend.draw_with_probs(logits[typical].float(), draws, in_graph=False)
         return drawn, _Typical(typical, probs)
 
     def _draws(self, rows: DrawRows) -> Draws:
@@ -198,33 +201,6 @@ def _draw_rows(step: StepInput, trees: DraftTrees) -> DrawRows:
         drafted=trees.tokens[owners].gather(1, paths),
         is_drafted=torch.arange(paths.shape[1], device=paths.device) < depths.unsqueeze(1),
     )
-
-
-def _draw_exactly(logits: Tensor, draws: Draws, demand: Demand) -> Tensor:
-    """Tokens [num_rows] int64. logits: [num_rows, vocab] float32, of requests with temperatures."""
-    drawn = native.draw(logits, draws)
-    return _draw_with_noise(logits, draws, demand)[0] if drawn is None else drawn
-
-
-def _draw_with_noise(
-    logits: Tensor, draws: Draws, demand: Demand, *, waits: bool | None = None
-) -> tuple[Tensor, Tensor]:
-    """Tokens [num_rows] int64 and the probabilities that they are drawn from, [num_rows, vocab].
-
-    logits: [num_rows, vocab] float32; where a temperature is 0 the likeliest token is taken. waits: whether
-    the host may look at what was asked; by default where it is the device itself.
-    """
-    waits = logits.device.type == "cpu" if waits is None else waits
-    bounds, is_greedy = torch.finfo(torch.float32), draws.temperatures == 0.0
-    # From the largest down: where temperatures are low, scores are large, and noise would be lost.
-    below = logits - logits.amax(dim=1, keepdim=True).clamp(bounds.min, bounds.max)
-    scaled = below / torch.where(is_greedy, 1.0, draws.temperatures).unsqueeze(1)
-    probs = scaled.softmax(dim=1)
-    if Demand.CUTS in demand:
-        cuts = (draws.top_k.masked_fill(is_greedy, 0), draws.top_p.masked_fill(is_greedy, 1.0))
-        probs = sampling.truncate(scaled, *cuts, draws.min_p.masked_fill(is_greedy, 0.0), waits=waits)
-    noise = gumbel(draws.keys, (~is_greedy).float(), scaled.shape[1])
-    return sampling.draw(scaled, noise, probs if Demand.CUTS in demand else None), probs
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:

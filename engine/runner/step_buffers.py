@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.backends.rows import IntArray, PassShape
+from engine.backends.rows import IntArray, PassShape, PassSize
 from engine.batch import Batch, ScheduledRequest
 from engine.runner.drafter import Proposal
 from engine.runner.step_input import CommitRows, StepInput
@@ -25,12 +25,8 @@ from trees.verify import DraftTrees
 
 
 @dataclass(frozen=True, order=True)
-class Bucket:
-    """The largest pass that a graph serves: the tokens in it, its requests, the nodes of one tree."""
-
-    num_tokens: int
-    num_requests: int
-    max_nodes: int
+class Bucket(PassSize):
+    """The largest pass that a graph serves."""
 
     @classmethod
     def of(cls, num_requests: int, num_tokens: int, max_nodes: int) -> Bucket:

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.backends.attention import FixedAttention, MakeAttention
 from engine.backends.kv_cache import KVCache
-from engine.backends.rows import PassShape
-from engine.backends.torch.attention import visibility
+from engine.backends.rows import PassShape, PassSize
+from engine.backends.visibility import visibility
 from engine.runner.capture import make_graphs
-from engine.runner.graphs import FixedAttention, MakeAttention, Run
+from engine.runner.graphs import Run
 from engine.runner.runner import Runner
 from engine.runner.step_buffers import Bucket
 
@@ -42,7 +43,7 @@ class Repeating:
 class GatheredAttention:
     """Attention of a bucket in plain torch, for every row by itself, over fixed places and shapes."""
 
-    def __init__(self, bucket: Bucket, cache: KVCache, slots: Tensor, ancestors: Tensor) -> None:
+    def __init__(self, bucket: PassSize, cache: KVCache, slots: Tensor, ancestors: Tensor) -> None:
         self._cache = cache
         self._slots, self._ancestors = slots, ancestors
         self._num_keys = min(cache.num_blocks * cache.block_size, MAX_CONTEXT)
@@ -74,7 +75,7 @@ class GatheredAttention:
 
 
 def gathered_attention(cache: KVCache) -> MakeAttention:
-    def make(bucket: Bucket, num_heads: int, slots: Tensor, ancestors: Tensor) -> FixedAttention:
+    def make(bucket: PassSize, num_heads: int, slots: Tensor, ancestors: Tensor) -> FixedAttention:
         attention = GatheredAttention(bucket, cache, slots, ancestors)
         return FixedAttention(attention, attention.load, attention.prefix_len)
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from bench.shapes import random_decoder, random_heads
+from engine.backends.choose import choose
 from engine.build import build
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.messages import AddRequest
+from engine.placement import place_of
 from engine.runner.heads_drafter import HeadsDrafter
 from tests.engine.families import full
 from tests.engine.graphs import noted_waits
@@ -35,7 +37,8 @@ def make_engine(*, heads: bool, **settings: Any) -> Engine:
     decoder = random_decoder("tiny", torch.float32, CUDA)
     if not heads:
         return build(config, loaded=decoder)
-    drafter = HeadsDrafter(random_heads(decoder), decoder.lm_head.weight)
+    backend = choose(place_of(config, decoder.config))
+    drafter = HeadsDrafter(random_heads(decoder), decoder.lm_head.weight, backend)
     return build(config, loaded=decoder, drafter=drafter, family=full(20, 3, 3), fixed_drafts=20)
 
 

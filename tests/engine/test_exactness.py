@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.backends.backend import Place
+from engine.backends.choose import choose
 from engine.build import build
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -125,7 +127,7 @@ def make_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> MakeEngine:
     """make_engine(drafts, **settings): an engine whose decoder is loaded once for all tests."""
-    monkeypatch.setattr("engine.placement.load_decoder", lambda *_: _twin(decoder))
+    monkeypatch.setattr("engine.backends.torch.backend.load_decoder", lambda *_: _twin(decoder))
 
     def make(drafts: str, room: int | None = None, **settings: Any) -> Engine:
         """`drafts` names what guesses; `room` is the cache in positions."""
@@ -180,7 +182,9 @@ def _random_heads(decoder: Decoder) -> HeadsDrafter:
         parameter.data.normal_(std=0.5)
     heads.requires_grad_(False)
     heads.bind(decoder.lm_head.weight, decoder.embedding)
-    return HeadsDrafter(heads, decoder.lm_head.weight)
+    dtype = decoder.embedding.dtype
+    place = Place(config, decoder.embedding.device, dtype, dtype, block_size=16)
+    return HeadsDrafter(heads, decoder.lm_head.weight, choose(place))
 
 
 @dataclass

@@ -19,20 +19,19 @@ from engine.messages import AddRequest, RequestOutput, StepStats
 from engine.runner.device import is_out_of_memory
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import ChainDrafter, Drafter
-from engine.runner.heads_drafter import HeadsDrafter
 from tests.engine.families import full
 from tests.engine.helpers import params
 from tests.engine.processes import config_for, tokens_of
-from tests.engine.runner.test_heads_drafter import bound, hydra
-from tests.engine.tiny import VOCAB, Arrival, TinyEngine, tiny_decoder
+from tests.engine.runner.test_heads_drafter import bound, drafter_of, hydra
+from tests.engine.tiny import VOCAB, Arrival, TinyEngine, tiny_backend, tiny_decoder
 
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"
 LENGTH = 30
 PROMPTS = [[(11 * i + 3 * p + p * p) % VOCAB for p in range(n)] for i, n in enumerate((3, 20, 37, 50, 9))]
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "n-grams": ChainDrafter,
-    "hydra": lambda: HeadsDrafter(bound(hydra()), tiny_decoder().lm_head.weight),
-    "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1)),
+    "hydra": lambda: drafter_of(bound(hydra())),
+    "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1), tiny_backend()),
 }
 
 

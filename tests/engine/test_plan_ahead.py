@@ -24,7 +24,7 @@ from tests.engine.helpers import params
 from tests.engine.processes import config_for, tokens_of
 from tests.engine.runner.test_draft_graphs import Observed
 from tests.engine.runner.test_heads_drafter import bound, hydra, medusa
-from tests.engine.tiny import VOCAB, tiny_decoder
+from tests.engine.tiny import VOCAB, tiny_backend, tiny_decoder
 
 LENGTH = 12
 BUCKETS = [Bucket.of(1, 8, 8), Bucket.of(4, 4, 8), Bucket.of(4, 16, 8), Bucket.of(4, 32, 8)]
@@ -33,7 +33,7 @@ DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
     "hydra": lambda: Observed(bound(hydra())),
     "medusa": lambda: Observed(bound(medusa())),
     "n-grams": ChainDrafter,
-    "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1)),
+    "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1), tiny_backend()),
 }
 
 

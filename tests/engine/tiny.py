@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.backends.kv_cache import KVCache
+from engine.backends.backend import Backend, Place
+from engine.backends.choose import choose
 from engine.messages import RequestOutput, SamplingParams
 from engine.model.config import DecoderConfig, RopeSpec
 from engine.model.decoder import Decoder
@@ -56,6 +57,16 @@ def tiny_config(**changes: Any) -> DecoderConfig:
 
 
 CONFIG = tiny_config()
+
+
+def place(block_size: int = 16) -> Place:
+    """Where the tiny model runs."""
+    return Place(CONFIG, CPU, torch.float32, torch.float32, block_size)
+
+
+@functools.cache
+def tiny_backend() -> Backend:
+    return choose(place())
 
 
 def _randomize(module: nn.Module) -> None:
@@ -163,6 +174,7 @@ class TinyEngine:
         max_num_seqs: int = 8,
         budget: int = 256,
         max_model_len: int = POSITIONS,
+        make_backend: Callable[[Place], Backend] = choose,
     ) -> None:
         self.scheduler = make_scheduler(
             num_blocks=num_blocks,
@@ -175,10 +187,11 @@ class TinyEngine:
             ngrams=drafter is not None and drafter.takes_chains,
         )
         extra_layers = 0 if drafter is None else drafter.num_cache_layers
-        cache = KVCache(CONFIG, num_blocks, block_size, torch.float32, CPU, extra_layers)
+        backend = make_backend(place(block_size))
+        cache = backend.place.cache(num_blocks, extra_layers)
         if isinstance(drafter, ShapedDrafter):
             drafter.family = family
-        self.runner = Runner(tiny_decoder(), cache, drafter, max_num_seqs)
+        self.runner = Runner(backend, tiny_decoder(), cache, drafter, max_num_seqs)
         self.num_preemptions = 0
         self.num_accepted = 0
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache
 from engine.backends.native.library import CPaging, kernels
 from engine.backends.rows import PassInput
 from engine.backends.threads import num_threads
-
-if TYPE_CHECKING:
-    from engine.backends.kv_cache import KVCache
-
 
 MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 32

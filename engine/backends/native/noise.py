@@ -1,29 +1,22 @@
-"""Draws and their noise by our own kernels: `engine.runner.sampling` and `engine.backends.noise` say what
-they compute, up to rounding."""
+"""Draws and their noise by our own kernels: `engine.backends.torch` is what they compute, up to rounding."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.draws import Draws
 from engine.backends.native.library import kernels
 from engine.backends.native.matrix import LANES
 from engine.backends.native.scratch import scratch
 from engine.backends.threads import num_threads
 
 
-def gumbel(keys: Tensor, scales: Tensor, token_ids: Tensor | None, num_tokens: int) -> Tensor | None:
-    """Noise of each key times its scale, [num_keys, num_tokens] float32; None without kernels.
-
-    keys: [num_keys] int64; scales: [num_keys] float32; token_ids: [num_tokens] int64, None for 0 to
-    num_tokens - 1.
-    """
+def gumbel(keys: Tensor, scales: Tensor, num_tokens: int, token_ids: Tensor | None = None) -> Tensor:
+    """See `Backend.gumbel`."""
     library = kernels()
-    if library is None:
-        return None
+    assert library is not None
     keys, scales = keys.contiguous(), scales.contiguous()
     out = torch.empty(len(keys), num_tokens)
     library.gorgon_noise(
@@ -36,17 +29,6 @@ def gumbel(keys: Tensor, scales: Tensor, token_ids: Tensor | None, num_tokens: i
         num_threads(),
     )
     return out
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How each of some rows is drawn from; every field [num_rows], on the device of the rows."""
-
-    keys: Tensor  # int64, of the noise
-    temperatures: Tensor  # float32; 0 is greedy
-    top_k: Tensor  # int64; 0 is off
-    top_p: Tensor  # float64; 1 is off
-    min_p: Tensor  # float32; 0 is off
 
 
 def draw(logits: Tensor, draws: Draws) -> Tensor | None:

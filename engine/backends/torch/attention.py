@@ -1,8 +1,7 @@
-"""Attention over the paged cache under the visibility rule, with plain torch operators on any device.
+"""Attention over the paged cache with plain torch operators on any device.
 
-Key k of a request is visible to a query iff `k < prefix_len`, or `k - prefix_len < 64` and that bit of
-`ancestors` is set. Prompts and trees differ only in these two numbers, so one pass serves both. Requests of
-similar size are attended together; the grouping and the masks are made once a step and used by every layer.
+Requests of similar size are attended together; the grouping and the masks are made once a step and used by
+every layer.
 """
 
 from __future__ import annotations
@@ -17,19 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.backends.kv_cache import KVCache
-from engine.backends.native.attention import NativeAttention
 from engine.backends.rows import PassInput
-from engine.model.layers import Attention
-from trees.family import MAX_DRAFT_NODES
-
-
-def visibility(prefix_len: Tensor, ancestors: Tensor, num_keys: int) -> Tensor:
-    """The rule itself: [..., num_queries, num_keys] bool from two [..., num_queries] int64 tensors."""
-    keys = torch.arange(num_keys, device=prefix_len.device)
-    beyond = keys - prefix_len.unsqueeze(-1)
-    in_tree = (ancestors.unsqueeze(-1) >> beyond.clamp(0, MAX_DRAFT_NODES)) & 1
-    return (beyond < 0) | ((beyond <= MAX_DRAFT_NODES) & (in_tree == 1))
-
+from engine.backends.visibility import visibility
 
 # Between these many scores (all heads together), two batched products beat torch's fused kernel in bfloat16
 # on CPUs, by about two. Below, calls cost more than they save; above, the scores take too much memory.
@@ -116,19 +104,6 @@ class PagedAttention:
             real=None if len(real) == rows.size else torch.from_numpy(real).to(device),
             covers_pass=len(real) == rows.size and members == list(range(len(step.starts) - 1)),
         )
-
-
-def paged_attention(step: PassInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> Attention:
-    """The attention of one pass, by our own kernels where the cache is one that they read."""
-    if cache.has_kernels:
-        return NativeAttention(step, cache, num_heads, num_kv_heads)
-    if cache.has_triton:
-        from engine.backends.triton.attention import (
-            TritonAttention,  # imports triton, which not every machine has
-        )
-
-        return TritonAttention.for_step(step, cache, num_heads, num_kv_heads)
-    return PagedAttention(step, cache, num_heads, num_kv_heads)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

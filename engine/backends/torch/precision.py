@@ -19,6 +19,7 @@ from engine.backends.torch.quantization import Int4Linear, Int8Linear, fits_int4
 from engine.backends.torch.scaled import FP8_CAPABILITY, ScaledFP8Linear, ScaledInt8Linear, fits_scaled
 from engine.config import Quantization
 from engine.errors import ConfigError
+from engine.host import available_memory
 from engine.model.decoder import Decoder
 from engine.model.layers import Linear
 
@@ -28,7 +29,13 @@ logger = logging.getLogger(__name__)
 # an offset for every 32 weights changes by less than half a per cent; anything else by 7 per cent, which
 # costs a small model several per cent of perplexity. 8 bits change anything by half a per cent.
 MAX_ERROR = 0.015
+_COPIES_SHARE = 0.25  # of the memory that is free, for faster layouts of the same weights
 BFLOAT16 = "bfloat16"  # a matrix's format where it is left as it is
+
+
+def spare_memory() -> int:
+    """Bytes of this machine that may go into second copies of weights, made to save time alone."""
+    return int(available_memory() * _COPIES_SHARE)
 
 
 def resolve_quantization(asked: Quantization, dtype: torch.dtype, device: torch.device) -> Quantization:

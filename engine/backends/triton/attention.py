@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from engine.backends.kv_cache import KVCache
 from engine.backends.rows import PassInput
-from engine.backends.triton.cache import compact, store
+from engine.backends.triton.cache import compact, store, write
 from engine.backends.triton.kernels.attention import attend, merge
 from engine.backends.triton.plan import AttentionPlan, Capacity
 from engine.backends.triton.tiles import PagedHeads, padded, query_counts
 from engine.model.layers import RotatingAttention
-
-if TYPE_CHECKING:
-    from engine.backends.kv_cache import KVCache
 
 
 class TritonAttention(RotatingAttention):
@@ -109,5 +106,6 @@ def warm_up(cache: KVCache, num_heads: int, num_kv_heads: int, dtype: torch.dtyp
         attention = TritonAttention(plan, cache, slots, torch.zeros_like(slots))
         attention.rotate_and_attend(0, q, k, v, rotation, rotation)
     attention(0, q, k, v)
+    write(cache.k[0], cache.v[0], slots, k, v)
     nothing = torch.zeros(1, 1, dtype=torch.int64, device=device)
     compact(cache.k, cache.v, nothing, nothing)

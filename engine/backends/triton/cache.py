@@ -67,6 +67,12 @@ def store(
     return queries
 
 
+def write(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write one layer's K and V alone; see `store`."""
+    nobody = k.new_empty(len(k), k.shape[1] * k.shape[2])  # where rows of padding get their zeros
+    store(k_cache, v_cache, slots, k, k, v, nobody)
+
+
 def compact(k_cache: Tensor, v_cache: Tensor, sources: Tensor, destinations: Tensor) -> None:
     """Move rows of all layers at once, as `KVCache.move` says.
 

@@ -7,10 +7,8 @@ and V are read once for all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from engine.backends.kv_cache import KVCache
+from engine.backends.kv_cache import KVCache
 
 # The tensor cores take no fewer rows than the first; more than the last do not fit the registers. For each,
 # how many programs run beside each other on a Hopper's processor, as its registers and shared memory allow.

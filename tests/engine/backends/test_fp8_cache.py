@@ -144,9 +144,8 @@ def test_heads_with_a_prefix_layer_keep_it_in_fp8_too(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "engine.placement.can_take", lambda decoder: True
-    )  # as on a machine with kernels for it
+    # As on a machine with kernels for it.
+    monkeypatch.setattr("engine.backends.native.backend.takes_model", lambda place: True)
     save_heads(tmp_path, hydra(), "tiny", load_decoder(tiny_model_dir, torch.float32, CPU).embedding)
     full(12, 3, 2).save(tmp_path / "tree.json")
     with caplog.at_level("INFO"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import hypothesis.strategies as st
 import numpy as np
@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from scipy import stats
 from torch import Tensor
 
+from engine.backends import noise
 from engine.backends.native import noise as native
 from engine.backends.native.library import kernels
-from engine.backends.noise import Noise, gumbel, make_keys, mix_seed
+from engine.backends.noise import Noise, make_keys, mix_seed
 from engine.batch import RequestState
 from engine.runner.sampling_table import SamplingTable
 from tests.engine.helpers import params
@@ -24,13 +25,13 @@ ONE = torch.ones(1)
 
 
 @pytest.fixture(params=["kernels", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def gumbel(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
     """How noise is computed."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "gumbel", lambda *_: None)
-    elif kernels() is None:
+        return noise.gumbel
+    if kernels() is None:
         pytest.skip("no AVX-512 VNNI and BF16, or no C compiler")
-    yield request.param
+    return native.gumbel
 
 
 def keys_of(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -54,7 +55,7 @@ def test_key_is_a_function_of_seed_and_position(seed: int, position: int) -> Non
 
 
 @pytest.mark.parametrize("by", ["token", "position", "seed"])
-def test_noise_is_gumbel_and_independent_of_its_neighbours(by: str, way: str) -> None:
+def test_noise_is_gumbel_and_independent_of_its_neighbours(by: str, gumbel: Callable[..., Tensor]) -> None:
     count, running = 20_000, range(20_000)
     if by == "token":
         values = gumbel(keys_of([5], [12]), ONE, count)[0]
@@ -68,7 +69,7 @@ def test_noise_is_gumbel_and_independent_of_its_neighbours(by: str, way: str) ->
         assert abs(np.corrcoef(values[:-distance], values[distance:])[0, 1]) < 0.03
 
 
-def test_the_largest_are_as_large_as_chance_has_them(way: str) -> None:
+def test_the_largest_are_as_large_as_chance_has_them(gumbel: Callable[..., Tensor]) -> None:
     # Whether rare tokens get their share depends on the far end: of so many values, 1 in e ** 10 exceeds 10.
     values = gumbel(keys_of(range(400), [3]), torch.ones(400), 49_152)
     assert bool(values.isfinite().all())
@@ -89,14 +90,14 @@ def test_a_tokens_noise_is_the_same_among_others_and_by_torch(
     seeds: list[int], num_tokens: int, scale: float, data: st.DataObject
 ) -> None:
     keys, scales = keys_of(seeds, [7]), torch.full((len(seeds),), scale)
+    gumbel = noise.gumbel if kernels() is None else native.gumbel
     whole = gumbel(keys, scales, num_tokens)
     some = torch.tensor(data.draw(st.lists(st.integers(0, num_tokens - 1), min_size=1, max_size=40)))
     assert torch.equal(gumbel(keys, scales, len(some), some), whole[:, some])
     assert torch.equal(gumbel(keys[:1], scales[:1], num_tokens), whole[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "gumbel", lambda *_: None)
         patch.setattr("engine.backends.noise._MOST_AT_ONCE", 3 * num_tokens - 1)  # two keys at a time
-        torch.testing.assert_close(gumbel(keys, scales, num_tokens), whole, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(noise.gumbel(keys, scales, num_tokens), whole, rtol=1e-5, atol=2e-6)
 
 
 def noise_of(requests: Sequence[tuple[float, int, int, int]], num_levels: int) -> Noise:
@@ -115,16 +116,20 @@ def noise_of(requests: Sequence[tuple[float, int, int, int]], num_levels: int) -
     return table.noise_ahead(torch.arange(len(requests)), roots, num_levels)
 
 
+def of_level(ahead: Noise, level: int) -> Tensor:
+    return noise.gumbel(ahead.keys[:, level], ahead.temperatures, 50)
+
+
 def test_noise_ahead_is_that_of_the_next_positions() -> None:
-    noise = noise_of([(0.7, 9, -1, 0), (0.0, 4, 3, 0), (1.5, 30, 2**64 + 5, 0)], 3)
+    ahead = noise_of([(0.7, 9, -1, 0), (0.0, 4, 3, 0), (1.5, 30, 2**64 + 5, 0)], 3)
     for level in range(3):
-        made = noise.of_level(level, 50)
+        made = of_level(ahead, level)
         for row, (temperature, position, seed) in enumerate(((0.7, 9, 2**64 - 1), (0.0, 4, 3), (1.5, 30, 5))):
-            [expected] = gumbel(keys_of([seed], [position + level]), ONE, 50)
+            [expected] = noise.gumbel(keys_of([seed], [position + level]), ONE, 50)
             torch.testing.assert_close(made[row], temperature * expected)
-    torch.testing.assert_close(noise.rows(torch.tensor([2])).of_level(1, 50), noise.of_level(1, 50)[2:])
+    torch.testing.assert_close(of_level(ahead.rows(torch.tensor([2])), 1), of_level(ahead, 1)[2:])
 
 
 def test_greedy_requests_have_none() -> None:
-    noise = noise_of([(0.0, 9, 1, 0), (0.9, 9, 1, 1)], 4)
-    assert not any(noise.of_level(level, 50).any() for level in range(4))
+    ahead = noise_of([(0.0, 9, 1, 0), (0.9, 9, 1, 1)], 4)
+    assert not any(of_level(ahead, level).any() for level in range(4))

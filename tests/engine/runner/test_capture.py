@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from engine.backends.attention import FixedAttention
+from engine.backends.rows import PassSize
 from engine.errors import GraphCaptureError
 from engine.runner.capture import make_graphs
-from engine.runner.graphs import FixedAttention, Run
-from engine.runner.step_buffers import Bucket
+from engine.runner.graphs import Run
 from tests.engine.families import full
 from tests.engine.graphs import Repeating, gathered_attention, noted_waits
 from tests.engine.runner.test_graphs import FEW
@@ -56,7 +57,7 @@ def test_smaller_sizes_are_tried_where_the_largest_has_no_memory() -> None:
     runner = TinyEngine(full(12), make_drafter("mixed"), block_size=4, num_blocks=100).runner
     plain = gathered_attention(runner.cache)
 
-    def make(bucket: Bucket, *arguments: Any) -> FixedAttention:
+    def make(bucket: PassSize, *arguments: Any) -> FixedAttention:
         if bucket.num_tokens > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(bucket, *arguments)

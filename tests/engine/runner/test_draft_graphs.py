@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.backends.backend import Backend
 from engine.batch import Allowance
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.step_buffers import Bucket
@@ -24,7 +25,7 @@ from tests.engine.helpers import params
 from tests.engine.runner.test_graphs import FEW, bucket_lists
 from tests.engine.runner.test_greedy import ALL_PROMPTS
 from tests.engine.runner.test_heads_drafter import bound, hydra, medusa
-from tests.engine.tiny import Arrival, TinyEngine, tiny_decoder
+from tests.engine.tiny import Arrival, TinyEngine, tiny_backend, tiny_decoder
 from trees.verify import DraftTrees
 
 LENGTH = 10
@@ -48,8 +49,8 @@ class Observed(HeadsDrafter):
 
     trees: DraftTrees
 
-    def __init__(self, heads: DraftHeads) -> None:
-        super().__init__(heads, tiny_decoder().lm_head.weight)
+    def __init__(self, heads: DraftHeads, backend: Backend | None = None) -> None:
+        super().__init__(heads, tiny_decoder().lm_head.weight, backend or tiny_backend())
         self.trims = False
 
     def observe(

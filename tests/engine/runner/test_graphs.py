@@ -28,7 +28,7 @@ from tests.engine.runner.test_greedy import (
     make_drafter,
 )
 from tests.engine.runner.test_heads_drafter import Recording, bound, check_starts, drafter_of, hydra, medusa
-from tests.engine.tiny import EOS, NO_TREE, Arrival, Result, TinyEngine, tiny_decoder
+from tests.engine.tiny import EOS, NO_TREE, Arrival, Result, TinyEngine, tiny_backend, tiny_decoder
 from trees.family import TreeFamily
 
 FEW = [
@@ -114,7 +114,7 @@ HEADS = {
     "medusa": lambda: drafter_of(bound(medusa())),
     "hydra": lambda: drafter_of(bound(hydra())),
     "n-grams": ChainDrafter,
-    "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1)),
+    "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1), tiny_backend()),
 }
 
 

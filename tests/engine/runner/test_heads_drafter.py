@@ -21,7 +21,7 @@ from heads.medusa import MedusaHeads
 from heads.prefix import PrefixLayer
 from tests.engine.families import full
 from tests.engine.helpers import params
-from tests.engine.tiny import CONFIG, CPU, VOCAB, Arrival, TinyEngine, plain_pass, tiny_decoder
+from tests.engine.tiny import CONFIG, CPU, VOCAB, Arrival, TinyEngine, plain_pass, tiny_backend, tiny_decoder
 
 SIZE, LENGTH = CONFIG.hidden_size, 40
 PROMPTS = [[(11 * i + 3 * p + p * p) % VOCAB for p in range(n)] for i, n in enumerate((3, 20, 37, 50))]
@@ -49,7 +49,7 @@ def bound(heads: DraftHeads) -> DraftHeads:
 
 
 def drafter_of(heads: DraftHeads) -> HeadsDrafter:
-    return HeadsDrafter(heads, tiny_decoder().lm_head.weight)
+    return HeadsDrafter(heads, tiny_decoder().lm_head.weight, tiny_backend())
 
 
 def arrivals(**sampling: Any) -> list[Arrival]:
@@ -113,7 +113,7 @@ class Recording(HeadsDrafter):
     """Keeps, of every draft, the known tokens and the rows that its heads start from."""
 
     def __init__(self, heads: HydraHeads) -> None:
-        super().__init__(heads, tiny_decoder().lm_head.weight)
+        super().__init__(heads, tiny_decoder().lm_head.weight, tiny_backend())
         self.starts: list[tuple[list[int], Tensor]] = []
         self._known: list[list[int]] = []
         begin = heads.begin

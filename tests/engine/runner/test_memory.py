@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from engine.backends.attention import FixedAttention, FixedAttentions
+from engine.backends.kv_cache import KVCache
+from engine.backends.rows import PassSize
+from engine.backends.torch.backend import TorchBackend
 from engine.batch import Batch, BatchLimits
 from engine.build import build
 from engine.config import EngineConfig
@@ -24,13 +29,13 @@ from tests.engine.families import chain, full
 from tests.engine.helpers import params
 from tests.engine.processes import config_for
 from tests.engine.runner.test_heads_drafter import bound, drafter_of, hydra
-from tests.engine.tiny import CPU, POSITIONS, Arrival, TinyEngine, tiny_decoder
+from tests.engine.tiny import CPU, POSITIONS, Arrival, TinyEngine, tiny_backend, tiny_decoder
 
 GIB = 2**30
 DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
     "none": lambda: None,
     "hydra": lambda: drafter_of(bound(hydra())),
-    "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1)),
+    "draft model": lambda: DraftModelDrafter(first_layers(tiny_decoder(), 1), tiny_backend()),
 }
 
 
@@ -126,10 +131,31 @@ def test_the_cache_is_fitted_and_whoever_reads_it_sees_it(
     }
 
 
+class Kept(FixedAttentions):
+    """Two bytes for every token of every size."""
+
+    def make(self, size: PassSize, num_heads: int, slots: Tensor, ancestors: Tensor) -> FixedAttention:
+        raise NotImplementedError
+
+    def kept_bytes(self, sizes: Iterable[tuple[PassSize, int]]) -> int:
+        return sum(2 * size.num_tokens for size, _ in sizes)
+
+
+class Capturing(TorchBackend):
+    """A backend whose passes are captured."""
+
+    def fixed_attentions(self, cache: KVCache, max_model_len: int) -> FixedAttentions:
+        return Kept()
+
+
+def capturing_engine() -> TinyEngine:
+    drafter = drafter_of(bound(hydra()))
+    return TinyEngine(full(8, 3, 3), drafter, num_blocks=80, block_size=4, make_backend=Capturing)
+
+
 def test_graphs_are_left_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TinyEngine(full(8, 3, 3), drafter_of(bound(hydra())), num_blocks=80, block_size=4)
+    engine = capturing_engine()
     runner, limits = engine.runner, engine.scheduler.limits
-    monkeypatch.setattr(runner.cache, "has_triton", True)  # of the cache on a GPU, which graphs go with
     ran: list[tuple[int, bool, set[float]]] = []
 
     def execute(batch: Batch) -> None:
@@ -137,7 +163,7 @@ def test_graphs_are_left_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
         ran.append((batch.num_tokens, isinstance(runner.drafter, HeadsDrafter), temperatures))
 
     monkeypatch.setattr(runner, "execute", execute)
-    kept = kept_bytes(runner, limits)
+    kept = kept_bytes(runner, limits, Kept())
     assert kept > 0
     blocks = []
     for captures in (False, True):
@@ -155,10 +181,9 @@ def test_graphs_are_left_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_workspaces_of_the_captures_stream_are_in_use_before_the_cache_is_sized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = TinyEngine(full(8, 3, 3), drafter_of(bound(hydra())), num_blocks=80, block_size=4)
+    engine = capturing_engine()
     runner, limits = engine.runner, engine.scheduler.limits
-    fake_gpu(monkeypatch, free=10 * kept_bytes(runner, limits), peaks=[500, 1500])
-    monkeypatch.setattr(runner.cache, "has_triton", True)
+    fake_gpu(monkeypatch, free=10 * kept_bytes(runner, limits, Kept()), peaks=[500, 1500])
     happened: list[str] = []
 
     @contextmanager
@@ -230,7 +255,7 @@ def test_a_context_that_cannot_be_had_is_named(tiny_model_dir: Path, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("engine.build.is_fitted", lambda config, device: True)
-    monkeypatch.setattr("engine.build.KVCache", fail)
+    monkeypatch.setattr("engine.backends.backend.KVCache", fail)
     with pytest.raises(ConfigError, match=r"--max-model-len: this machine has no memory"):
         build(config_for(tiny_model_dir), fixed_drafts=0)
 

@@ -16,7 +16,7 @@ from engine.runner.drafter import ChainDrafter, Proposal, RootRows
 from engine.runner.drafting import limit_drafts
 from tests.engine.families import chain
 from tests.engine.helpers import params
-from tests.engine.tiny import CONFIG, VOCAB, Arrival, TinyEngine, tiny_decoder
+from tests.engine.tiny import CONFIG, VOCAB, Arrival, TinyEngine, tiny_backend, tiny_decoder
 
 LENGTH = 40
 REPEATING = tuple([5, 9, 17, 33, 8] * 6)  # the tiny model does not go on with it, but its own answers repeat
@@ -74,7 +74,7 @@ PROMPTS = (REPEATING, FRESH, (*REPEATING, 3, 4), FRESH[:1])
 def test_first_layers_leave_the_text_as_it_is(sampling: dict[str, Any], sizes: dict[str, int]) -> None:
     requests = arrivals(PROMPTS, **sampling)
     expected = TinyEngine(max_model_len=80, **sizes).run(requests)
-    drafter = DraftModelDrafter(first_layers(tiny_decoder(), 1))
+    drafter = DraftModelDrafter(first_layers(tiny_decoder(), 1), tiny_backend())
     engine = TinyEngine(chain(5), drafter, max_model_len=80, **sizes)
     for name, result in engine.run(requests).items():
         assert result.tokens == expected[name].tokens
@@ -88,7 +88,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(
 ) -> None:
     # Its own KV must be whole for that: prompts in chunks, a shared beginning, chains accepted to the end.
     # And where requests sample, it must know the noise of their draws.
-    engine = TinyEngine(chain(5), DraftModelDrafter(tiny_decoder()), **sizes)
+    engine = TinyEngine(chain(5), DraftModelDrafter(tiny_decoder(), tiny_backend()), **sizes)
     results = engine.run(arrivals(PROMPTS, **sampling))
     for result in results.values():
         usage = result.outputs[-1].usage
@@ -106,7 +106,7 @@ def test_a_model_that_drafts_for_itself_is_right_after_steps_without_drafts() ->
     requests.append(
         Arrival("3", REPEATING, params(LENGTH, ignore_eos=True), step=60)
     )  # finds "1" in the cache
-    engine = TinyEngine(chain(4), DraftModelDrafter(tiny_decoder()))
+    engine = TinyEngine(chain(4), DraftModelDrafter(tiny_decoder(), tiny_backend()))
     results = engine.run(requests)
     for result in results.values():
         usage = result.outputs[-1].usage
@@ -120,7 +120,7 @@ def test_a_draft_model_with_a_shorter_context_stops_where_it_ends() -> None:
     short.config = replace(CONFIG, max_positions=30)
     short.ropes = nn.ModuleList([RopeTable(CONFIG.ropes[0], CONFIG.head_dim, 30)])
     [request] = arrivals((FRESH,))
-    engine = TinyEngine(chain(4), DraftModelDrafter(short))
+    engine = TinyEngine(chain(4), DraftModelDrafter(short, tiny_backend()))
     [result] = engine.run([request]).values()
     [expected] = TinyEngine().run([request]).values()
     assert result.tokens == expected.tokens
@@ -131,7 +131,7 @@ def test_a_draft_model_with_a_shorter_context_stops_where_it_ends() -> None:
 def test_a_draft_model_of_another_vocabulary_is_refused() -> None:
     other = Decoder(replace(CONFIG, vocab_size=64))
     with pytest.raises(ConfigError, match="64 tokens, but the model has 128"):
-        TinyEngine(chain(2), DraftModelDrafter(other))
+        TinyEngine(chain(2), DraftModelDrafter(other, tiny_backend()))
 
 
 @pytest.mark.parametrize("num_layers", [0, 3])

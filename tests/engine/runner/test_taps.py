@@ -11,19 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.backends.kv_cache import KVCache
-from engine.backends.torch.attention import paged_attention
 from engine.batch import ScheduledRequest
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.model.layers import Attention
 from engine.runner.drafter import Drafter, Proposal, RootRows
-from engine.runner.sampling import argmax
 from engine.runner.step_buffers import Bucket
 from engine.runner.step_input import StepInput, build_rows
 from tests.engine.families import chain
 from tests.engine.graphs import add_graphs
 from tests.engine.helpers import params
-from tests.engine.tiny import CONFIG, VOCAB, Arrival, TinyEngine, tiny_decoder
+from tests.engine.tiny import CONFIG, VOCAB, Arrival, TinyEngine, tiny_backend, tiny_decoder
 from tests.fakes import DenseCausalAttention
 from trees.verify import DraftTrees
 
@@ -61,7 +59,7 @@ class LastLayerDrafter(Drafter):
         self, step: StepInput, trees: DraftTrees, hidden: Tensor, rows_before: Callable[[], Tensor]
     ) -> None:
         assert hidden.shape[1] == rows_before().shape[1] == 2 * self.hidden
-        attention = paged_attention(step, self.cache, CONFIG.num_heads, CONFIG.num_kv_heads)
+        attention = tiny_backend().attention(step, self.cache, CONFIG.num_heads)
         self.last_layer(hidden[:, self.hidden :], step.positions, attention)
 
     def grow(self, rows: RootRows) -> Proposal:
@@ -80,13 +78,13 @@ class LastLayerDrafter(Drafter):
                 prefix_len=rows.positions.numpy(),
                 ancestors=torch.full_like(rows.roots, sum(1 << node for node in path)),
             )
-            attention = paged_attention(row, self.cache, CONFIG.num_heads, CONFIG.num_kv_heads)
+            attention = tiny_backend().attention(row, self.cache, CONFIG.num_heads)
             [layer, _], [table] = self.decoder.layers, self.decoder.ropes
             x = F.embedding(current, self.decoder.embedding)
             x = layer(x, table(row.positions, x.dtype), attention)
             logits = self.decoder.logits(self.decoder.norm(self.last_layer(x, row.positions, attention)))
-            best = argmax(logits)
-            second = argmax(logits.scatter(1, best.unsqueeze(1), -torch.inf))
+            best = tiny_backend().argmax(logits)
+            second = tiny_backend().argmax(logits.scatter(1, best.unsqueeze(1), -torch.inf))
             tokens += [best, second]
             parents += [path[-1]] * 2
             path.append(len(parents) - 2)

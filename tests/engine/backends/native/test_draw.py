@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from engine.backends.draws import Draws
 from engine.backends.native.library import kernels
-from engine.backends.native.noise import Draws, draw
+from engine.backends.native.noise import draw
 from engine.backends.noise import gumbel, make_keys, mix_seed
-from engine.runner import sampling
+from engine.backends.torch import draws as drawing
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no AVX-512 VNNI and BF16, or no C compiler")
 
@@ -28,7 +29,7 @@ def draws_of(seed: int, num_rows: int, temperature: float, top_k: int, top_p: fl
 def by_torch(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     scaled = logits / draws.temperatures.unsqueeze(1)
     noise = gumbel(draws.keys, torch.ones(len(logits)), logits.shape[1])
-    return sampling.draw(scaled, noise, sampling.truncate(scaled, draws.top_k, draws.top_p, draws.min_p))
+    return drawing.draw(scaled, noise, drawing.truncate(scaled, draws.top_k, draws.top_p, draws.min_p))
 
 
 @settings(deadline=None, max_examples=300)
@@ -71,7 +72,7 @@ def test_what_is_cut_off_is_never_drawn_and_the_rest_is_as_often_as_probable() -
     draws = draws_of(1, rows, 0.8, 5, 0.9, 0.01)
     found = draw(logits.expand(rows, -1).contiguous(), draws)
     assert found is not None
-    probs = sampling.truncate(
+    probs = drawing.truncate(
         logits.unsqueeze(0) / 0.8,
         torch.tensor([5]),
         torch.tensor([0.9], dtype=torch.float64),

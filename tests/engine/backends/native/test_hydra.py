@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from engine.answering import EngineMode
+from engine.backends.backend import Place
+from engine.backends.choose import choose
+from engine.backends.growing import GrowRows
 from engine.backends.native.hydra import NativeHydra
 from engine.backends.native.library import kernels
+from engine.backends.native.noise import gumbel
 from engine.backends.noise import Noise
 from engine.build import build
 from engine.config import EngineConfig
-from engine.runner.drafter import RootRows
 from engine.runner.heads_drafter import HeadsDrafter
 from heads.hydra import HydraHeads
 from heads.prefix import PrefixLayer
@@ -43,7 +46,7 @@ def test_hydra_heads_guess_what_the_module_guesses(mapped: bool) -> None:
     heads, decoder = hydra(token_map), random_decoder(WIDE)
     vocabulary, embedding = decoder.lm_head.weight, decoder.embedding
     heads.bind(vocabulary, embedding)
-    native = NativeHydra(heads, vocabulary, embedding)
+    native = NativeHydra(heads, vocabulary)
     hidden, roots = torch.randn(3, 64).bfloat16(), torch.tensor([5, 6, 7])
     states = [levels.begin(hidden), heads.begin(hidden, roots, 3)]
     tokens, origins = roots.unsqueeze(1), torch.zeros(3, 1, dtype=torch.int64)
@@ -74,11 +77,11 @@ def test_whatever_part_of_the_heads_the_kernels_take_the_answers_stay(kind: str,
     torch.manual_seed(1)
     for parameter in heads.parameters():
         parameter.data.normal_(std=0.1)
-    answers = []
+    answers, backend = [], choose(Place(WIDE, CPU, torch.bfloat16, torch.bfloat16, 16))
     for drafts in (0, 9):
         decoder = random_decoder(WIDE)
         heads.bind(decoder.lm_head.weight, decoder.embedding)
-        drafter = HeadsDrafter(heads, decoder.lm_head.weight)
+        drafter = HeadsDrafter(heads, decoder.lm_head.weight, backend)
         config = EngineConfig(
             model_dir="",
             device="cpu",
@@ -100,7 +103,7 @@ def test_guesses_that_are_no_numbers_are_no_guesses() -> None:
     heads, decoder = hydra(None), random_decoder(WIDE)
     heads.bind(decoder.lm_head.weight, decoder.embedding)
     heads.biases.data[:] = torch.nan
-    native = NativeHydra(heads, decoder.lm_head.weight, decoder.embedding)
+    native = NativeHydra(heads, decoder.lm_head.weight)
     state = levels.begin(torch.randn(1, 64).bfloat16())
     guesses, sure, _ = levels.guess(
         native, 0, state, torch.tensor([[5]]), torch.zeros(1, 1, dtype=torch.int64), 8
@@ -129,7 +132,7 @@ def test_trees_grown_in_one_call_are_those_grown_step_by_step(
     heads = hydra(torch.randperm(128, generator=torch.Generator().manual_seed(2))[:48] if mapped else None)
     decoder = random_decoder(WIDE)
     heads.bind(decoder.lm_head.weight, decoder.embedding)
-    native = NativeHydra(heads, decoder.lm_head.weight, decoder.embedding)
+    native = NativeHydra(heads, decoder.lm_head.weight)
     generator = torch.Generator().manual_seed(seed)
     count, most = len(budgets), max(budgets)
     hidden = 3 * torch.randn(count, 64, generator=generator).bfloat16()
@@ -151,21 +154,20 @@ def test_trees_grown_in_one_call_are_those_grown_step_by_step(
 
     def guess(level: int, tokens: Tensor, origins: Tensor, num_guesses: int) -> tuple[Tensor, Tensor]:
         nonlocal state
-        added = noise and noise.of_level(level, heads.num_tokens, heads.token_map)
+        added = None
+        if noise is not None:
+            added = gumbel(noise.keys[:, level], noise.temperatures, heads.num_tokens, heads.token_map)
         guesses, sure, state = levels.guess(native, level, state, tokens, origins, num_guesses, added)
         return guesses, sure
 
     tokens, parents, grown = grow_trees(guess, roots, sizes, most, depth, chains, least)
-    rows = RootRows(
-        hidden=hidden,
+    rows = GrowRows(
         roots=roots,
-        positions=torch.zeros_like(roots),
         num_nodes=sizes,
         max_nodes=most,
         levels=depth,
         chains=chains,
         noise=noise,
-        attention=None,
         least=least,
     )
     found = native.grow(hidden, rows)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engine.backends.kv_cache import KVCache
 from engine.backends.native.attention import NativeAttention
-from engine.backends.native.hydra import NativePrefix
 from engine.backends.native.library import kernels
+from engine.backends.native.prefix import NativePrefix
 from engine.backends.rows import PassInput
 from heads.prefix import PrefixLayer
 from tests.engine.backends.native.decoders import WIDE, random_decoder
@@ -51,25 +51,21 @@ def test_entries_and_starts_are_those_of_a_dense_pass() -> None:
     for parameter in layer.parameters():
         parameter.data = torch.randn_like(parameter).mul(parameter.shape[1] ** -0.5).bfloat16()
     layer.requires_grad_(False)
-    native = NativePrefix(layer, decoder.embedding, WIDE.max_positions)
     rows = (5 * torch.randn(LENGTH, size)).bfloat16()
     every, last = rows_of(0, LENGTH), rows_of(LENGTH - 1, LENGTH)
     cache = KVCache(WIDE, 8, BLOCK, torch.bfloat16, CPU, extra_layers=1)
-    number = cache.num_layers - 1
-
-    def attention(step: PassInput) -> NativeAttention:
-        return NativeAttention(step, cache, WIDE.num_heads, WIDE.num_kv_heads)
+    native = NativePrefix(layer, decoder.embedding, cache, WIDE.max_positions)
 
     nothing = torch.zeros(1, rows.shape[1], dtype=torch.bfloat16)
-    first = (np.array([0]), nothing, np.array([0]))
-    native.write(attention(every), number, every.token_ids, every.positions, rows, [first])
+    native.write(every, rows, torch.tensor([0]), nothing, None, is_padded=False)
 
     embeddings = decoder.embedding[every.token_ids]
     before = F.pad(rows, (0, 0, 1, 0))[:-1]
     k, v = layer.keys_values(layer.entries(before, embeddings), every.positions)
     for kept, wanted in ((cache.k, k), (cache.v, v)):
-        close(kept[number][:, every.slots].transpose(0, 1), wanted)
+        close(kept[-1][:, every.slots].transpose(0, 1), wanted)
 
-    start = native.start(attention(last), number, last.token_ids, last.positions, rows[-2:-1])
+    attention = NativeAttention(last, cache, WIDE.num_heads, WIDE.num_kv_heads)
+    start = native.start(last.token_ids, last.positions, rows[-2:-1], attention)
     dense = layer(rows.unsqueeze(0), embeddings.unsqueeze(0))[0, -2]
     close(start[0], dense)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from engine.backends.kv_cache import KVCache
 from engine.backends.torch import attention
-from engine.backends.torch.attention import PagedAttention, visibility
+from engine.backends.torch.attention import PagedAttention
+from engine.backends.visibility import visibility
 from engine.batch import Batch, RequestState, ScheduledRequest
 from engine.runner.step_layout import build_step
 from tests.engine.families import chain, families, full

@@ -19,6 +19,7 @@ from tests.engine.tiny import CPU, tiny_config
 if sys.platform == "linux":
     from engine.backends.triton.attention import TritonAttention as TritonAttention
     from engine.backends.triton.attention import warm_up as warm_up
+    from engine.backends.triton.backend import TritonBackend as TritonBackend
     from engine.backends.triton.cache import compact as compact
 else:
     pytest.skip("Triton is made for Linux only", allow_module_level=True)

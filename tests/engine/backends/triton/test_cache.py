@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from engine.backends.backend import Place
 from engine.backends.kv_cache import KVCache
-from tests.engine.backends.triton.cases import DEVICE, compact
+from engine.backends.torch.backend import TorchBackend
+from tests.engine.backends.triton.cases import DEVICE, TritonBackend, compact
 from tests.engine.tiny import CONFIG, CPU, tiny_config
 
 
@@ -44,20 +46,23 @@ def test_overlapping_moves_of_all_layers(
     assert torch.equal(cache.k.cpu(), expected[0]) and torch.equal(cache.v.cpu(), expected[1])
 
 
-def test_a_cache_with_kernels_compacts_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_compacts_by_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     caches = [KVCache(CONFIG, 2, 4, torch.float32, device) for device in (CPU, DEVICE)]
+    backends = [
+        make(Place(CONFIG, cache.k.device, torch.float32, torch.float32, 4))
+        for make, cache in zip((TorchBackend, TritonBackend), caches, strict=True)
+    ]
     for cache in caches:
         cache.k.copy_(torch.arange(8.0).view(1, 1, 8, 1).expand_as(cache.k))
         cache.v.copy_(-cache.k)
-    monkeypatch.setattr(caches[1], "has_triton", True)
     monkeypatch.setattr(torch.Tensor, "__setitem__", None)  # torch's own way
     sources, destinations = (
         torch.tensor([[5, 1, 2, 6], [0, 0, 7, 3]]),
         torch.tensor([[1, 2, 5, 6], [0, 0, 3, 7]]),
     )
-    caches[1].move(sources.to(DEVICE), destinations.to(DEVICE))
+    backends[1].move(caches[1], sources.to(DEVICE), destinations.to(DEVICE))
     monkeypatch.undo()
-    caches[0].move(sources, destinations)
+    backends[0].move(caches[0], sources, destinations)
     assert torch.equal(caches[0].k, caches[1].k.cpu()) and torch.equal(caches[0].v, caches[1].v.cpu())
     assert caches[0].k[0, 0, :, 0].tolist() == [0, 5, 1, 7, 4, 2, 6, 3]
 
@@ -73,3 +78,15 @@ def test_more_moves_than_a_tree_has_nodes_are_refused() -> None:
     moves = torch.zeros(1, 65, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="65 moves"):
         compact(cache.k, cache.v, moves, moves)
+
+
+def test_writes_leave_padding_out() -> None:
+    place = Place(CONFIG, DEVICE, torch.float32, torch.float32, 4)
+    cache = place.cache(2)
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 3, CONFIG.num_kv_heads, CONFIG.head_dim, generator=generator).to(DEVICE)
+    slots = torch.tensor([5, -1, 2], device=DEVICE)
+    TritonBackend(place).write(cache, 1, slots, k, v, is_padded=True)
+    expected = place.cache(2)
+    expected.write_padded(1, slots, k, v)
+    assert torch.equal(cache.k, expected.k) and torch.equal(cache.v, expected.v)

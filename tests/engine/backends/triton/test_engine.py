@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from engine.runner.capture import compile_kernels
-from tests.engine.backends.triton.cases import DEVICE
+from engine.backends.choose import choose
+from engine.backends.triton import support
+from engine.backends.triton.support import make_triton
+from tests.engine.backends.triton.cases import DEVICE, TritonBackend
 from tests.engine.drafters import ScriptedDrafter
 from tests.engine.families import full
 from tests.engine.helpers import params
-from tests.engine.tiny import Arrival, TinyEngine, greedy
+from tests.engine.tiny import Arrival, TinyEngine, greedy, place
 
 LENGTH = 10
 PROMPTS = [tuple((11 * i + 3 * p) % 128 for p in range(length)) for i, length in enumerate((1, 19, 45))]
@@ -27,16 +28,12 @@ ON_CPU = pytest.mark.skipif(
 def test_kernels_are_compiled_by_passes_over_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from engine.backends.triton import attention
 
-    runner = TinyEngine(block_size=16).runner
-    before = [x.normal_().clone() for x in (runner.cache.k, runner.cache.v)]
     launches: list[Any] = []
     monkeypatch.setattr(attention, "attend", _Counting(attention.attend, launches))
-    compile_kernels(runner)
-    assert not launches, "the cache is not one that they read"
-    monkeypatch.setattr(runner.cache, "has_triton", True)
-    compile_kernels(runner)
+    assert make_triton(place()) is None and not launches, "the device is not one that they run on"
+    monkeypatch.setattr(support, "reads_cache", lambda place: True)
+    assert isinstance(make_triton(place()), TritonBackend)
     assert launches
-    assert torch.equal(runner.cache.k, before[0]) and torch.equal(runner.cache.v, before[1])
 
 
 @ON_CPU
@@ -44,11 +41,10 @@ def test_kernels_that_cannot_be_compiled_are_done_without(monkeypatch: pytest.Mo
     def fail(*arguments: Any) -> None:
         raise FileNotFoundError("Python.h")
 
-    runner = TinyEngine(block_size=16).runner
     monkeypatch.setattr("engine.backends.triton.attention.warm_up", fail)
-    monkeypatch.setattr(runner.cache, "has_triton", True)
-    compile_kernels(runner)
-    assert not runner.cache.has_triton
+    monkeypatch.setattr(support, "reads_cache", lambda place: True)
+    assert make_triton(place()) is None
+    assert not isinstance(choose(place()), TritonBackend)
 
 
 class _Counting:
@@ -68,9 +64,9 @@ def test_greedy_answers_with_trees_and_compaction(monkeypatch: pytest.MonkeyPatc
         prompt = PROMPTS[int(request_id)]
         return prompt + greedy(prompt, LENGTH)
 
-    engine = TinyEngine(full(9), ScriptedDrafter(script, 0.7, 3), block_size=16, budget=40)
-    monkeypatch.setattr(engine.runner.cache, "has_triton", True)
-    monkeypatch.setattr("engine.backends.torch.attention.PagedAttention", None)
+    drafter = ScriptedDrafter(script, 0.7, 3)
+    engine = TinyEngine(full(9), drafter, block_size=16, budget=40, make_backend=TritonBackend)
+    monkeypatch.setattr("engine.backends.torch.backend.PagedAttention", None)
     arrivals = [
         Arrival(str(i), prompt, params(LENGTH, ignore_eos=True), step=i) for i, prompt in enumerate(PROMPTS)
     ]

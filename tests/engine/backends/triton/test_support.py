@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
+from engine.backends.backend import Place
 from engine.backends.triton.support import reads_cache
+from tests.engine.tiny import tiny_config
 
 
-def cache_on(device: str, dtype: torch.dtype, head_dim: int) -> Any:
-    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 2, 3, head_dim))
+def place_on(device: str, stored: torch.dtype, head_dim: int) -> Place:
+    return Place(tiny_config(head_dim=head_dim), torch.device(device), torch.bfloat16, stored, 16)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def test_kernels_are_for_gpus_that_can_run_them(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert reads_cache(cache_on(device, dtype, head_dim)) is expected
+    assert reads_cache(place_on(device, dtype, head_dim)) is expected
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not reads_cache(cache_on(device, dtype, head_dim))
+    assert not reads_cache(place_on(device, dtype, head_dim))
 
 
 def test_the_engine_runs_without_triton() -> None:
