@@ -1,4 +1,4 @@
-"""`gorgon bench engine`: speculation against none, and against transformers, in one process and one run.
+"""`gorgon bench engine`: speculation against none, in one process and one run.
 
 Machines are noisy, so modes take turns: every prompt is answered by each mode, in an order that rotates, and
 ratios are taken prompt by prompt.
@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from bench.extras import check_accelerate
 from bench.facts import machine_facts
-from bench.modes import Mode
-from bench.prompts import Prompt, read_prompts, sample
+from bench.prompts import read_prompts, sample
 from bench.report import print_json, print_table, quartiles
-from bench.summary import compare, print_modes, print_ratios, print_tasks, summarize
+from bench.summary import compare, print_modes, print_ratios, summarize
 from engine.answering import EngineMode, Run
 from engine.config import EngineConfig, Speculation
 from engine.errors import ConfigError
@@ -37,7 +35,6 @@ class EngineBenchOptions:
     temperature: float
     seed: int
     tree_nodes: tuple[int, ...]
-    transformers: bool
     concurrency: int
     rounds: int
 
@@ -51,15 +48,13 @@ def run(options: EngineBenchOptions) -> int:
             f"{options.rounds} rounds of {options.concurrency} requests at once need at least "
             f"{options.concurrency * options.rounds} prompts, not {options.num_prompts}",
         )
-    if options.transformers:
-        check_accelerate("--transformers")
     prompts = sample(read_prompts(options.prompts), options.num_prompts, options.seed)
     model, config = with_folders(options.config, options.model, options.heads)
     tokenizer = load_chat_tokenizer(model.model_dir)
     token_ids = [tokenizer.encode_chat(prompt.messages) for prompt in prompts]
 
-    engines, others = load_modes(options, config, model.model_dir)
-    info = engines[0].engine.info
+    modes = load_modes(options, config)
+    info = modes[0].engine.info
     document: dict[str, Any] = {
         "bench": "engine",
         **machine_facts(),
@@ -75,40 +70,33 @@ def run(options: EngineBenchOptions) -> int:
         "prompt_file": options.prompts.name,
         "prompt_tokens": sum(map(len, token_ids)),
     }
-    warm_up([*engines, *others], token_ids[0])
+    warm_up(modes, token_ids[0])
     if options.concurrency == 1:
-        document |= one_at_a_time([*engines, *others], prompts, token_ids, options.max_tokens)
+        document |= one_at_a_time(modes, token_ids, options.max_tokens)
     else:
-        document |= side_by_side(engines, token_ids, options.max_tokens, options.concurrency, options.rounds)
+        document |= side_by_side(modes, token_ids, options.max_tokens, options.concurrency, options.rounds)
     print_json(document)
     return 0
 
 
-def load_modes(
-    options: EngineBenchOptions, config: EngineConfig, model_dir: Path
-) -> tuple[list[EngineMode], list[Mode]]:
-    """The engines, auto and off first, then whatever else is compared."""
-    from bench.modes import TransformersMode
+def load_modes(options: EngineBenchOptions, config: EngineConfig) -> list[EngineMode]:
+    """The engines that are compared, auto and off first."""
     from engine.build import build
 
-    loaded = [(name, build(replace(config, speculation=name))) for name in get_args(Speculation)]
+    engines = {name: build(replace(config, speculation=name)) for name in get_args(Speculation)}
     for nodes in options.tree_nodes:
-        loaded.append((f"tree:{nodes}", build(config, fixed_drafts=nodes, ngrams=False)))
-    engines = [EngineMode(name, engine, options.temperature) for name, engine in loaded]
-    others: list[Mode] = []
-    if options.transformers:
-        others.append(TransformersMode(model_dir, engines[0].engine.info))
-    return engines, others
+        engines[f"tree:{nodes}"] = build(config, fixed_drafts=nodes, ngrams=False)
+    return [EngineMode(name, engine, options.temperature) for name, engine in engines.items()]
 
 
-def warm_up(modes: Sequence[Mode], prompt: list[int]) -> None:
+def warm_up(modes: Sequence[EngineMode], prompt: list[int]) -> None:
     # The same prompt reversed: the prefix cache must not know the real one.
     for mode in modes:
         mode.run(prompt[::-1], max_tokens=16)
 
 
 def one_at_a_time(
-    modes: Sequence[Mode], prompts: Sequence[Prompt], token_ids: Sequence[list[int]], max_tokens: int
+    modes: Sequence[EngineMode], token_ids: Sequence[list[int]], max_tokens: int
 ) -> dict[str, Any]:
     """Every prompt by every mode, one request at a time."""
     runs: dict[str, list[Run]] = {mode.name: [] for mode in modes}
@@ -117,14 +105,9 @@ def one_at_a_time(
         for mode in [*modes[first:], *modes[:first]]:
             runs[mode.name].append(mode.run(prompt, max_tokens))
         _progress(f"prompt {index + 1}/{len(token_ids)}")
-    tasks = [prompt.task for prompt in prompts]
-    figures = {name: summarize(mode_runs, tasks) for name, mode_runs in runs.items()}
-    speculating = [name for name in runs if name not in ("off", "transformers")]
-    ratios = {f"{name}/off": compare(runs, name, "off") for name in speculating}
-    if "transformers" in runs:
-        ratios["auto/transformers"] = compare(runs, "auto", "transformers")
+    figures = {name: summarize(mode_runs) for name, mode_runs in runs.items()}
+    ratios = {f"{name}/off": compare(runs, name, "off") for name in runs if name != "off"}
     print_modes(figures)
-    print_tasks(figures)
     print_ratios(ratios)
     return {"modes": figures, "ratios": ratios}
 
@@ -148,7 +131,7 @@ def side_by_side(
     figures = {
         name: {
             "tokens_per_second": quartiles([run.tokens_per_second for run in mode_runs]),
-            "tokens_per_step": summarize(mode_runs, ["all"] * len(mode_runs))["tokens_per_step"],
+            "tokens_per_step": summarize(mode_runs)["tokens_per_step"],
             "drafts_per_step": round(sum(r.drafted for r in mode_runs) / sum(r.steps for r in mode_runs), 2),
         }
         for name, mode_runs in runs.items()

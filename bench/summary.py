@@ -11,20 +11,16 @@ from engine.answering import Run
 Runs = Mapping[str, Sequence[Run]]  # by mode, in the order of the prompts
 
 
-def summarize(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, Any]:
+def summarize(runs: Sequence[Run]) -> dict[str, Any]:
     """The figures of one mode. Tokens per step counts every committing step, the prompt's own included."""
     seconds = sum(run.seconds for run in runs)
     decode = [rate for run in runs if (rate := run.decode_tokens_per_second) is not None]
     steps = sum(run.steps for run in runs)
-    committed: dict[str, list[int]] = {task: [] for task in tasks}
-    for run, task in zip(runs, tasks, strict=True):
-        committed[task] += run.committed
     return {
         "tokens": sum(run.num_tokens for run in runs),
         "tokens_per_second": round(sum(run.num_tokens for run in runs) / seconds, 2),
         "decode_tokens_per_second": quartiles(decode) if decode else None,
         "tokens_per_step": mean_and_std([n for run in runs for n in run.committed]),
-        "tokens_per_step_by_task": {task: mean_and_std(counts) for task, counts in committed.items()},
         "drafts_per_step": round(sum(run.drafted for run in runs) / steps, 2),
         "acceptance_by_depth": acceptance_by_depth(runs),
     }
@@ -84,19 +80,6 @@ def print_modes(modes: Mapping[str, dict[str, Any]]) -> None:
             for name, figures in modes.items()
         ],
     )
-
-
-def print_tasks(modes: Mapping[str, dict[str, Any]]) -> None:
-    """Tokens per step by task, mean ± standard deviation over the steps of its requests."""
-    drafting = {name: figures for name, figures in modes.items() if figures["drafts_per_step"]}
-    if not drafting:
-        return
-    tasks = next(iter(drafting.values()))["tokens_per_step_by_task"]
-    cells = [
-        [f"{by_task[task]['mean']:.2f} ± {by_task[task]['std']:.2f}" for task in tasks]
-        for by_task in (figures["tokens_per_step_by_task"] for figures in drafting.values())
-    ]
-    print_table(["tokens/step", *drafting], [[task, *row] for task, *row in zip(tasks, *cells, strict=True)])
 
 
 def print_ratios(ratios: Mapping[str, dict[str, Any]]) -> None:

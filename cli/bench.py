@@ -55,9 +55,6 @@ def _register_engine(commands: Subparsers[argparse.ArgumentParser]) -> None:
         "--temperature", type=float, default=0.0, metavar="X", help="of all answers; 0 is greedy (default: 0)"
     )
     parser.add_argument(
-        "--transformers", action="store_true", help="also measure transformers, one request at a time"
-    )
-    parser.add_argument(
         "--concurrency", type=int, default=1, metavar="N", help="requests at once (default: 1)"
     )
     parser.add_argument(
@@ -88,12 +85,8 @@ def run_engine(args: argparse.Namespace) -> int:
 
     rounds = [] if args.rounds is None else ["rounds"]
     check_positive(args, "num_prompts", "max_tokens", "concurrency", "tree_nodes", *rounds)
-    if args.concurrency > 1 and args.transformers:
-        raise ConfigError("transformers", "answers one request at a time; leave out --concurrency")
     if not 0.0 <= args.temperature <= 2.0:
         raise ConfigError("temperature", f"must be 0 to 2, not {args.temperature}")
-    if args.temperature and args.transformers:
-        raise ConfigError("transformers", "draws other tokens; leave out --temperature")
     if args.concurrency == 1 and rounds:
         raise ConfigError("rounds", "one request at a time has no rounds; give --concurrency 2 or more")
     return run(
@@ -107,7 +100,6 @@ def run_engine(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             seed=args.prompt_seed,
             tree_nodes=tuple(args.tree_nodes),
-            transformers=args.transformers,
             concurrency=args.concurrency,
             rounds=args.rounds or DEFAULT_ROUNDS,
         )

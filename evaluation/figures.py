@@ -44,8 +44,7 @@ def _of_task(rows: list[Answered], modes: Sequence[str]) -> dict[str, Any]:
     }
     figures = {}
     for mode in modes:
-        summary = summarize(runs[mode], ["all"] * len(runs[mode]))
-        del summary["tokens_per_step_by_task"]
+        summary = summarize(runs[mode])
         summary["histogram"] = histogram(runs[mode])
         summary["speedup"] = None if mode == OFF else compare(runs, mode, OFF)
         figures[mode] = summary

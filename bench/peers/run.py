@@ -11,9 +11,9 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from bench.extras import check_accelerate
 from bench.facts import machine_facts
 from bench.peers.environment import PeerError, ensure_environment
 from bench.peers.models import Forms, forms_of
@@ -46,7 +46,8 @@ class PeersOptions:
 
 def run(options: PeersOptions) -> int:
     peers = chosen(options.peers)
-    check_accelerate("gorgon bench peers")
+    if find_spec("accelerate") is None:  # by which transformers loads models
+        raise PeerError(f"gorgon bench peers needs accelerate: {sys.executable} -m pip install accelerate")
     prompts = read_prompts(options.prompts)
     prompts = sample(prompts, len(prompts), options.seed)
     cache = writable_cache("peers")  # environments, models in other formats, logs

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from bench.inprocess import one_at_a_time, side_by_side
-from bench.prompts import Prompt
 from bench.report import mean_and_std, print_table, quartiles
 from bench.summary import acceptance_by_depth, compare, summarize
 from engine.answering import EngineMode, Run
@@ -107,14 +106,12 @@ def test_a_modes_temperature_is_that_of_its_requests() -> None:
 
 def test_every_mode_answers_every_prompt(capsys: Any) -> None:
     both = modes()
-    prompts = [Prompt(str(i), "ab"[i % 2], "text") for i in range(4)]
     token_ids = [[i, 1] for i in range(4)]
-    result = one_at_a_time(both, prompts, token_ids, max_tokens=6)
+    result = one_at_a_time(both, token_ids, max_tokens=6)
     for mode in both:
         assert isinstance(mode.engine, CountingEngine)
         assert mode.engine.prompts == token_ids
     assert result["modes"]["auto"]["tokens_per_step"] == {"mean": 3.0, "std": 0.0, "count": 8}
-    assert list(result["modes"]["auto"]["tokens_per_step_by_task"]) == ["a", "b"]
     assert result["ratios"]["auto/off"]["identical"] == 4
     json.dumps(result)
     assert "auto/off end to end" in capsys.readouterr().out
@@ -149,7 +146,7 @@ def test_ratios_are_taken_prompt_by_prompt() -> None:
 def test_an_answer_of_one_step_has_no_decode_rate() -> None:
     run = Run(seconds=1.0, first_token_seconds=1.0, outputs={0: [1]}, committed=[1], steps=1)
     assert run.decode_tokens_per_second is None
-    assert summarize([run], ["a"])["decode_tokens_per_second"] is None
+    assert summarize([run])["decode_tokens_per_second"] is None
     assert compare({"auto": [run], "off": [run]}, "auto", "off")["decode"] is None
 
 

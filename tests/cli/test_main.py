@@ -122,7 +122,6 @@ def test_impossible_settings_exit_2_before_anything_is_fetched(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--transformers", "--concurrency", "2"], "--transformers: answers one request at a time"),
         (["--rounds", "2"], "--rounds: one request at a time has no rounds"),
         (["--rounds", "0", "--concurrency", "2"], "--rounds: must be at least 1"),
     ],

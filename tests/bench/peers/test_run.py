@@ -144,3 +144,10 @@ def test_names_are_checked_before_anything_is_installed(monkeypatch: pytest.Monk
     monkeypatch.setattr("bench.peers.run.forms_of", lambda *_: pytest.fail("resolved"))
     with pytest.raises(ConfigError):
         run(options(peers=("none",)))
+
+
+def test_what_is_missing_is_said_first(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("bench.peers.run.find_spec", lambda name: None)
+    monkeypatch.setattr("bench.peers.run.forms_of", lambda *_: pytest.fail("resolved"))
+    assert main(["bench", "peers"]) == 1
+    assert f"needs accelerate: {sys.executable}" in capsys.readouterr().err
