@@ -1,8 +1,7 @@
-"""`gorgon bench gpu`: the step on a GPU beside the memory limit, for the default model and for Llama-shaped
-models with random weights.
+"""`gorgon bench gpu`: the step on a GPU beside the memory limit, for Llama-shaped models with random weights.
 
-Models without heads draft with untrained ones: what these guess is worthless, what it costs is real. With
-`--device cpu --shapes tiny` all of it runs in seconds, on any machine.
+They draft with untrained heads: what these guess is worthless, what it costs is real. With `--device cpu
+--shapes tiny` all of it runs in seconds, on any machine.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from bench.report import print_json
 from bench.steps import Kind, Measured, compare, figures_of, measure, print_steps
 from engine.errors import GorgonError
 from engine.runner.device import resolve_device
-from heads.errors import HeadsError, RegistryError
 
 
 def run(options: GpuBenchOptions) -> int:
@@ -35,7 +33,7 @@ def run(options: GpuBenchOptions) -> int:
         try:
             model = GpuModel.resolve(name, options)
             measured.extend((name, model.token_bytes, row) for row in _measure(model, options, bandwidth))
-        except (GorgonError, HeadsError, RegistryError, RuntimeError) as error:  # torch raises the last
+        except (GorgonError, RuntimeError) as error:  # torch raises the last
             failed[name] = str(error)
             print(f"{name} was not measured to the end: {error}", file=sys.stderr)
     rows: list[dict[str, Any]] = [

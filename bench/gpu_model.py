@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 
 from bench.shapes import SHAPES, random_decoder, random_heads
 from bench.steps import WARM_UP_STEPS
@@ -17,12 +14,10 @@ from engine.config import MAX_TREE_NODES, Device, Dtype, EngineConfig, KVCacheDt
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder
-from engine.model.loader import load_config, load_decoder
 from engine.placement import place_of
 from engine.runner.heads_drafter import HeadsDrafter
-from heads.checkpoint import load_heads
 from heads.defaults import DEFAULT_MODEL
-from heads.registry.names import list_head_sets, resolve_heads, resolve_model
+from heads.registry.names import list_head_sets
 from trees.family import MAX_DRAFT_NODES, TreeFamily
 
 _BLOCK_SIZE = 16
@@ -52,16 +47,15 @@ class GpuBenchOptions:
 
 @dataclass(frozen=True)
 class GpuModel:
-    """`load` makes the decoder anew: an engine may take its linear layers apart."""
+    """A model of a shape with random weights, and how engines of it are set up."""
 
+    name: str
     config: EngineConfig
     place: Place
-    load: Callable[[], Decoder]
-    heads_dir: Path | None
 
     @classmethod
     def resolve(cls, name: str, options: GpuBenchOptions) -> GpuModel:
-        """One of SHAPES, or the default model. Raises ConfigError and RegistryError."""
+        """name: one of SHAPES. Raises ConfigError."""
         config = EngineConfig(
             model_dir="",
             device=options.device,
@@ -70,14 +64,7 @@ class GpuModel:
             kv_cache_dtype=options.kv_cache_dtype,
             block_size=_BLOCK_SIZE,
         )
-        heads_dir = None
-        if name in SHAPES:
-            place = place_of(config, SHAPES[name])
-            load = partial(random_decoder, name, place.dtype, place.device)
-        else:
-            model = resolve_model(DEFAULT_MODEL)
-            place, heads_dir = place_of(config, load_config(model.model_dir)), resolve_heads("auto", model)
-            load = partial(load_decoder, model.model_dir, place.dtype, place.device)
+        place = place_of(config, SHAPES[name])
         room = _ROOM + 4 * (options.steps + WARM_UP_STEPS)  # some guesses are right
         longest = min(max(options.contexts) + room, place.model.max_positions)
         requests = max(options.requests)
@@ -89,7 +76,7 @@ class GpuModel:
             max_num_seqs=requests,
             max_num_batched_tokens=requests * _ROOM,
         )
-        return cls(sized, place, load, heads_dir)
+        return cls(name, sized, place)
 
     @property
     def token_bytes(self) -> int:
@@ -97,22 +84,20 @@ class GpuModel:
         return bytes_per_token(self.place.model, self.place.stored)
 
     def plain_engine(self) -> Engine:
-        return build(replace(self.config, speculation="off"), loaded=self.load())
+        return build(replace(self.config, speculation="off"), loaded=self._decoder())
 
     def tree_engine(self) -> Engine:
-        """Trees as large as requests allow, grown by the model's own heads, else by untrained ones."""
-        loaded, backend = self.load(), choose(self.place)
-        weight = loaded.lm_head.weight
-        if self.heads_dir is None:
-            drafter = HeadsDrafter(random_heads(loaded), weight, backend)
-        else:
-            drafter = HeadsDrafter.of(load_heads(self.heads_dir), loaded.embedding, weight, backend)
-        family = TreeFamily.load(list_head_sets()[DEFAULT_MODEL] / "tree.json")  # any of that size does
+        """Trees as large as requests allow, grown by untrained heads."""
+        decoder = self._decoder()
         return build(
             self.config,
-            loaded=loaded,
-            drafter=drafter,
-            family=family,
+            loaded=decoder,
+            drafter=HeadsDrafter(random_heads(decoder), decoder.lm_head.weight, choose(self.place)),
+            family=TreeFamily.load(list_head_sets()[DEFAULT_MODEL] / "tree.json"),  # any of that size does
             fixed_drafts=MAX_DRAFT_NODES,
             ngrams=False,  # which are right too often where a random model repeats itself
         )
+
+    def _decoder(self) -> Decoder:
+        """Made anew: an engine may take its linear layers apart."""
+        return random_decoder(self.name, self.place.dtype, self.place.device)

@@ -121,7 +121,8 @@ async def _levels(client: httpx.AsyncClient, ask: Ask, options: ServeBenchOption
         load = await open_loop(client, ask, prompts, rate, options.seed)
         levels.append({"rate": rate, **summarize_load(load)})
     for concurrency in () if options.rates else options.concurrency:
-        levels.append(await measure_level(client, ask, prompts, concurrency))
+        load = await closed_loop(client, ask, prompts, concurrency)
+        levels.append({"concurrency": concurrency, **summarize_load(load)})
     return levels
 
 
@@ -131,13 +132,3 @@ async def _prompts(client: httpx.AsyncClient, ask: Ask, options: ServeBenchOptio
     prompts = read_prompts(options.prompts)
     prompts = sample(prompts, min(options.num_requests, len(prompts)), options.seed)
     return list(islice(cycle(prompts), options.num_requests))
-
-
-async def measure_level(
-    client: httpx.AsyncClient, ask: Ask, prompts: Sequence[Prompt], concurrency: int
-) -> dict[str, Any]:
-    """Figures of a closed loop over all prompts."""
-    return {
-        "concurrency": concurrency,
-        **summarize_load(await closed_loop(client, ask, prompts, concurrency)),
-    }

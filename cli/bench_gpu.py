@@ -8,7 +8,7 @@ from typing import Any, get_args
 from cli.bench_common import check_positive
 from cli.parser import Subparsers
 
-SHAPES = ("default", "1b", "3b", "8b", "tiny")
+SHAPES = ("1b", "3b", "8b", "tiny")
 NUMBERS = (
     ("requests", (1, 8, 64), "requests that decode at once"),
     ("nodes", (1, 2, 4, 8, 16, 32, 64), "nodes of each request's tree, root included; 1 is plain decoding"),
@@ -22,16 +22,16 @@ def register(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "gpu",
         help="time of a step on a GPU, by model size, requests, context and tree",
-        description="Times decoding steps of the default model and of Llama-shaped models with random "
-        "weights, profiles the device meanwhile, and says how far each step is from the memory limit. With "
-        "--device cpu --shapes tiny it runs anywhere.",
+        description="Times decoding steps of Llama-shaped models with random weights, profiles the device "
+        "meanwhile, and says how far each step is from the memory limit. With --device cpu --shapes tiny it "
+        "runs anywhere. gorgon bench step does it for a real model.",
     )
     parser.add_argument(
         "--shapes",
         nargs="+",
         choices=SHAPES,
         default=list(SHAPES[:-1]),
-        help="the default model, and Llama's shapes with random weights (default: all but tiny)",
+        help="Llama's shapes, with random weights (default: all but tiny)",
     )
     for name, default, text in NUMBERS:
         shown = f"{text} (default: {' '.join(map(str, default))})"
