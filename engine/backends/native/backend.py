@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from engine.backends.backend import Backend, Place
@@ -15,7 +14,7 @@ from engine.backends.growing import CachedPrefix, TreeGrower
 from engine.backends.kv_cache import KVCache
 from engine.backends.native import noise
 from engine.backends.native.attention import NativeAttention, reads_cache
-from engine.backends.native.decoder import can_run, fits_decoder
+from engine.backends.native.decoder import can_run, fits_config
 from engine.backends.native.hydra import NativeHydra, can_take_heads
 from engine.backends.native.kept import KeptWeights
 from engine.backends.native.library import kernels
@@ -49,10 +48,7 @@ def make_native(place: Place) -> Backend | None:
 
 def takes_model(place: Place) -> bool:
     """Whether the kernels run this decoder here."""
-    if not can_run(place.dtype, place.device):
-        return False
-    with torch.device("meta"):
-        return fits_decoder(Decoder(place.model))
+    return can_run(place.dtype, place.device) and fits_config(place.model)
 
 
 class NativeParts(TorchBackend):

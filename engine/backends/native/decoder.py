@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.backends.native.attention import MAX_HEAD_DIM, NativeAttention
 from engine.backends.native.library import CDecoder, CLayer, kernels
-from engine.backends.native.matrix import LANES, Kind, NativeLinear, fits_shape
+from engine.backends.native.matrix import LANES, Kind, NativeLinear
 from engine.backends.native.scratch import scratch
 from engine.model.config import DecoderConfig, features, refuse_unknown
 from engine.model.decoder import Decoder, RopeTable
@@ -127,22 +127,20 @@ def can_run(dtype: torch.dtype, device: torch.device) -> bool:
 
 def can_take(decoder: Decoder) -> bool:
     """Whether `can_run` holds and the kernels have all features and shapes of this decoder."""
-    return can_run(decoder.embedding.dtype, decoder.embedding.device) and fits_decoder(decoder)
+    return can_run(decoder.embedding.dtype, decoder.embedding.device) and fits_config(decoder.config)
 
 
-def fits_decoder(decoder: Decoder) -> bool:
-    """Whether the kernels have all features and shapes of a decoder, which may be on any device, or none."""
-    c = decoder.config
+def fits_config(c: DecoderConfig) -> bool:
+    """Whether the kernels have all features and shapes of such a decoder. All its matrices fit then."""
     if unknown := sorted(features(c) - _KNOWN):
         logger.info("Torch's operators run this model; the kernels for CPUs lack %s.", ", ".join(unknown))
         return False
-    weights = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
     return (
-        all(map(fits_shape, weights))
-        and c.head_dim % 32 == 0
+        c.head_dim % 32 == 0
         and c.head_dim <= MAX_HEAD_DIM
         and c.layers[0].feed_forward.width % (2 * LANES) == 0
         and c.hidden_size % (2 * LANES) == 0
+        and c.vocab_size % LANES == 0
     )
 
 

@@ -106,14 +106,9 @@ class NativeLinear(nn.Module):
 
 def fits(weight: Tensor) -> bool:
     """Whether the kernels take weights [out, in] of this shape, on this machine."""
-    # The device comes first: `kernels` compiles them, which on a host with a GPU nobody waits for.
-    return weight.device.type == "cpu" and fits_shape(weight) and kernels() is not None
-
-
-def fits_shape(weight: Tensor) -> bool:
-    """Whether the kernels take weights [out, in] of this shape."""
     rows, columns = weight.shape
-    return rows % LANES == 0 and columns % GROUP_SIZE == 0
+    right = weight.device.type == "cpu" and rows % LANES == 0 and columns % GROUP_SIZE == 0
+    return right and kernels() is not None  # which compiles them: on a host with a GPU nobody waits for that
 
 
 def argmax(x: Tensor) -> Tensor | None:

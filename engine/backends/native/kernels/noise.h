@@ -1,4 +1,4 @@
-/* The noise of draws: engine/runner/noise.py says what it is and why. Included by kernels.c. */
+/* The noise of draws: engine/backends/noise.py says what it is and why. Included by kernels.c. */
 #pragma once
 
 static inline __m512 log_(__m512 x) { /* within 2 units in the last place, of positive normal numbers */

@@ -31,7 +31,7 @@ typedef struct {
     const layer *layers;
 } decoder;
 
-/* The paged cache and who sees what in it: the visibility rule of engine/runner/attention.py. */
+/* The paged cache and who sees what in it: the visibility rule of engine/backends/visibility.py. */
 typedef struct {
     int64_t num_tokens, num_requests, num_threads;
     int64_t num_heads, num_kv_heads, head_dim;

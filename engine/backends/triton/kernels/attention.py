@@ -15,7 +15,7 @@ _MERGED_AT_ONCE: tl.constexpr = tl.constexpr(16)  # partial results
 
 @triton.jit
 def _visible(keys, prefix_len, ancestors):
-    """The rule, [rows, keys]; see `engine.backends.torch.attention.visibility`."""
+    """The rule, [rows, keys]; see `engine.backends.visibility.visibility`."""
     beyond = keys[None, :] - prefix_len[:, None]
     node = tl.minimum(tl.maximum(beyond, 0), 63).to(tl.int64)
     in_tree = (ancestors[:, None] >> node) & 1
