@@ -13,7 +13,7 @@ DEFAULT_KV_CACHE = 2**30  # several engines share the memory
 def engine_settings() -> list[Setting]:
     from engine.config import EngineConfig
 
-    # Speculation is what is compared, and the seed of greedy requests draws nothing.
+    # The bench compares speculation settings itself, and greedy requests draw nothing from a seed.
     return [s for s in settings_of(EngineConfig) if s.name not in ("speculation", "seed")]
 
 

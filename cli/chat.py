@@ -1,7 +1,7 @@
-"""`gorgon chat`: a terminal chat against a running server that shows what each answer cost.
+"""`gorgon chat`: a chat in the terminal against a running server. It shows what each answer cost.
 
-Talks plain OpenAI HTTP, so that it works against any such server; tokens per step are shown where the
-server reports `decode_steps`.
+It speaks plain OpenAI HTTP, so it works against any such server. Tokens per step are shown where the server
+reports `decode_steps`.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class Chat:
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
     def ask(self, text: str, answer: Answer) -> Iterator[str]:
-        """The answer's text as it arrives; what is known of it is written into `answer`.
+        """The pieces of the answer as they arrive. What is known of the answer is written into `answer`.
 
-        An answer that was cut short stays in the history as far as it came; a message that got none is
-        taken out again. Raises ChatError where the server refuses.
+        An answer that was cut short stays in the history as it is. A message without an answer is removed
+        again. Raises ChatError where the server refuses.
         """
         body = {
             **self._parameters,
@@ -130,7 +130,7 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def error_message(response: httpx.Response) -> str:
-    """The message of an OpenAI-shaped error, or the status where it is none."""
+    """The message of an OpenAI-shaped error, or the status if the error has another shape."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

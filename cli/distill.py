@@ -1,4 +1,4 @@
-"""`gorgon distill`: the model answers prompts itself, and its heads are trained on what it said."""
+"""`gorgon distill`: the model answers prompts itself. Its heads are trained on these answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cli.parser import Subparsers
 from cli.settings import Setting, add_flags, settings_of
 from heads.defaults import DEFAULT_MODEL
 
-# Those that matter for a closed loop of requests in this process.
+# The engine settings that matter when this process sends the requests itself.
 _ENGINE_FLAGS = ("dtype", "device", "speculation", "max_model_len", "kv_cache_memory")
 
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     config = EngineConfig(
         model_dir="",
         max_num_seqs=args.concurrency,
-        quantization="none",  # text to train on is the model's own, on every machine
+        quantization="none",  # the text must be what the model itself says, the same on every machine
         **{name: value for name in _ENGINE_FLAGS if (value := getattr(args, name)) is not None},
     )
     options = DistillOptions(
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
         ),
     )
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops it, stops it alike
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         totals = distill(options)
     except KeyboardInterrupt:

@@ -1,4 +1,5 @@
-"""`gorgon evaluate`: the report for a head set, on the same prompts as no speculation and other guessers."""
+"""`gorgon evaluate`: the report on a head set. The same prompts are answered without speculation and by other
+drafters."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 def _engine_settings() -> list[Setting]:
     from engine.config import EngineConfig
 
-    # Speculation is what is compared, and every request brings a seed.
+    # The report compares speculation settings itself, and every request brings its own seed.
     return [s for s in settings_of(EngineConfig) if s.name not in ("speculation", "seed")]
 
 

@@ -1,4 +1,4 @@
-"""Head sets by the names that commands take, as folders."""
+"""Finds the folder of a head set by the name that a command was given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def find_heads(name: str) -> Path:
     from heads.errors import RegistryError
     from heads.registry.names import ResolvedModel, resolve_heads
 
-    # Without a model "auto" finds nothing; every other way to name a set does not depend on one.
+    # Without a model "auto" finds nothing. No other name depends on the model.
     folder = resolve_heads(name, ResolvedModel("", Path()))
     if folder is None:
         raise RegistryError(f"{name!r} names no head set; see: gorgon heads list")

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"gorgon: error: {message} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        # Called for every parser on the way down to the command's own, which is the one that knows the flags.
+        # argparse calls this for every parser down to the command's own. Only that one knows the flags.
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(self._explain_unknown(unknown))

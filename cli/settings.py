@@ -48,7 +48,7 @@ def parse_float(text: str) -> float:
 
 
 def parse_bool(text: str) -> bool:
-    """true or false, as GORGON_* variables say it; as a flag, being there is enough."""
+    """true or false, as GORGON_* variables spell it. A flag is true if it is there."""
     if text not in ("true", "false"):
         raise ValueError(f"{text!r} is neither true nor false")
     return text == "true"
@@ -141,7 +141,7 @@ def _argparse_type(setting: Setting) -> Callable[[str], Any]:
 
 
 def check_variables(environ: Mapping[str, str], settings: Iterable[Setting]) -> None:
-    """Refuse GORGON_* variables that nothing reads: a misspelt one would be ignored in silence."""
+    """Refuse GORGON_* variables that nothing reads. Otherwise a misspelt one would be ignored silently."""
     known = {setting.variable for setting in settings} | OTHER_VARIABLES
     for name in sorted(environ):
         if name.startswith(ENV_PREFIX) and name not in known:
@@ -191,5 +191,5 @@ def build(config: type[T], args: argparse.Namespace, environ: Mapping[str, str],
 
 
 def client_api_key(environ: Mapping[str, str]) -> str | None:
-    """The key of a command that talks to a server: the first of those that the server would take."""
+    """The key of a command that talks to a server: the first of the keys that the server accepts."""
     return environ.get("GORGON_API_KEY", "").split(",")[0] or None

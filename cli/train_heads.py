@@ -1,4 +1,4 @@
-"""`gorgon train heads`: heads learn on a model that stands still; what comes out is a head set for it."""
+"""`gorgon train heads`: heads learn on a frozen model. The result is a head set for that model."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_heads(args: argparse.Namespace, names: list[str]) -> None:
-    """Refuse what would have no effect."""
+    """Refuse flags that would have no effect."""
     from engine.errors import ConfigError
 
     unused = dict.fromkeys(names, "--start decides on it") if args.start is not None else {}

@@ -1,4 +1,4 @@
-"""`gorgon train joint`: heads and backbone learn together; what comes out is a model and its head set."""
+"""`gorgon train joint`: heads and backbone learn together. The result is a model and its head set."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What all draft heads share: sizes, the projection onto the vocabulary, and what binds them to a base model.
 
-Heads project with the base's `lm_head`, with a projection of each head's own, or with one of low rank that
-they share; in each case onto the whole vocabulary or onto the most frequent tokens, the token map.
+Heads project with the base's `lm_head`, with a projection of their own each, or with a low-rank one that they
+share. Each of these covers the whole vocabulary or only the most frequent tokens (the token map).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ProjectionKind = Literal["shared", "own", "low_rank"]
 
 
 def plain_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Multiplication by weight [out, in], as torch does it."""
+    """A linear layer with weight [out, in], as torch computes it."""
     return partial(F.linear, weight=weight)
 
 
@@ -62,7 +62,7 @@ class DraftHeads(nn.Module):
 
     @property
     def prefix_layer(self) -> PrefixLayer | None:
-        """What turns the base's rows into those that heads start from, where they have such a layer."""
+        """The layer that turns the base's rows into those that heads start from; None where there is none."""
         return None
 
     @abstractmethod
@@ -79,7 +79,7 @@ class DraftHeads(nn.Module):
         """What each head projects where every path is the text itself: per head [num_anchors, hidden].
 
         hidden, embeddings: [batch, length, hidden]; anchors: [num_anchors] int64, flat rows t whose root is
-        token t + 1. Targets beyond the end of a text are the caller's to leave out.
+        token t + 1. The caller leaves out targets beyond the end of a text.
         """
 
     @abstractmethod
@@ -110,11 +110,11 @@ class DraftHeads(nn.Module):
         num_guesses: int,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`follow`, as the likeliest tokens and their log-probabilities given the path: token ids and
-        float32, both [num_requests, num_paths, num_guesses] with the likeliest first, and the next state.
+        """The likeliest tokens of `follow`, and their log-probabilities given the path.
 
-        noise: [num_requests, num_tokens] float32, what the coming draw adds to the base's logits: given that,
-        other tokens are likely than without.
+        Returns token ids and float32, both [num_requests, num_paths, num_guesses] with the likeliest first,
+        and the next state. noise: [num_requests, num_tokens] float32, which the coming draw adds to the
+        base's logits; None for a greedy draw. With noise, other tokens are likely.
         """
         logits, state = self.follow(head, state, tokens, origins)
         if noise is not None:
@@ -122,14 +122,14 @@ class DraftHeads(nn.Module):
         best = logits.topk(min(num_guesses, self.num_tokens), dim=-1)
         log_probs = best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)
         # Rounding must not make a guess likelier than certain: then a child would outdo its parent.
-        # One that is no number, where a format has overflowed, is no guess.
+        # NaN, which comes from an overflow of the number format, is no guess.
         log_probs = log_probs.clamp_(max=0.0).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
         guesses = best.indices if self.token_map is None else self.token_map[best.indices]
         shape = (*tokens.shape, -1)
         return guesses.expand(shape), log_probs.expand(shape), state
 
     def mapped(self, weight: Tensor) -> Tensor:
-        """The rows of weight [vocab, ...] that guesses stand for, [num_tokens, ...]."""
+        """The rows of weight [vocab, ...] for the tokens of the token map, [num_tokens, ...]."""
         return weight if self.token_map is None else weight[self.token_map].contiguous()
 
     @torch.no_grad()
@@ -174,8 +174,10 @@ class DraftHeads(nn.Module):
         self.embedding = embedding.detach()
 
     def projected(self, head: int, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What to multiply for one head's logits: rows [num_rows, size] and a weight [num_tokens, size] that
-        the heads bring, None for the base's. features: [num_rows, hidden]."""
+        """What to multiply for one head's logits: rows [num_rows, size] and a weight [num_tokens, size].
+
+        The weight is None where the heads use the base's. features: [num_rows, hidden].
+        """
         if self.projection is not None:
             return features, self.projection[head]
         if self.reduce is not None:

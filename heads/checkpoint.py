@@ -1,8 +1,8 @@
-"""Head sets on disk: `heads.safetensors` and `config.json`, read without trusting either.
+"""Head sets on disk: `heads.safetensors` and `config.json`. Neither file is trusted.
 
-What the weights hold counts: a config that says otherwise, a key that is not used, one that is missing and a
-wrong shape are errors. A few embedding rows of the base go with the heads, so that another base model is an
-error too instead of an acceptance of zero.
+The weights decide. A config that contradicts them, an unused key, a missing key and a wrong shape are errors.
+A few embedding rows of the base are stored with the heads. So another base model is an error too, instead of
+an acceptance of zero.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class HeadSet:
         return float(F.cosine_similarity(rows, self.fingerprint.float(), dim=1).mean())
 
     def check_base(self, embedding: Tensor) -> None:
-        """Raises HeadsError where embedding [vocab, hidden] is another model's than the heads'."""
+        """Raises HeadsError where embedding [vocab, hidden] is not that of the heads' base model."""
         similarity = self.similarity(embedding)
         if not similarity > FINGERPRINT_COSINE:
             raise HeadsError(
@@ -128,7 +128,8 @@ def save_heads(
     embedding: Tensor,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Write the head set, each file whole or not at all. embedding: the base's, [vocab, hidden]."""
+    """Write the head set. Each file is written completely or not at all. embedding: the base's, [vocab,
+    hidden]."""
     directory.mkdir(parents=True, exist_ok=True)
     tokens = (torch.arange(FINGERPRINT_ROWS) * 2 + 1) * module.vocab_size // (2 * FINGERPRINT_ROWS)
     tensors = {
@@ -205,7 +206,7 @@ def load_heads(directory: Path) -> HeadSet:
         if int(token_map.min()) < 0 or int(token_map.max()) >= vocab:
             raise HeadsError(f"{path}: 'token_map' names tokens outside the vocabulary of {vocab}")
     make = _medusa if config["architecture"] == MedusaHeads.architecture else _hydra
-    with torch.device("meta"):  # sizes that config.json alone says take no memory before they are checked
+    with torch.device("meta"):  # sizes from config.json take no memory until they are checked
         module = make(config, tensors, token_map)
     for name, value in _config(module, config["base_model"]).items():
         if config[name] != value:
@@ -265,7 +266,7 @@ def _hydra(config: dict[str, Any], tensors: dict[str, Tensor], token_map: Tensor
 
 
 def describe(directory: Path) -> dict[str, object]:
-    """Facts of a head set for people: its config, counted from the weights, and what it weighs on disk."""
+    """Facts of a head set for people: its config, sizes counted from the weights, and its bytes on disk."""
     heads = load_heads(directory)
     module = heads.module
     facts = {"name": heads.name, **_config(module, heads.base_model)}

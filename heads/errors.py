@@ -1,4 +1,4 @@
-"""Errors of head sets and of the registry. Apart from the engine's: heads import nothing above them."""
+"""Errors of head sets and of the registry. The engine has its own, which heads must not import."""
 
 
 class HeadsError(Exception):

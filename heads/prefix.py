@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Entries at a distance are told apart by rotation, as in the base model; its own theta is as good as another.
+# Rotation encodes the distance of entries, as in the base model. This theta need not be the base's.
 ROPE_THETA = 10_000.0
 
 
@@ -65,7 +65,7 @@ class PrefixLayer(nn.Module):
             nn.init.zeros_(module.weight)
 
     def bind(self, make_linear: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> None:
-        """Multiply by what make_linear makes of the weights from now on."""
+        """From now on, multiply by what make_linear makes of the weights."""
         self._products = {
             name: make_linear(layer.weight.detach())
             for name, layer in self.named_children()
@@ -94,15 +94,17 @@ class PrefixLayer(nn.Module):
         return rotate(self._multiply("q", entries).view(shape), positions)
 
     def finish(self, hidden: Tensor, read: Tensor) -> Tensor:
-        """What heads start from. hidden: [..., hidden]; read: [..., heads * head_dim], the attention's."""
+        """The rows that heads start from, [..., hidden]. hidden: [..., hidden], the base's rows; read: [...,
+        heads * head_dim], the attention's output."""
         g = hidden + self._multiply("o", read)
         gate, up = self._multiply("gate_up", rms(g)).chunk(2, dim=-1)
         return g + self._multiply("down", F.silu(gate) * up)
 
     def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
-        """What heads start from at every row t of a dense batch, its root being t + 1; the last is void.
+        """The rows that heads start from for every row t of a dense batch, whose root is token t + 1.
 
-        hidden, embeddings: [batch, length, hidden] of the same tokens; as many come out.
+        hidden, embeddings: [batch, length, hidden] of the same tokens. Returns the same shape; the last row
+        means nothing.
         """
         before = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
         entries = self.entries(before, embeddings)

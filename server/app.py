@@ -36,7 +36,7 @@ def create_app(
     for module in (chat, completions, models, health, metrics):
         app.include_router(module.router)
     errors.install(app)
-    # The last one added is the first that a request meets.
+    # A request passes the gates in the reverse order: the last one added comes first.
     app.add_middleware(BodyGate, max_bytes=settings.max_body_bytes)
     app.add_middleware(KeyGate, api_keys=settings.api_keys, open_metrics=settings.open_metrics)
     app.add_middleware(LifecycleGate, lifecycle=services.lifecycle, metrics=counters)

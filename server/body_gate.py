@@ -1,4 +1,4 @@
-"""The gate that reads a request's whole body, up to a limit, and unpacks one that comes compressed."""
+"""The gate that reads a request's whole body, up to a limit, and decompresses it where it is compressed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
 
-DISCARD_FACTOR = 16  # times the size limit that is read and thrown away to let a client see its 413
+DISCARD_FACTOR = 16  # how many times the size limit is read and thrown away, so that a client sees its 413
 READ_TIMEOUT = 60.0  # seconds for a whole body
-_GZIP = 16 + zlib.MAX_WBITS  # as zlib wants to be told the format
+_GZIP = 16 + zlib.MAX_WBITS  # zlib's code for the gzip format
 
 
 class BodyGate:
-    """Reads the whole body, up to a limit, before the app runs; the app gets it as one message.
+    """Reads the whole body, up to a limit, before the app runs. The app gets it as one message.
 
-    The limit holds for what was sent and for what a compressed body unpacks to.
+    The limit holds for the bytes that were sent and for what a compressed body unpacks to.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -48,7 +48,7 @@ class BodyGate:
         await self._app(scope, replay, send)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body as it was before compression, None when the client went. Raises ApiError."""
+        """The body without its compression. None when the client has gone. Raises ApiError."""
         try:
             async with asyncio.timeout(READ_TIMEOUT):
                 body = await self._read(scope, receive)
@@ -68,7 +68,8 @@ class BodyGate:
         return await asyncio.to_thread(self._unpack, body)
 
     def _unpack(self, body: bytes) -> bytes:
-        """What was compressed by gzip. Raises ApiError: 413 for too much, 400 for no whole gzip stream."""
+        """Decompress gzip. Raises ApiError: 413 where the result is too large, 400 where the stream is
+        damaged."""
         stream = zlib.decompressobj(_GZIP)
         try:
             unpacked = stream.decompress(body, self._max_bytes + 1)
@@ -81,7 +82,7 @@ class BodyGate:
         return unpacked
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body as it was sent, None when the client went. Raises ApiError for one that is too large."""
+        """The body as it was sent. None when the client has gone. Raises ApiError where it is too large."""
         discard = self._max_bytes * DISCARD_FACTOR
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdigit() and int(declared) > discard:
@@ -97,7 +98,7 @@ class BodyGate:
             if size <= self._max_bytes:
                 chunks.append(chunk)
             else:
-                # Many clients look for an answer only once they have sent everything.
+                # Many clients read the answer only after they have sent everything.
                 chunks.clear()
                 if size > discard:
                     raise self._too_large()

@@ -1,6 +1,6 @@
-"""What every request meets first: it gets an id and a path in normal form, and its framing is looked at.
+"""The first gate of every request: it gives an id, normalizes the path and checks the framing.
 
-All gates behind this one, the key's among them, look at the path that is set here.
+All later gates, the API key's among them, use the path that is set here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Entrance:
         known = len(sent) == 1 and _ID.fullmatch(sent[0])
         request_id = sent[0].decode() if known else uuid.uuid4().hex
         names = {name for name, _ in scope["headers"]}
-        # Somebody in front of us may have read another length than we did, and take the rest for a request.
+        # A proxy in front of us may have read another length, and would take the rest for another request.
         close = {b"content-length", b"transfer-encoding"} <= names
 
         async def named_send(message: Message) -> None:

@@ -23,7 +23,7 @@ from server.protocol.errors import ErrorDetail, ErrorResponse
 logger = logging.getLogger("gorgon.server")
 
 MAX_ECHO = 200  # characters of a client's own text that a message repeats
-RESTART_SECONDS = 10  # a guess at how long a dead engine takes to come back
+RESTART_SECONDS = 10  # estimate of how long a dead engine takes to come back
 STOP_SECONDS = 5  # by then another instance has taken over, or this one is back
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
@@ -62,13 +62,13 @@ class ApiError(Exception):
 
     @property
     def reason(self) -> str:
-        """What a log may say. Not the message: it may repeat what the client wrote."""
+        """What a log may say. The message is left out because it may repeat what the client wrote."""
         param = "" if self.param is None else f", param {self.param!a}"
         return self.kind + param + ("" if self.code is None else f", code {self.code}")
 
 
 class _ErrorResponse(Response):
-    """Leaves the reason in the request's state, for the gate that logs refusals."""
+    """Leaves the reason in the request's state. The gate that logs refusals reads it there."""
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(error.body(), error.status, error.headers, media_type="application/json")
@@ -80,11 +80,12 @@ class _ErrorResponse(Response):
 
 
 class GenerationError(Exception):
-    """The engine gave up one request; the message is the engine's and for the log, not for the client."""
+    """The engine gave up one request. The message is the engine's own: it goes to the log, not to the
+    client."""
 
 
 class ClientDisconnectedError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has gone, so that nobody waits for the answer."""
 
 
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
@@ -120,7 +121,7 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def to_api_error(error: BaseException, request_id: str) -> ApiError:
-    """The answer for any failure; what nobody foresaw becomes a 500 without details."""
+    """The answer for any failure. An unexpected one becomes a 500 without details."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
@@ -160,7 +161,7 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error that is foreseen in OpenAI's shape; the others are the gates' to answer."""
+    """Answer every expected error in OpenAI's shape. The gates answer the unexpected ones."""
     handled: tuple[type[Exception], ...] = (
         ApiError,
         RequestError,

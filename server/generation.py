@@ -1,4 +1,4 @@
-"""One request's way through the engine and back to text: pieces of the answer, its usage, how it ended."""
+"""One request's way through the engine and back to text: pieces of the answer, its usage and how it ended."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Piece:
 class Generation:
     """Runs one request. Read `pieces()` to the end, or close it to abort the request.
 
-    `request_id` is the answer's own, `http_request_id` the one that logs on the client's side may have.
+    `request_id` is the answer's own. `http_request_id` is the one that the client's logs may hold.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Generation:
         self._assembler = TextAssembler(
             decode, request.stop or (), self._include_stop, min_tokens=sampling.min_tokens
         )
-        self._waiting: deque[tuple[int, TokenLogprobs]] = deque()  # whose text is not out yet
+        self._waiting: deque[tuple[int, TokenLogprobs]] = deque()  # their text is not out yet
         self._num_tokens = 0
         self._dropped = 0  # accepted tokens behind a stop string
         self._engine_usage = _NO_USAGE
@@ -89,7 +89,7 @@ class Generation:
         """One piece for each step. Raises what `Engine.generate` raises, GenerationError and
         RequestMemoryError.
 
-        However it ends, the engine's generator is closed: the request holds no blocks afterwards.
+        The engine's generator is always closed at the end, so that the request holds no blocks afterwards.
         """
         try:
             async for output in self._outputs:
@@ -113,7 +113,7 @@ class Generation:
             self._record()
 
     def _take(self, output: RequestOutput) -> Piece:
-        """Add one step's tokens; sets `finish_reason` with the last."""
+        """Add one step's tokens. The last step sets `finish_reason`."""
         if output.failure == "out_of_memory":
             raise RequestMemoryError(
                 "The engine has no memory for this request; send a shorter one, or try again later."

@@ -1,4 +1,4 @@
-"""The two things that the server needs from below, as interfaces, so that tests put others in their place."""
+"""The two interfaces that the server needs from the engine. Tests put others in their place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names tokens: the text of a single token as it stands inside a text."""
+"""Names tokens: the text that a single token has inside a longer text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIN_LOGPROB = -9999.0  # what OpenAI sends for a probability of zero; JSON has n
 
 
 class TokenTexts:
-    """Text of single tokens, kept once computed (at most one entry for each token of the vocabulary).
+    """Texts of single tokens, each computed once (at most one entry for each token of the vocabulary).
 
     A token is decoded behind an anchor, because tokenizers drop the leading space at the start of a text.
     """
@@ -35,12 +35,13 @@ class TokenTexts:
         return text
 
     def bytes_of(self, token_id: int) -> bytes | None:
-        """UTF-8 of a token, which may be a piece of a character; None where the tokenizer does not tell."""
+        """UTF-8 of a token, which may be a piece of a character. None where the tokenizer does not know."""
         text = self[token_id]
         return self._piece_bytes(token_id) if REPLACEMENT in text else text.encode()
 
     def name(self, token_id: int) -> str:
-        """The token's text, or what tells pieces of characters apart, whose texts are all U+FFFD."""
+        """The token's text. Pieces of characters all have the text U+FFFD, so they get names that tell them
+        apart."""
         text = self[token_id]
         if REPLACEMENT not in text:
             return text
@@ -49,5 +50,5 @@ class TokenTexts:
 
 
 def finite(logprob: float) -> float:
-    """`logprob` as JSON can carry it."""
+    """`logprob` as a number that JSON can hold."""
     return logprob if logprob > MIN_LOGPROB else MIN_LOGPROB

@@ -1,7 +1,7 @@
-"""Everything /metrics tells. Fed by the engine's steps and by the way of each request.
+"""Everything that /metrics reports, counted from the engine's steps and from each request.
 
-Our names begin with gorgon_. Three gauges also go by vLLM's names, because routers in front of servers
-scrape them by these. Without torch; one registry per server, so that tests can run many.
+Our names begin with gorgon_. Three gauges also have vLLM's names, because routers read them under these.
+There is no torch here, and one registry per server, so that tests can run many servers.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ class Metrics:
         self._restarts_seen = engine.num_restarts
         self.capture_failures.inc(engine.num_capture_failures - self._capture_failures_seen)
         self._capture_failures_seen = engine.num_capture_failures
-        self.model_info.clear()  # a restarted engine may be another
+        self.model_info.clear()  # a restarted engine may have another device or format
         labels = [getattr(engine.info, label) for label in _MODEL_LABELS]
         self.model_info.labels(self._model_name, *labels).set(1)
-        # Neither the end of an engine nor an abort is followed by a step that would say so.
+        # After an abort, or when the engine has died, no step comes that would update the gauges.
         if engine.num_waiting() or engine.num_in_flight() == 0:
             self._set_gauges(0, engine.num_waiting(), 0.0)
         return generate_latest(self.registry)

@@ -1,4 +1,5 @@
-"""The gates that turn requests away, as plain ASGI: one while the server stops, one for want of the key."""
+"""The gates that turn requests away, as plain ASGI: one while the server stops, one where the key is
+missing."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ MAX_LOGGED = 200  # characters of a client's own text in a line of the log
 
 
 class LifecycleGate:
-    """Counts requests in flight, turns new ones away once the server is stopping, notes what is refused, and
-    answers where nobody foresaw what went wrong."""
+    """Counts requests in flight and turns new ones away once the server is stopping. Logs every refusal, and
+    answers unexpected failures."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle, metrics: Metrics) -> None:
         self._app = app
@@ -63,19 +64,21 @@ class LifecycleGate:
                 await to_api_error(error, request_id).response()(scope, receive, counting_send)
 
     def _note_refusal(self, scope: Scope, status: int) -> None:
-        """One line for the log, of method, path and the error's names: messages may repeat a prompt."""
+        """Log one line with method, path and the error's names. The message is left out: it may repeat a
+        prompt."""
         self._metrics.http_rejections.labels(status).inc()
         state = scope["state"]
-        if (reason := state.get("reason")) is not None:  # a poll of /health has none, nor a client that went
+        if (reason := state.get("reason")) is not None:  # /health and lost clients have none
             path, request_id = ascii(scope["path"][:MAX_LOGGED]), state["request_id"]
             logger.warning("%s %s: %d %s; request %s", scope["method"], path, status, reason, request_id)
 
 
 class KeyGate:
-    """Asks for an API key on every path but /health, and but /metrics with `open_metrics`, and notes whose
-    cached prefixes a request shares: where there are several keys, those of its own.
+    """Asks for an API key on every path but /health, and but /metrics with `open_metrics`.
 
-    The path is the one routes are matched against (`scope["path"]`), never one built from the Host header.
+    It also notes whose cached prefixes a request shares: where there are several keys, only those of its own
+    key. The path is the one that routes are matched against (`scope["path"]`), never one built from the Host
+    header.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], open_metrics: bool) -> None:
@@ -112,17 +115,17 @@ class KeyGate:
         scheme, space, key = sent[0].partition(b" ")
         digest = _digest(scheme.lower() + space + key)
         found = None
-        for expected, cache_scope in self._known:  # all of them, so that the time tells nothing
+        for expected, cache_scope in self._known:  # compare with all keys, so that the time reveals nothing
             if hmac.compare_digest(digest, expected):
                 found = cache_scope
         return found
 
 
 def _digest(credentials: bytes) -> bytes:
-    """Of one length, whatever the length of a key."""
+    """A digest, so that keys of any length are compared in the same time."""
     return hashlib.sha256(credentials).digest()
 
 
 def _scope_of(key: str) -> str:
-    """The same for a key in every server, and no way back to the key."""
+    """A name of the key that is the same in every server and from which the key cannot be computed."""
     return hashlib.blake2b(key.encode(), digest_size=16, person=b"cache scope").hexdigest()

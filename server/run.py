@@ -34,13 +34,13 @@ logger = logging.getLogger("gorgon.server")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKLOG = 2048
-CUT_OFF_SECONDS = 2.0  # that requests get to end once they have failed, and once they are cancelled
+CUT_OFF_SECONDS = 2.0  # for requests to end after they failed, and again once they are cancelled
 
 
 class StopSignals:
-    """The first SIGTERM, SIGINT or SIGHUP asks to stop, a second one ends the process at once.
+    """The first SIGTERM, SIGINT or SIGHUP asks the server to stop. A second one ends the process at once.
 
-    A SIGHUP that was ignored from the start stays so: nohup asks to outlive the terminal.
+    A SIGHUP that was ignored from the start stays ignored, because nohup asks to outlive the terminal.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class StopSignals:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: they close running streams."""
+    """uvicorn without its signal handlers, which would close running streams."""
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -66,7 +66,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: ServerSettings, engine_config: EngineConfig) -> int:
-    """Serve until a signal; returns the exit status. What cannot start is told in one line on stderr."""
+    """Serve until a signal comes. Returns the exit status. A failed start is one line on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         with listen(settings) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -87,14 +87,14 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def listen(settings: ServerSettings) -> socket.socket:
-    """Take the port before the model loads, so that one in use is known at once."""
+    """Take the port before the model loads, so that a port in use is known at once."""
     listener: socket.socket | None = None
     try:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
-    except (OSError, UnicodeError) as error:  # no name service takes a label of over 63 characters
+    except (OSError, UnicodeError) as error:  # name services take no label of more than 63 characters
         if listener is not None:
             listener.close()
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -152,9 +152,9 @@ async def serve_http(
     services.lifecycle.stopping = True
     if not await services.lifecycle.wait_idle(settings.shutdown_grace_period):
         logger.warning("the grace period is over; requests still running are cut off")
-        engine.cut_off()  # their clients are told, in a stream by its last event
+        engine.cut_off()  # their clients get an error; in a stream it is the last event
         if not await services.lifecycle.wait_idle(CUT_OFF_SECONDS):
-            services.lifecycle.cut_off()  # those that are not in the engine, or whose clients do not read
+            services.lifecycle.cut_off()  # requests that are not in the engine, or whose clients do not read
             await services.lifecycle.wait_idle(CUT_OFF_SECONDS)
     asked.cancel()
     server.should_exit = True
@@ -162,10 +162,10 @@ async def serve_http(
 
 
 def http_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
-    """How HTTP is spoken."""
+    """The settings of HTTP: protocol, limits, timeouts."""
     return uvicorn.Config(
         app,
-        http="h11",  # it bounds the size of headers; httptools does not
+        http="h11",  # h11 limits the size of headers, httptools does not
         ws="none",
         lifespan="off",
         log_config=None,

@@ -12,7 +12,8 @@ MAX_TOKEN_ID_DIGITS = 9
 
 
 def check_model(name: str | None, served: str) -> None:
-    """Raises a 404 in OpenAI's shape for any model but the one served; no name stands for that one."""
+    """Raises a 404 in OpenAI's shape for any model but the served one. A request without a name means that
+    one."""
     if name and name != served:
         raise ApiError(
             404,
@@ -31,7 +32,7 @@ def resolve_max_tokens(
     limit_param: str = "max_tokens",
     default: int | None = None,
 ) -> int:
-    """How many tokens the answer may have: what was asked, or `default`, or all that the context leaves."""
+    """How many tokens the answer may have: the number asked for, or `default`, or what the context leaves."""
     room = info.max_model_len - num_prompt
     if num_prompt == 0:
         raise invalid(prompt_param, f"'{prompt_param}' has no tokens; send at least one.")

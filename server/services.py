@@ -18,7 +18,8 @@ from server.settings import ServerSettings
 
 
 class Lifecycle:
-    """Knows the requests in flight, and whether the server has begun to stop or has lost its patience."""
+    """Knows the requests in flight, whether the server is stopping, and whether it has begun to cut requests
+    off."""
 
     def __init__(self) -> None:
         self.stopping = False
@@ -74,6 +75,6 @@ def services(request: Request) -> Services:
 
 
 def cache_scope(request: Request) -> str:
-    """Whose cached prefixes `request` shares, as the gate that asks for keys found out."""
+    """Whose cached prefixes `request` shares. The gate that asks for keys has set it."""
     found: str = request.state.cache_scope
     return found

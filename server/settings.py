@@ -11,11 +11,11 @@ DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 
 
 def check_api_key(key: str) -> None:
-    """Raises ConfigError for a key that no client could send, or that was not meant so."""
+    """Raises ConfigError for a key that no client could send, or that looks like a mistake."""
     if not key:
         raise ConfigError("api_key", "is empty; leave it out to ask for none")
     if not (key.isascii() and key.isprintable()):
-        # A line break in front or behind is how a key comes out of a file.
+        # A key that was read from a file often has a line break at its end.
         raise ConfigError(
             "api_key",
             "holds characters other than printable ASCII, perhaps a line break at its end; remove them",
@@ -66,5 +66,5 @@ class ServerSettings:
 
     @property
     def api_keys(self) -> tuple[str, ...]:
-        """The keys that are let in; none where none is asked for. No bearer token has a comma (RFC 6750)."""
+        """The accepted keys; empty where no key is asked for. A bearer token has no comma (RFC 6750)."""
         return () if self.api_key is None else tuple(self.api_key.split(","))

@@ -1,4 +1,4 @@
-"""Server-sent events, and noticing that a client has gone, streamed to or not."""
+"""Server-sent events, and how the server notices that a client has gone, in a stream or not."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ logger = logging.getLogger("gorgon.server")
 
 T = TypeVar("T")
 
-SEND_TIMEOUT = 60.0  # seconds a client may leave its socket full before its request is given up
-HEADERS_SECONDS = 0.25  # that a stream waits for a token before it begins: what fails till then has a status
-COMMENT_SECONDS = 5.0  # between comments that keep proxies and clients from giving up
+SEND_TIMEOUT = 60.0  # seconds that a client may leave its socket full before its request is aborted
+HEADERS_SECONDS = 0.25  # wait for the first token: until then a failure can have a status
+COMMENT_SECONDS = 5.0  # seconds between comments, which keep proxies and clients from giving up
 COMMENT = "keep-alive"
 DONE = b"data: [DONE]\n\n"
 
@@ -38,9 +38,9 @@ def event(data: str) -> bytes:
 
 
 async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Result of `work`, which is cancelled when the client goes. Raises ClientDisconnectedError then.
+    """The result of `work`, which is cancelled when the client goes. Raises ClientDisconnectedError then.
 
-    The body must have been read: whatever the client sends now is taken for its going.
+    The body must have been read before: whatever arrives now means that the client has gone.
     """
 
     async def watch() -> None:
@@ -70,7 +70,7 @@ async def collect(request: Request, generation: Generation) -> list[Piece]:
 
 
 class _Source:
-    """The pieces of an answer, None behind the last. The first is under way at once. To be closed."""
+    """The pieces of an answer, then None. The first piece is started at once. Must be closed."""
 
     def __init__(self, pieces: AsyncGenerator[Piece, None]) -> None:
         self._pieces = pieces
@@ -87,7 +87,7 @@ class _Source:
 
 
 class _EventStream(EventSourceResponse):
-    """Closes the pieces however the response ends, even when a client goes before the first event."""
+    """Closes the pieces however the response ends, even when the client goes before the first event."""
 
     def __init__(self, content: AsyncGenerator[bytes, None], source: _Source) -> None:
         super().__init__(
@@ -112,7 +112,7 @@ class _EventStream(EventSourceResponse):
 
 
 class ChunkWriter(Protocol):
-    """What the two endpoints do differently about a stream. Chunks are pydantic models."""
+    """What the two endpoints do differently in a stream. Chunks are pydantic models."""
 
     def first(self) -> list[BaseModel]:
         """Chunks that come before any text."""
@@ -126,7 +126,7 @@ class ChunkWriter(Protocol):
 
 
 async def stream(request: Request, generation: Generation, writer: ChunkWriter) -> EventSourceResponse:
-    """A streamed answer. What fails within HEADERS_SECONDS is a plain error, what fails later an event."""
+    """A streamed answer. A failure within HEADERS_SECONDS is a plain error, a later one is an event."""
     source = _Source(generation.pieces())
     try:
         await until_disconnect(request, asyncio.wait({source.first}, timeout=HEADERS_SECONDS))
@@ -142,7 +142,7 @@ async def _events(
     source: _Source, generation: Generation, writer: ChunkWriter
 ) -> AsyncGenerator[bytes, None]:
     if not source.first.done():
-        yield f": {COMMENT}\n\n".encode()  # some proxies hand headers on with what follows them
+        yield f": {COMMENT}\n\n".encode()  # some proxies send the headers on only with the first data
     try:
         piece = await source.first
         for chunk in writer.first():

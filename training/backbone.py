@@ -1,10 +1,10 @@
-"""The base model as joint training needs it: with adapters or whole, beside its frozen teacher.
+"""The base model for joint training: with adapters or whole, beside its frozen teacher.
 
-It is transformers' own model and not the engine's decoder: adapters, gradient checkpointing and the merged
-folder come with it. LoRA sits on every linear layer of the blocks (Medusa, arXiv 2401.10774, appendix B: rank
-32, alpha 16, dropout 0.05) and on lm_head where that is a matrix of its own. Where it is tied to the
-embedding it stays as it is: merged into the shared matrix, its adapter would change what the tokens embed to,
-and untying would make the served model larger by a vocabulary.
+It is transformers' model and not the engine's decoder, because adapters, gradient checkpointing and saving
+the merged model come with it. LoRA is on every linear layer of the blocks (Medusa, arXiv 2401.10774, appendix
+B: rank 32, alpha 16, dropout 0.05), and on lm_head where that has weights of its own. A lm_head that is tied
+to the embedding stays as it is: an adapter that is merged into the shared matrix would change the embeddings,
+and untying the two would make the served model larger by one vocabulary.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 32, 16, 0.05
 
 
 class JointTrainingError(GorgonError):
-    """A run that cannot start or go on; the message says what to change, or from where it can be taken up."""
+    """A run that cannot start or continue. The message says what to change, or where to continue from."""
 
 
 def load_model(model_dir: Path, dtype: torch.dtype) -> Any:
-    """The folder's model in transformers, a GGUF file dequantized. Raises ModelError for what the engine
-    could not serve afterwards."""
+    """The folder's model in transformers; a GGUF file is dequantized. Raises ModelError for a model that the
+    engine could not serve afterwards."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     served = load_config(model_dir)
@@ -51,18 +51,19 @@ def load_model(model_dir: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _old_names() -> Iterator[None]:
-    """transformers calls activation checkpointing by a new name and warns of the old one, which works."""
+    """transformers has a new name for activation checkpointing and warns of the old one, which still
+    works."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         yield
 
 
 class Backbone(nn.Module):
-    """A transformers model that trains, and what it was before as the teacher.
+    """A transformers model that trains, with its state before training as the teacher.
 
-    model: a causal language model of the Llama family. lora: adapters train and nothing else; otherwise every
-    weight does. teacher: whether the original's answers will be asked for; without adapters to switch off,
-    that takes a second copy of the weights.
+    model: a causal language model of the Llama family. lora: only adapters train; otherwise every weight
+    does. teacher: whether the original's answers will be asked for. Without adapters, which can be switched
+    off, this takes a second copy of the weights.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Backbone(nn.Module):
     def hidden(self, token_ids: Tensor) -> Tensor:
         """Rows after the final norm, [num_documents * length, hidden].
 
-        token_ids: [num_documents, length] int64, right-padded: what comes before padding never sees it.
+        token_ids: [num_documents, length] int64, padded on the right, so that no token sees the padding.
         """
         states: Tensor = self._inner.model(input_ids=token_ids).last_hidden_state
         return states.flatten(0, 1)
@@ -110,7 +111,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def teacher_hidden(self, token_ids: Tensor) -> Tensor:
-        """What `hidden` was before training: adapters off, or the copy."""
+        """What `hidden` returned before training: computed without adapters, or by the copy."""
         if self._teacher is not None:
             states: Tensor = self._teacher.model(input_ids=token_ids).last_hidden_state
             return states.flatten(0, 1)
@@ -126,8 +127,10 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def projection(self) -> Tensor:
-        """lm_head as it would be served now, adapter merged, [vocab, hidden], no gradient: heads that share
-        it follow it, they do not pull at it."""
+        """lm_head as it would be served now, with the adapter merged, [vocab, hidden].
+
+        It has no gradient: heads that share it follow its changes and do not change it themselves.
+        """
         lm_head = self._inner.lm_head
         weight: Tensor = getattr(lm_head, "base_layer", lm_head).weight.detach()
         if hasattr(lm_head, "base_layer"):

@@ -1,8 +1,8 @@
 """Measures a head set on held-out text: hit rates by rank, the best trees, tokens per step by tree size.
 
-Ranks are measured along the true path: a head that sees its path is asked what it is asked at serving when
-every guess before was right. Whether those were guessed at all, a hit rate does not say, and heads tend to be
-right together. A tree is therefore made from counts of whole paths.
+Ranks are measured along the true path: a head that sees its path gets what it gets at serving when every
+guess before was right. A hit rate does not say whether those guesses were right, and heads tend to be right
+together. So trees are made from counts of whole paths.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.sequences import SequenceBatch, Sequences
 from trees.family import RankPath, TreeFamily
 from trees.search import accepted_nodes, family_from_paths
 
-MAX_RANK = 40  # a true token beyond counts as a miss
+MAX_RANK = 40  # a true token of a higher rank counts as a miss
 SHOWN_RANKS = 10
 TOKENS_PER_PASS = 1024
 MAX_TASKS = 30  # shown by themselves; a source of its own for every row would tell nothing
@@ -29,8 +29,11 @@ TREE_SIZES = (1, 2, 4, 8, 16, 32, 63)
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured on some answers. `hit_rates[k][r]`: how often head k's guess of rank r is right where
-    its path so far is the true one, by MAX_RANK ranks."""
+    """What was measured on some answers.
+
+    `hit_rates[k][r]` is how often head k's guess of rank r is right where its path so far is the true one,
+    for MAX_RANK ranks.
+    """
 
     num_positions: int
     hit_rates: list[list[float]]
@@ -47,8 +50,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Calibration(Rates):
-    """The same over all answers, the tree family they give, and the rates of single tasks, those with most
-    positions first; none where the text tells no tasks apart."""
+    """Rates over all answers, the tree family that they give, and the rates of single tasks.
+
+    Tasks with most positions come first. There are none where the text names no tasks.
+    """
 
     family: TreeFamily
     by_task: dict[str, Rates]
@@ -115,8 +120,10 @@ def rank_paths(ranks: Tensor) -> list[RankPath]:
 
 
 def walk(family: TreeFamily, segments: Sequence[Sequence[RankPath]]) -> float:
-    """Tokens per step when every segment is decoded from its start: unlike a mean over positions, this does
-    not count the positions that a long step jumps over."""
+    """Tokens per step when every segment is decoded from its start.
+
+    Unlike a mean over positions, this does not count the positions that a long step jumps over.
+    """
     steps = tokens = 0
     for paths in segments:
         place = 0

@@ -1,4 +1,4 @@
-"""The card of a head set: what it was made from, how, and what was measured, as a README.md beside it."""
+"""The card of a head set, a README.md beside it: what it was made from, how, and what was measured."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ HEADING = "## Measured\n"
 def write_card(
     directory: Path, result: Calibration, data_name: str, cache: HiddenCache, settings: Mapping[str, object]
 ) -> None:
-    """Write README.md into the head set's directory. Where the data come from and under which licence has to
-    be added by hand: the data do not say.
-    """
+    """Write README.md into the head set's directory. The origin and licence of the data must be added by
+    hand."""
     heads = load_heads(directory)
     lines = [
         f"# Heads for {heads.base_model}",
@@ -35,7 +34,7 @@ def write_card(
 
 
 def update_card(directory: Path, result: Calibration, data_name: str) -> None:
-    """Put new figures in the place of the old ones, which are those of another tree; the rest stays."""
+    """Replace the figures, which belong to the old tree, with new ones. The rest stays."""
     path = directory / CARD
     text = path.read_text() if path.exists() else f"# Heads for {load_heads(directory).base_model}\n\n"
     before, heading, after = text.partition(HEADING)

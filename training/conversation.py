@@ -1,10 +1,10 @@
-"""One conversation that the model is to answer: which prompts it brings, how far it is, what came of it.
+"""One conversation that the model answers: its prompts, its progress, its result.
 
-A conversation is answered turn by turn, the model's own answers becoming its context. Answers that the
-prompts bring, in the middle or at the end, are dropped and written anew: training takes every assistant turn
-of a row for the model's. A conversation ends early, and its row says how many turns were not asked, with an
-answer that was cut, because a turn after it would claim that the model had stopped there; where the chat
-template rewrites earlier turns, because training could not tell the answers in it; where the context is full.
+The model answers turn by turn, and its own answers become the context. Answers in the prompt file are
+dropped, because training takes every assistant turn of a row for the model's own words. A conversation ends
+early, and its row says how many turns were not asked, in three cases: an answer was cut, and a turn after it
+would claim that the model had stopped there; the chat template rewrites earlier turns, so that training could
+not find the answers; the context is full.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ASKED_ROLES = ("system", "developer", "user")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How rows are answered. `greedy_share` of them are greedy, the others drawn at `temperature`."""
+    """How rows are answered: `greedy_share` of them greedily, the others drawn at `temperature`."""
 
     max_tokens: int
     temperature: float
@@ -44,7 +44,7 @@ class Prompt:
 
 
 class FailedError(Exception):
-    """A row that cannot be answered. `reason` is what failures are counted by."""
+    """A row that cannot be answered. Failures are counted by `reason`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason
@@ -52,9 +52,9 @@ class FailedError(Exception):
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The conversations of a .jsonl or .jsonl.gz file; a row without an id gets its number, from 0.
+    """The conversations of a .jsonl or .jsonl.gz file. A row without an id gets its number, counted from 0.
 
-    Raises DataError for a file that cannot be read, without rows, or with an id that two rows share.
+    Raises DataError for a file that cannot be read or has no rows, and for an id that two rows share.
     """
     prompts: dict[str, Prompt] = {}
     for number, row in enumerate(read_rows(path)):
@@ -69,19 +69,19 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def choose(prompts: Sequence[Prompt], number: int, seed: int) -> list[Prompt]:
-    """`number` prompts drawn by the seed, in their order. A larger number draws the same and more."""
+    """`number` prompts drawn by the seed, in their order. A larger number draws the same ones and more."""
     drawn = sorted(range(len(prompts)), key=lambda i: _hash(seed, "choose", prompts[i].id))[:number]
     return [prompts[i] for i in sorted(drawn)]
 
 
 def _hash(seed: int, purpose: str, row_id: str) -> int:
-    """64 bits that depend on nothing else, so that a row is the same whenever it is answered."""
+    """64 bits that depend on the arguments alone, so that a row is always answered in the same way."""
     key = f"{seed}\0{purpose}\0{row_id}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
 
 
 class Conversation:
-    """One row on its way: which turn is being answered, and with what tokens so far."""
+    """One row on its way: the turn that is being answered, and its tokens so far."""
 
     def __init__(self, prompt: Prompt, sampling: Sampling) -> None:
         self.prompt = prompt
@@ -113,7 +113,7 @@ class Conversation:
         return None
 
     def _ask(self, tokenizer: ChatTokenizer, info: ModelInfo) -> AddRequest | None:
-        """The request of the pending turn, None where it cannot follow on what was said."""
+        """The request of the pending turn. None where it cannot continue what was said."""
         messages = [*self.messages, *self._pending]
         try:
             text = tokenizer.render_chat(messages)
@@ -135,7 +135,7 @@ class Conversation:
         self._asked.clear()
 
     def take(self, output: RequestOutput, tokenizer: ChatTokenizer) -> None:
-        """Take in what a step brought; the answer joins the messages when it ends. Raises FailedError."""
+        """Take in one step's tokens. The answer joins the messages when it ends. Raises FailedError."""
         self._answer += output.token_ids
         if output.finish_reason is None:
             return
@@ -145,7 +145,7 @@ class Conversation:
         # Special tokens in the middle stay: heads have to guess them too.
         text = tokenizer.decode(self._answer[:-1] if ended else self._answer, skip_special_tokens=False)
         if not ended:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that was cut in the middle
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the answer was cut in the middle of a character
             self._end_early(0)
         if not text.strip():
             raise FailedError("empty answer", f"{len(self._answer)} tokens without text")

@@ -1,7 +1,7 @@
-"""Whole conversations as padded batches that say where the answers are: joint training runs the backbone.
+"""Whole conversations as padded batches that mark the answers, for the backbone in joint training.
 
-The batch of a step is a function of (seed, step) alone, so that a run that was killed and taken up again sees
-the same text as an unbroken one, on one device or on several.
+The batch of a step is a function of (seed, step) alone. So a run that was killed and continued sees the same
+text as an unbroken one, on one device or on several.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from training.dataset import Document
 
 @dataclass(frozen=True)
 class ConversationBatch:
-    """Right-padded conversations. A row is the place before an answer token, as at serving: its hidden state
-    predicts `next_tokens`, and head k, which knows that root, the token k + 1 places after it.
+    """Right-padded conversations.
+
+    A row is the place before an answer token, as at serving. Its hidden state predicts `next_tokens`. Head k
+    knows that token as its root and predicts the token k + 1 places after it.
     """
 
     token_ids: Tensor  # [num_documents, length] int64, padded with 0 at the end
@@ -59,8 +61,10 @@ class BatchPlan:
         self._order: list[int] = []
 
     def step(self, step: int, num_passes: int) -> list[list[Document]]:
-        """The documents of a step in `num_passes` groups of equal number, like lengths together; the batch
-        is a multiple of `num_passes`."""
+        """The documents of a step in `num_passes` groups of equal number, with similar lengths together.
+
+        The batch size is a multiple of `num_passes`.
+        """
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)

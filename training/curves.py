@@ -1,4 +1,5 @@
-"""The curves of a run as a CSV file that survives kills: rows of lost steps go when the run is taken up."""
+"""The curves of a run as a CSV file that survives kills: rows of lost steps are removed when the run
+continues."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ LOG_FILE = "log.csv"
 
 
 class CurveFile:
-    """log.csv in the run's directory, a row per step or less often, the step first. Nothing is written where
-    `active` is false, as on all devices but the first."""
+    """log.csv in the run's directory. Its rows begin with the step; not every step has one.
+
+    Nothing is written where `active` is false, which it is on all devices but the first.
+    """
 
     def __init__(self, directory: Path, columns: Sequence[str], active: bool) -> None:
         self.path, self.columns, self.active = directory / LOG_FILE, ["step", *columns], active

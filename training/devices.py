@@ -1,4 +1,5 @@
-"""Where training runs: one device or several through accelerate, the number format, the memory it took."""
+"""Where training runs: one device, or several through accelerate. Also the number format and the memory
+used."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _PATIENCE = timedelta(days=2)
 
 
 class MissingLibraryError(GorgonError):
-    """A library that only training needs is not installed; the message says how to get it."""
+    """A library that only training needs is not installed. The message says how to get it."""
 
 
 def check_installed(*names: str) -> None:
@@ -31,7 +32,7 @@ def check_installed(*names: str) -> None:
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
-    """What products are computed in: bfloat16 where the hardware has it, else float32; float16 would need a
+    """The number format of products: bfloat16 where the hardware has it, else float32; float16 would need a
     scaled loss."""
     dtype = resolve_dtype("auto", device)
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -59,17 +60,17 @@ def make_accelerator(
 
 
 def peak_resident_mb() -> int:
-    """The most of the host's memory that this process has held, in MiB; files mapped from disk count."""
+    """The most of the host's memory that this process has used, in MiB, files mapped from disk included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def peak_cuda_mb() -> int | None:
-    """The most that tensors took of the current CUDA device, in MiB; None where none is used."""
+    """The most memory that tensors used of the current CUDA device, in MiB. None where CUDA is not used."""
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return peak >> 20 if peak else None
 
 
 def peak_memory_words() -> str:
-    """Both, for people."""
+    """Both figures, for people."""
     cuda = peak_cuda_mb()
     return f"peak memory {peak_resident_mb()} MiB" + ("" if cuda is None else f", {cuda} MiB of the GPU")

@@ -1,7 +1,8 @@
-"""The model answers prompts itself, in the batched engine: heads learn best from what their own model says.
+"""The model answers prompts itself, in the batched engine, because heads learn best from their own model's
+words.
 
-`distill` is the whole of `gorgon distill`. What is answered and how is for `training.conversation`, what is
-kept on disk for `training.distill_files`.
+`distill` is the whole of `gorgon distill`. `training.conversation` decides what is asked and how,
+`training.distill_files` keeps the results on disk.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _END_BYTES = 1 << 20
 
 @dataclass
 class Totals:
-    """What one run has done, and of all rows in the output what the summary says."""
+    """The work of one run, and the sums over all rows of the output for the summary."""
 
     rows: int = 0
     greedy_rows: int = 0
@@ -48,7 +49,7 @@ class Totals:
 
 
 class Distiller:
-    """Answers prompts, as many at a time as the engine runs: a new one starts when one is done."""
+    """Answers prompts, as many at a time as the engine runs. A new one starts when one is done."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class Distiller:
         self._running: dict[str, Conversation] = {}
 
     def run(self, prompts: Iterable[Prompt], on_step: Callable[[list[int]], None]) -> None:
-        """Answer all. `on_step` gets what each step committed, per request."""
+        """Answer all prompts. `on_step` gets the numbers of tokens that each step committed, per request."""
         waiting = deque(prompts)
         while waiting or self._running:
             while waiting and len(self._running) < self._engine.info.max_num_seqs:
@@ -159,7 +160,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions:
-    """What `gorgon distill` was asked for. `config` is without folders; `num_prompts` None is all."""
+    """What `gorgon distill` was asked for. `config` has no folders yet; `num_prompts` None means all."""
 
     model: str
     heads: str
@@ -173,9 +174,9 @@ class DistillOptions:
 def distill(options: DistillOptions) -> Totals:
     """Answer the prompts that are not answered yet, `config.max_num_seqs` at a time, and finish the file.
 
-    Killed at any moment, it goes on when called again with the same options. Rows depend on the settings and
-    their own id alone, as far as the engine's rounding lets them (in bfloat16, passes of another shape may
-    decide a near-tie differently). Raises DataError, ConfigError and what the registry and engine raise.
+    After a kill, the next call with the same options continues. Rows depend only on the settings and their
+    own id, as far as the engine's rounding allows (in bfloat16, passes of another shape may decide a near-tie
+    differently). Raises DataError, ConfigError and what the registry and engine raise.
     """
     prompts = read_prompts(options.prompts)
     order = {prompt.id: place for place, prompt in enumerate(prompts)}
@@ -203,8 +204,8 @@ def distill(options: DistillOptions) -> Totals:
 
 
 def _fingerprint(model_dir: Path) -> str:
-    """SHA-256 of the ends and sizes of the model's files: another training of it differs there, and weights
-    of many gigabytes are not read twice."""
+    """SHA-256 of the sizes and both ends of the model's files. Another training of the model differs
+    there, and weights of many gigabytes need not be read twice."""
     total = hashlib.sha256()
     for path in sorted(path for path in model_dir.iterdir() if path.suffix in _MODEL_FILES):
         size = path.stat().st_size
@@ -217,7 +218,8 @@ def _fingerprint(model_dir: Path) -> str:
 
 
 def _recorded(options: DistillOptions, model: ResolvedModel) -> dict[str, object]:
-    """What decides the text of rows. Heads and the number at once do not; more prompts may be asked later."""
+    """The settings that decide the text of rows. Heads and concurrency do not, and more prompts may be added
+    later."""
     device = resolve_device(options.config.device)
     return {
         "model": model.name,
@@ -230,7 +232,7 @@ def _recorded(options: DistillOptions, model: ResolvedModel) -> dict[str, object
 
 
 def summary(totals: Totals, out: Path, model: str) -> list[str]:
-    """Lines for people: what the output holds, what failed, and what comes next."""
+    """Lines for people: what the output holds, what failed, and what to do next."""
     share = 100 * totals.greedy_rows / totals.rows if totals.rows else 0.0
     lines = [f"{out}: {totals.rows} rows, {totals.tokens} answer tokens, {share:.1f}% of rows greedy"]
     if totals.unasked:

@@ -1,9 +1,9 @@
-"""What `gorgon distill` keeps on disk, so that it can be killed at any moment and go on where it stopped.
+"""What `gorgon distill` keeps on disk, so that it can be killed at any moment and continue later.
 
-Beside `answers.jsonl.gz` lie, for as long as it is unfinished, `answers.partial.jsonl`, to which a row is
-appended and flushed when it is done, and for good `answers.settings.json` (what every row was made with),
-`answers.failed.jsonl` (rows without an answer, and why) and `answers.log.csv` (progress). The partial file
-is plain text even where the output is gzipped: a torn gzip stream could not be continued.
+Beside `answers.jsonl.gz` there are `answers.settings.json` (the settings of every row),
+`answers.failed.jsonl` (rows without an answer, and why) and `answers.log.csv` (progress). Until the output is
+finished there is also `answers.partial.jsonl`: every finished row is appended to it and flushed. It is plain
+text even where the output is gzipped, because a broken gzip stream could not be continued.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOG_COLUMNS = ("time", "rows", "failed", "tokens", "tokens_per_second", "tokens_
 
 
 def failed_path(out: Path) -> Path:
-    """Where the rows are that could not be answered."""
+    """The file with the rows that could not be answered."""
     return _beside(out, "failed.jsonl")
 
 
@@ -62,7 +62,7 @@ class DistillFiles:
         except ConfigError:
             self._partial.close()
             raise
-        # Rows that failed are tried anew each time: what failed may have been the machine.
+        # Rows that failed are tried again each time: the machine may have been the reason.
         self._failed = failed_path(out).open("wb")
 
     def __enter__(self) -> DistillFiles:
@@ -75,7 +75,7 @@ class DistillFiles:
         self._failed.close()
 
     def _begin(self, settings: dict[str, object]) -> None:
-        """Take the lock and see that the rows that are there, if any, were made with these settings."""
+        """Take the lock, and check that existing rows were made with these settings."""
         try:
             fcntl.flock(self._partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -106,7 +106,7 @@ class DistillFiles:
             )
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every row that is done, each once, those of the finished file first."""
+        """Every finished row once, those of the finished output first."""
         seen: set[str] = set()
         for line in (*_lines(self._out), *_lines(self._partial_path)):
             row = json.loads(line)
@@ -130,10 +130,10 @@ class DistillFiles:
             writer.writerow({"time": round(time.time(), 1), **figures})
 
     def finish(self) -> None:
-        """Put all rows into the output, in the order of the prompts; the partial file goes."""
+        """Put all rows into the output, in the order of the prompts, and remove the partial file."""
         made = self._out.with_name(self._out.name + ".partial")
         with made.open("wb") as raw:
-            # No time and no name in the header: the same rows give the same file.
+            # The header has no time and no name, so that the same rows give the same file.
             packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if self._out.suffix == ".gz" else None
             last = -1
             for place, line in heapq.merge(self._places(self._out), sorted(self._places(self._partial_path))):
@@ -168,7 +168,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _write_line(file: BinaryIO, row: Mapping[str, object]) -> None:
     try:
         line = json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which prompts may bring
+    except UnicodeEncodeError:  # prompts may hold half of a surrogate pair
         line = json.dumps(row).encode()
     file.write(line + b"\n")
     file.flush()

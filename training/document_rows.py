@@ -39,7 +39,7 @@ class DenseCausalAttention:
 
 
 def make_reader(decoder: Decoder, most_tokens: int, most_documents: int) -> Reader:
-    """The fastest reader this machine has. most_tokens, most_documents: in a call."""
+    """The fastest reader that this machine has. most_tokens, most_documents: the largest call."""
     device, dtype = decoder.embedding.device, decoder.embedding.dtype
     native = backend_named("native", Place(decoder.config, device, dtype, dtype, _BLOCK_SIZE))
     if native is None:

@@ -1,4 +1,4 @@
-"""What a run on cached rows tells: curves at checkpoints, a line now and then, what the cache saves."""
+"""What a run on cached rows reports: curves at checkpoints, a line now and then, the gain of the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS_PER_LINE = 20.0
 
 @dataclass(frozen=True)
 class EpochCost:
-    """What an epoch takes. backbone_seconds: of the backbone's pass over the same text, None if unknown."""
+    """The cost of an epoch. backbone_seconds: of the backbone's pass over the same text, None if unknown."""
 
     heads_seconds: float
     backbone_seconds: float | None
@@ -33,9 +33,11 @@ class EpochCost:
 
 
 class HeadsLog:
-    """The curves and the lines of a run from the step it begins at in this process; silent where `active` is
-    false, as on all devices but the first. Time spent on checkpoints and on measuring counts only in what is
-    left."""
+    """The curves and lines of a run, from the first step of this process on.
+
+    Nothing is printed where `active` is false, which it is on all devices but the first. Time for checkpoints
+    and measurements counts only in the estimate of the time left.
+    """
 
     def __init__(self, directory: Path, num_heads: int, num_steps: int, active: bool) -> None:
         self.num_steps = num_steps

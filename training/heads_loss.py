@@ -1,6 +1,6 @@
-"""What heads are trained towards: one cross-entropy per head, over the cached rows of whole conversations.
+"""The loss of heads: one cross-entropy per head, over the cached rows of whole conversations.
 
-The target is the token the text has, or the base's whole distribution at that place, which says more about
+The target is the token of the text, or the base's whole distribution at that place, which says more about
 every position (the teacher loss of Hydra++, arXiv 2402.05109, section 4.2).
 """
 
@@ -16,14 +16,14 @@ from heads.base import DraftHeads
 from training.sequences import SequenceBatch
 from training.vocabulary_loss import distributions, frozen_projection_loss, mean_rows, vocabulary_loss
 
-# Heads after the first learn at every so many anchors. Neighbours teach them nearly the same, and without
-# them a step takes little more than half of its time, so that the text can be gone over more often.
+# Heads after the first learn at only some of the anchors. Neighbouring anchors teach nearly the same, and
+# without them a step takes little more than half the time, which allows more passes over the text.
 LATER_HEADS_EVERY = 3
 
 
 @dataclass(frozen=True)
 class _Teacher:
-    """What the base says at the places that any head guesses at."""
+    """The base's own predictions at the places that any head guesses at."""
 
     index: Tensor  # [num_flat_rows] int64: a flat row's place in what follows
     says: Tensor  # [num_places, hidden] mean rows, or [num_places, num_tokens] distributions
@@ -76,7 +76,7 @@ class HeadsLoss:
         for head, features in enumerate(self.features(batch)):
             learned = self._learned(batch, head, step)
             rows, weight = self._projected(head, features[learned])
-            # The row of token t + 1 + k says what the base makes of token t + 2 + k.
+            # The row of token t + 1 + k is the base's prediction of token t + 2 + k.
             place = batch.anchors[learned] + 1 + head
             columns = self._columns[batch.targets(head)[learned]]
             wanted = columns if teacher is None else teacher.index[place]
@@ -93,7 +93,7 @@ class HeadsLoss:
         known = self._columns[batch.targets(head)] >= 0
         if head == 0:
             return known
-        places = batch.anchors % batch.token_ids.shape[1]  # the same ones however a step is cut into pieces
+        places = batch.anchors % batch.token_ids.shape[1]  # the same however a step is cut into pieces
         return known & ((places + head + step) % LATER_HEADS_EVERY == 0)
 
     @torch.no_grad()

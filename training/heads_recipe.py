@@ -49,10 +49,13 @@ def _load(
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """What is trained. `start` is a head set to go on from, which then says all else. `vocab` is the size of
-    the token map, at most the whole vocabulary; `rank` counts for a low-rank projection; `layers` and
-    `root_input` are Medusa's, `prefix_width` (the inner size of the prefix layer, 0 for the model's hidden
-    size) is Hydra's."""
+    """What is trained.
+
+    `start` is a head set to continue from, which then decides all else. `vocab` is the size of the token map,
+    at most the whole vocabulary. `rank` counts for a low-rank projection. `layers` and `root_input` belong to
+    Medusa heads, `prefix_width` (the inner size of the prefix layer, 0 for the model's hidden size) to Hydra
+    heads.
+    """
 
     kind: Literal["medusa", "hydra"] = "medusa"
     start: Path | None = None
@@ -65,7 +68,7 @@ class HeadsConfig:
     prefix_width: int = 0
 
     def settings(self) -> dict[str, object]:
-        """What the card says of it."""
+        """The settings that the card reports."""
         if self.start is not None:
             return {"start": self.start.name}
         left_out = {
@@ -116,11 +119,11 @@ def train_heads(
     config: TrainerConfig,
     device: Device = "auto",
 ) -> Calibration | None:
-    """Extract, train, calibrate, write the head set to `out`; a killed run goes on where it stopped. None on
-    all devices but the first."""
+    """Extract, train, calibrate, write the head set to `out`. A killed run continues. None on all devices but
+    the first."""
     check_installed("accelerate")
     accelerator = make_accelerator(device=device)
-    with accelerator.main_process_first():  # which fetches the model where need be, and fills the cache
+    with accelerator.main_process_first():  # this fetches the model if necessary, and fills the cache
         decoder, documents = _load(model_name, data, max_positions, config.seed, accelerator.device)
         if heads.projection == "low_rank" and heads.rank > decoder.config.hidden_size:
             raise ConfigError("rank", f"must be at most the hidden size, {decoder.config.hidden_size}")
@@ -129,8 +132,8 @@ def train_heads(
         raise DataError(
             f"{data.name} has too few conversations to hold some out for measuring; give more (4% are)"
         )
-    decoder.cpu()  # what training needs of it goes back; the rest would only take memory
-    torch.manual_seed(config.seed)  # some weights start at random, and the same ones on every device
+    decoder.cpu()  # only what training needs goes back to the device
+    torch.manual_seed(config.seed)  # some weights start at random values, the same on all devices
     module = make_heads(heads, decoder, cache)
     embedding, lm_head = decoder.embedding, decoder.lm_head.weight
     start = None if heads.start is None else tensors_digest(module.state_dict())
@@ -176,7 +179,7 @@ def _calibrate(
     """documents: those of the cache. Of the decoder, only the vocabulary goes to the device."""
     embedding, lm_head = (w.detach().to(device) for w in (decoder.embedding, decoder.lm_head.weight))
     heads = load_heads(heads_dir).bind(embedding, lm_head)
-    # What is served most is greedy; sampled text is measured only where there is nothing else.
+    # Most requests are greedy, so sampled text is measured only where there is nothing else.
     chosen = cache.held_out & cache.greedy if bool((cache.held_out & cache.greedy).any()) else cache.held_out
     numbers = torch.nonzero(chosen).squeeze(1).tolist()
     if not numbers:

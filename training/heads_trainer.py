@@ -1,10 +1,10 @@
-"""Heads learn on the cached hidden rows of a frozen backbone, whatever their architecture (Medusa-1).
+"""Heads of any kind learn on the cached hidden rows of a frozen backbone (Medusa-1).
 
 The loss is the sum over heads k of 0.8^k times the mean cross-entropy of head k (arXiv 2401.10774, section
 2.2), over the positions that it learns at (`training.heads_loss`). The text of step s is a function of (seed,
-s) alone, so that a run that was killed and taken up again ends with the same weights as an unbroken one. A
-step is cut into pieces of whole conversations, shared by the devices and summed: how many is a matter of
-memory alone.
+s) alone, so that a run that was killed and continued ends with the same weights as an unbroken one. A step is
+cut into pieces of whole conversations, which the devices share and whose gradients are summed. The number of
+pieces affects memory alone.
 """
 
 from __future__ import annotations
@@ -32,19 +32,22 @@ from training.run_state import HEAD_DECAY, LARGEST_GRADIENT, STATE_FILE, tensors
 from training.sequences import SequenceBatch, Sequences
 
 HELD_OUT_DOCUMENTS = 60
-# A run may be taken up with others of these.
+# A run may continue with other values of these.
 _CHANGEABLE = ("lr", "accumulate", "checkpoint_every")
 
 
 class TrainingError(GorgonError):
-    """A run that cannot go on; the message says from where it can be taken up."""
+    """A run that cannot continue. The message says from where it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How heads are trained. `batch` counts tokens of conversations in a step, prompts and padding included,
-    over all devices, each of which takes its share in `accumulate` pieces; `targets` are the text's tokens
-    (hard) or the base's distributions (soft)."""
+    """How heads are trained.
+
+    `batch` counts tokens of conversations in a step, prompts and padding included, over all devices. Each
+    device takes its share in `accumulate` pieces. `targets` are the text's tokens (hard) or the base's
+    distributions (soft).
+    """
 
     targets: Literal["hard", "soft"] = "soft"
     epochs: float = 2.0
@@ -98,7 +101,7 @@ class HeadsTrainer:
         if not len(training):
             raise TrainingError("no conversation is left to train on once some are held out; give more data")
         self.plan = self.sequences.plan(training, config.batch, config.epochs, config.seed)
-        # What is served most is greedy; sampled text is measured only where there is nothing else.
+        # Most requests are greedy, so sampled text is measured only where there is nothing else.
         greedy = cache.held_out & cache.greedy
         measured = greedy if bool(greedy.any()) else cache.held_out
         self.held_out = torch.nonzero(measured).squeeze(1)[:HELD_OUT_DOCUMENTS].tolist()
@@ -174,7 +177,7 @@ class HeadsTrainer:
         update."""
         pieces = [piece.to(self.device) for piece in self._pieces()]
         zeros = torch.zeros(self.heads.num_heads, device=self.device)
-        # Every position of the step counts the same, whichever piece and device it is in.
+        # Every position of the step has the same weight, in whichever piece and on whichever device.
         ours = zeros + sum(self.loss.counts(piece, self.step) for piece in pieces)
         counts = self.accelerator.reduce(ours).clamp_(min=1)
         weights = HEAD_DECAY ** torch.arange(self.heads.num_heads, device=self.device) / counts
@@ -221,7 +224,7 @@ class HeadsTrainer:
         return (right / total.clamp_min(1)).tolist()
 
     def run(self) -> None:
-        """Train to the end from wherever this run is, and leave the head set in the directory."""
+        """Train from the current state to the end, and leave the head set in the directory."""
         self.log.start(self.step)
         while self.step < self.num_steps:
             began, tokens = time.monotonic(), self._num_tokens(self.step)
@@ -235,8 +238,10 @@ class HeadsTrainer:
         self.accelerator.wait_for_everyone()
 
     def epoch_cost(self) -> EpochCost | None:
-        """What an epoch costs by the steps done in this process, and what its backbone passes cost; None
-        where no step was done."""
+        """The cost of an epoch, measured on the steps of this process, and of its backbone passes.
+
+        None where this process did no step.
+        """
         if not self.log.steps:
             return None
         tokens = sum(n for n, out in zip(self.sequences.lengths, self.cache.held_out, strict=True) if not out)

@@ -30,7 +30,7 @@ from training.document_rows import make_reader
 
 MANIFEST_VERSION = 2
 GROUP_SIZE = 32  # documents between two notes of progress
-# Tokens of a pass, padding included: more falls out of the cache of a CPU, and less leaves a GPU idle.
+# Tokens of a pass, padding included: more would not fit a CPU's cache, less would leave a GPU idle.
 TOKENS_PER_PASS = 1024
 CUDA_TOKENS_PER_PASS = 16_384
 
@@ -47,7 +47,7 @@ class HiddenCache:
     owners: Tensor  # [num_answers] int64: each answer's document
     held_out: Tensor  # [num_documents] bool
     greedy: Tensor  # [num_documents] bool
-    seconds: float | None = None  # that the backbone's passes took; None where nobody kept count
+    seconds: float | None = None  # time of the backbone's passes; None if unknown
 
     @cached_property
     def num_answer_tokens(self) -> int:
@@ -92,7 +92,7 @@ def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
 
 
 def fingerprint(decoder: Decoder) -> str:
-    """SHA-256 of the model's configuration and weights: a name may come to stand for other weights."""
+    """SHA-256 of the model's configuration and weights, because a name may later stand for other weights."""
     total = hashlib.sha256(repr(decoder.config).encode())
     for parameter in decoder.parameters():
         total.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -100,9 +100,9 @@ def fingerprint(decoder: Decoder) -> str:
 
 
 def extract(decoder: Decoder, documents: list[Document], cache_dir: Path) -> HiddenCache:
-    """Fill the cache of this model and these documents, or what a killed run left of it, and open it.
+    """Fill the cache of this model and these documents, continue after a kill, and open it.
 
-    Those of other models and documents in `cache_dir` are left alone.
+    Caches of other models and documents in `cache_dir` are left alone.
     """
     key = {"version": MANIFEST_VERSION, "model": fingerprint(decoder), "documents": digest(documents)}
     directory = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

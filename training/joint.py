@@ -1,8 +1,8 @@
 """Medusa-2: the backbone learns together with its heads (Medusa, arXiv 2401.10774, section 2.2.2).
 
-First the heads alone, on a backbone that stands still, then both at learning rates of their own; the losses
-are in `training.joint_losses`. Text and dropout of step s are functions of (seed, s) alone, so that a run
-that was killed and taken up again ends like an unbroken one. Several devices share each step's conversations.
+At first the heads learn alone on a frozen backbone, then both learn at rates of their own; the losses are in
+`training.joint_losses`. Text and dropout of step s are functions of (seed, s) alone, so that a run that was
+killed and continued ends like an unbroken one. Several devices share each step's conversations.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ WEIGHT_DECAY = 0.01
 # By L_LM: the highest lambda0, and the backbone's highest learning rate (sections 2.2.2, 2.3.2, appendix B)
 LAMBDA0 = {"distill": 0.01, "ce": 0.2}
 DEFAULT_LR = {"distill": 1e-4, "ce": 5e-4}
-# A run may be taken up with others of these.
+# A run may continue with other values of these.
 _CHANGEABLE = ("lr", "heads_first_lr", "accumulate", "checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointConfig:
-    """How both are trained. `batch` counts conversations in a step over all devices, taken in `accumulate`
-    passes by each; `lr` is the backbone's, None for that of the loss."""
+    """How both are trained.
+
+    `batch` counts conversations in a step over all devices; each device takes its share in `accumulate`
+    passes. `lr` is the backbone's, None for the default of the loss.
+    """
 
     lm_loss: Literal["distill", "ce"] = "distill"
     full: bool = False
@@ -61,7 +64,7 @@ class JointConfig:
 
 
 class JointModel(nn.Module):
-    """Backbone and heads as one module, so that one forward pass of it is all that a device has to do."""
+    """Backbone and heads as one module, so that a device does everything in one forward pass of it."""
 
     columns: Tensor  # [vocab + 1] int64: a token's column of the projection, -1 for none; the last: token -1
 
@@ -152,7 +155,7 @@ class JointTrainer:
 
     @property
     def is_joint(self) -> bool:
-        """Whether the next step is one of both, the heads' warm-up being over."""
+        """Whether the next step trains both, because the heads' warm-up is over."""
         return self.step >= self.config.heads_first_steps
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -193,7 +196,8 @@ class JointTrainer:
         os.replace(partial, self.directory / STATE_FILE)
 
     def learning_rates(self, step: int) -> tuple[float, float]:
-        """The backbone's and the heads' at a step. Each phase has its own warm-up and cosine."""
+        """The backbone's and the heads' learning rates at a step. Each phase has its own warm-up and
+        cosine."""
         c = self.config
         if step < c.heads_first_steps:
             return 0.0, c.heads_first_lr * phase_rate(step, c.heads_first_steps, c.warmup)
@@ -201,8 +205,10 @@ class JointTrainer:
         return c.backbone_lr * share, HEADS_LR_FACTOR * c.backbone_lr * share
 
     def lambda0(self, step: int) -> float:
-        """Weight of the heads' losses: 1 while they train alone, then that of the L_LM, ramped for
-        distillation, whose L_LM starts at 0."""
+        """Weight of the heads' losses: 1 while they train alone, then lambda0 of the configured L_LM.
+
+        For distillation it rises slowly, because that L_LM starts at 0.
+        """
         c = self.config
         if step < c.heads_first_steps:
             return 1.0
@@ -223,8 +229,8 @@ class JointTrainer:
         counts = torch.stack([_counts(batch, self.joint.columns.cpu()) for batch in batches]).sum(dim=0)
         counts.clamp_(min=1)
         weights = torch.tensor([float(joint), *(lambda0 * HEAD_DECAY**k for k in range(self.num_heads))])
-        # Every position of the step counts the same, whichever pass and device it is in. Devices are averaged
-        # over, hence their number.
+        # Every position of the step has the same weight, in whichever pass and on whichever device. Gradients
+        # are averaged over devices, hence the factor.
         scale = (world * weights / counts).to(accelerator.device)
         sums = torch.zeros(1 + self.num_heads, device=accelerator.device)
         ours = batches[rank::world]
@@ -254,7 +260,7 @@ class JointTrainer:
         return f"loss or gradient is not finite at step {self.step} (losses {losses}); {advice}"
 
     def run(self) -> None:
-        """Train to the end from wherever this run is."""
+        """Train from the current state to the end."""
         self.log.curves.start(self.step)
         while self.step < self.num_steps:
             began = time.monotonic()
@@ -265,6 +271,6 @@ class JointTrainer:
 
 
 def _counts(batch: ConversationBatch, columns: Tensor) -> Tensor:
-    """How many rows the sums of a batch are over, [1 + num_heads]."""
+    """How many rows each sum of a batch covers, [1 + num_heads]."""
     known = columns[batch.targets] >= 0
     return torch.cat((torch.tensor([len(batch.rows)]), known.sum(dim=0)))

@@ -1,4 +1,4 @@
-"""What a joint run tells while it runs: the curves of every step, and lines for people with the time left."""
+"""What a joint run reports: the curves of every step, and lines for people with the time left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class StepFacts:
 
 
 class JointLog:
-    """The run's curves, a row per step; silent where `active` is false, as on all devices but the first."""
+    """The run's curves, a row per step. Nothing is printed where `active` is false, on all devices but the
+    first."""
 
     def __init__(self, directory: Path, num_heads: int, num_steps: int, active: bool) -> None:
         self.num_steps = num_steps

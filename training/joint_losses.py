@@ -1,8 +1,8 @@
-"""The losses and schedules of joint training, each with where it comes from (Medusa, arXiv 2401.10774).
+"""The losses and schedules of joint training, each with its source (Medusa, arXiv 2401.10774).
 
 The whole is `L = L_LM + lambda0(step) * sum_k 0.8^k * CE_k` (section 2.2.2; CE_k and its weights, section
-2.2.1), every part a mean over answer positions only: what the user wrote and padding count nowhere, not in
-the divisor either.
+2.2.1). Every part is a mean over answer positions: the user's words and padding count neither in the sum nor
+in the divisor.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ def phase_rate(step: int, num_steps: int, warmup: int) -> float:
 
 
 def sine_ramp(step: int, num_steps: int) -> float:
-    """Share of lambda0: a quarter of a sine from 0 to 1 over the joint phase, so that heads that still err do
-    not bend the backbone at the start (section 2.2.2, heads warm-up by a growing lambda0)."""
+    """Share of lambda0: a quarter of a sine from 0 to 1 over the joint phase.
+
+    So heads that still make many errors do not disturb the backbone at the start (section 2.2.2, heads
+    warm-up by a growing lambda0).
+    """
     return math.sin(0.5 * math.pi * min(1.0, (step + 1) / num_steps))
 
 
@@ -74,7 +77,7 @@ def head_losses(heads: DraftHeads, features: Sequence[Tensor], columns: Tensor, 
         known = columns[:, head] >= 0
         rows, weight = projected(heads, head, features[head][known], projection)
         targets = columns[known, head]
-        # Under autocast their products would be of two number formats.
+        # Under autocast the products would have two number formats.
         with torch.autocast(rows.device.type, enabled=False):
             if heads.projection_kind == "shared":
                 sums.append(frozen_projection_loss(rows, weight, weight[targets]))

@@ -1,4 +1,4 @@
-"""The whole way of joint training, from conversations to a model and a head set that are served together."""
+"""All of joint training: from conversations to a model and its head set, which are served together."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from training.joint import JointConfig, JointTrainer
 from training.output_cost import OutputCost, measure_cost
 from training.run_state import tensors_digest
 
-MEASURED_DOCUMENTS = 64  # held-out conversations that the cost in output is measured on
+MEASURED_DOCUMENTS = 64  # held-out conversations on which the change of output is measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointOptions:
-    """What goes in and out. `heads`: a trained head set to start from; without one, fresh heads of the given
-    numbers. `max_length`: tokens of a conversation, longer ones are left out, as are those that the model has
-    no positions for."""
+    """What goes in and out.
+
+    `heads`: a trained head set to start from; without one, fresh heads of the given numbers. `max_length`:
+    longer conversations, in tokens, are left out, as are those that are too long for the model.
+    """
 
     model: str
     data: Path
@@ -60,8 +62,10 @@ class JointResult:
 
 
 def train_joint(options: JointOptions, config: JointConfig) -> JointResult | None:
-    """Train, merge, calibrate, compare; a killed run goes on where it stopped. `out` then holds `model` and
-    `heads`, which belong together, and `report.json`. None on all devices but the first.
+    """Train, merge, calibrate, compare. A killed run continues where it stopped.
+
+    `out` then holds `model` and `heads`, which belong together, and `report.json`. None on all devices but
+    the first.
     """
     check_installed("peft", "accelerate")
     if options.heads is None and not config.heads_first_steps:
@@ -71,7 +75,7 @@ def train_joint(options: JointOptions, config: JointConfig) -> JointResult | Non
     accelerator = make_accelerator(
         options.mixed_precision, device=options.device, heads_first=bool(config.heads_first_steps)
     )
-    with accelerator.main_process_first():  # which fetches the model where need be
+    with accelerator.main_process_first():  # this fetches the model if necessary
         source = resolve_model(options.model).model_dir
     documents = _documents(options, source, config.seed)
     answers = sum(d.num_answer_tokens for d in documents)
@@ -100,9 +104,9 @@ def _documents(options: JointOptions, source: Path, seed: int) -> list[Document]
 
 
 def _backbone(options: JointOptions, config: JointConfig, source: Path, bf16: bool) -> Backbone:
-    """Weights that train are float32; those under adapters are in the format they are computed in."""
+    """Weights that train are float32. Weights under adapters have the format of their products."""
     dtype = torch.bfloat16 if bf16 and not config.full else torch.float32
-    torch.manual_seed(config.seed)  # adapters start at random
+    torch.manual_seed(config.seed)  # adapters start at random values
     return Backbone(
         load_model(source, dtype),
         lora=not config.full,
@@ -159,7 +163,7 @@ def _finish(
 
 
 def _write_card(heads_dir: Path, options: JointOptions, config: JointConfig) -> None:
-    """The head of the card; calibration adds its figures."""
+    """The head of the card. Calibration adds its figures."""
     how = "all weights" if config.full else "LoRA, merged"
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     (heads_dir / "README.md").write_text(

@@ -1,9 +1,9 @@
-"""What heads are optimized with: Muon for the matrices inside them, AdamW for all else.
+"""The optimizer of heads: Muon for the matrices inside them, AdamW for everything else.
 
-Muon takes the momentum's nearest orthogonal matrix for an update, by a Newton-Schulz iteration (Jordan et
-al., 2024, kellerjordan.github.io/posts/muon). Scaled to the size of AdamW's updates, both go by one learning
-rate (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2). Projections onto the
-vocabulary are left to AdamW, as there.
+Muon's update is the orthogonal matrix nearest to the momentum, by a Newton-Schulz iteration (Jordan et al.,
+2024, kellerjordan.github.io/posts/muon). It is scaled to the size of AdamW's updates, so that one learning
+rate serves both (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2). As in that
+paper, AdamW updates the projections onto the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WEIGHT_DECAY = 0.05
 
 
 class HeadsOptimizer:
-    """Updates the parameters of heads in place; they must have been moved to their device."""
+    """Updates the parameters of heads in place. They must be on their device before."""
 
     def __init__(self, heads: DraftHeads) -> None:
         of_vocabulary = {id(p) for p in (heads.projection, heads.reduce, heads.expand) if p is not None}

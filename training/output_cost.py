@@ -1,7 +1,7 @@
-"""What joint training costs in output: a changed backbone writes changed text, so that is measured.
+"""How much joint training changes the output: a changed backbone writes other text.
 
-On held-out conversations: perplexity of their answers, and how often greedy continuations stay the same, by
-the engine itself in float32, where rounding does not flip tokens.
+Measured on held-out conversations: the perplexity of their answers, and how often greedy continuations stay
+the same. The engine itself measures this in float32, where rounding does not change tokens.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Proves that no evaluation prompt is in training text: no turn as a whole, and no 13 words in a row of one.
+"""Proves that no evaluation prompt is in training text: no whole turn, and no 13 words of one in a row.
 
-13 words are what GPT-3 (arXiv 2005.14165, appendix C) took for an overlap. Every message of a training row
-counts, answers too; of an evaluation row the user turns, each by itself. Words are compared without case and
-punctuation. Time is linear in the text: every run of words is looked up once.
+GPT-3 (arXiv 2005.14165, appendix C) took 13 words for an overlap. Of a training row every message counts,
+answers too; of an evaluation row each user turn by itself. Words are compared without case and punctuation.
+Time is linear in the text: every run of words is looked up once.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class Overlap:
     row: Row
     exact: tuple[Row, ...]  # evaluation rows of which it holds a whole turn
     partial: tuple[Row, ...]  # others, of which it holds NUM_WORDS words in a row
-    roles: tuple[str, ...]  # whose messages hold it: the model may have come to the same words by itself
+    roles: tuple[str, ...]  # of the messages that hold it: an answer may share words by chance
     words: str  # the first that are shared
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, compatible characters unified, punctuation dropped."""
+    """The words of a text in lower case, with compatible characters unified and punctuation dropped."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def _normal(text: str) -> str:
-    """What exact matches are compared by; text without words keeps its signs."""
+    """The form in which exact matches are compared. Text without words keeps its signs."""
     return " ".join(words_of(text) or text.split())
 
 
@@ -76,7 +76,7 @@ class EvaluationPrompts:
                     self._runs[run].append(index)
 
     def find(self, row: Row, messages: Iterable[dict[str, Any]]) -> Overlap | None:
-        """What a training row shares with any of them, None for nothing."""
+        """What a training row shares with any of these turns. None where it shares nothing."""
         exact: dict[int, None] = {}
         partial: dict[int, None] = {}
         roles: dict[str, None] = {}

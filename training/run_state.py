@@ -1,4 +1,4 @@
-"""What runs of both trainers have in common: a few numbers, the state's file, a digest of the start."""
+"""What both trainers share: a few constants, the name of the state's file, a digest of the start."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ STATE_FILE = "trainer.pt"
 
 
 def tensors_digest(tensors: Mapping[str, Tensor | None]) -> str:
-    """SHA-256 of names, shapes, formats and values, wherever the tensors lie: shapes alone do not tell two
-    head sets or token maps apart."""
+    """SHA-256 of names, shapes, formats and values, on any device.
+
+    Values count because two head sets or token maps may have the same shapes.
+    """
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(name.encode())

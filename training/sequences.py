@@ -1,7 +1,7 @@
-"""Batches of whole conversations from the cache of hidden rows, with the anchors that heads learn at.
+"""Batches of whole conversations from the cache of hidden rows, with the anchors at which heads learn.
 
-Which conversations a step gets is a function of the seed and the step alone, so that a run that was killed
-and taken up again sees the same text in the same order.
+The conversations of a step are a function of the seed and the step alone. So a run that was killed and
+continued sees the same text in the same order.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def vocabulary_loss(
 
 @torch.no_grad()
 def distributions(hidden: Tensor, projection: Tensor) -> Tensor:
-    """What the base itself says next, over the projection's tokens alone: [num_rows, num_tokens].
+    """The base's own predictions over the tokens of the projection, [num_rows, num_tokens].
 
     hidden: [num_rows, hidden], the base's last rows; projection: [num_tokens, hidden].
     """

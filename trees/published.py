@@ -1,7 +1,7 @@
-"""A tree for heads that nobody has measured here yet, so that they can be served before they are calibrated.
+"""A tree for heads that have not been measured here yet, so that they can be served before their calibration.
 
-It is searched in the hit rates that the Medusa paper (arXiv 2401.10774) gives for the heads of Vicuna 7B, and
-calibration replaces it: other heads hit elsewhere.
+It is the best tree for the hit rates that the Medusa paper (arXiv 2401.10774) gives for the heads of Vicuna
+7B. Other heads have other rates, so calibration replaces it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import heapq
 
 from trees.family import MAX_DRAFT_NODES, RankPath, TreeFamily
 
-# By head, the first guessing the second next token: how often its best guess is right, and one of its best 5.
+# By head (the first one guesses the second next token): hit rate of its best guess, and of its best five.
 TOP_1 = (0.56, 0.32, 0.20, 0.15, 0.12)
 TOP_5 = (0.78, 0.56, 0.42, 0.34, 0.30)
 MAX_RANKS = 10  # as in the published trees
@@ -31,10 +31,11 @@ def published_family(num_heads: int, num_tokens: int) -> TreeFamily:
 
 
 def independent_family(hit_rates: list[list[float]], max_drafts: int = MAX_DRAFT_NODES) -> TreeFamily:
-    """The best family where a path is right with the product of its guesses' rates.
+    """The best family if the probability of a path is the product of its guesses' rates.
 
-    hit_rates: for each head the rates of its guesses by rank, falling. Best first: a node is never likelier
-    than its parent or its elder sibling, so the likeliest of those that border on the tree is the next.
+    hit_rates: for each head the rates of its guesses by rank, falling. Nodes are added best first: a node is
+    never likelier than its parent or its elder sibling, so the next node is the likeliest of those that
+    border on the tree.
     """
     paths: list[RankPath] = []
     gains: list[float] = []

@@ -1,8 +1,8 @@
-"""Finds the nested tree family that commits most tokens per step, from how often rank paths came true.
+"""Finds the nested tree family that commits most tokens per step, from counts of rank paths that came true.
 
-A path's gain is the share of positions at which every node on it was right, so adding the path with the
-highest gain next is optimal for every tree size at once: a path is never likelier than its parent. Counting
-whole paths, rather than multiplying the hit rates of single heads, keeps how the heads' hits hang together.
+A path's gain is the share of positions at which every node on it was right. A path is never likelier than its
+parent, so adding the path with the highest gain next is optimal for every tree size. Whole paths are counted,
+and the hit rates of heads are not multiplied, because heads tend to be right together.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from trees.family import MAX_DRAFT_NODES, RankPath, TreeFamily
 
 
 def family_from_paths(observed: Iterable[RankPath], max_drafts: int = MAX_DRAFT_NODES) -> TreeFamily:
-    """The best family for what was observed at each position of held-out text: the ranks of the true next
-    tokens among the heads' guesses, cut before the first head that missed (so `()` where head 0 did).
+    """The best family for the paths that were observed at the positions of held-out text.
 
-    Paths that never came true are left out, so that the family may be smaller than `max_drafts`.
+    observed: for each position the ranks of the true next tokens among the heads' guesses, cut before the
+    first head that missed (so `()` where head 0 missed). Paths that never came true are left out, so that the
+    family may be smaller than `max_drafts`.
     """
     hits: Counter[RankPath] = Counter()
     positions = 0

@@ -1,8 +1,8 @@
-"""Grows every request's own tree, by how sure the drafter is of each guess.
+"""Grows a tree for every request, by how sure the drafter is of each guess.
 
 The calibrated family says which shape is best on average; the probabilities of one draft say which is best
-here. A drafter guesses level by level, and only what is likeliest so far is followed further (EAGLE-2, arXiv
-2406.16858, section 4: expansion by the product of probabilities, then a choice among all that was guessed).
+here. A drafter guesses level by level, and only the likeliest paths are followed further (EAGLE-2, arXiv
+2406.16858, section 4: expansion by the product of probabilities, then a choice among all guesses).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _MOST_GUESSES = 16  # of one path
 
 @dataclass(frozen=True)
 class Chains:
-    """Guesses from elsewhere, a run of tokens for each request, which join its tree below the root."""
+    """Guesses from another source, one run of tokens for each request, which join its tree below the root."""
 
     token_ids: Tensor  # [num_requests, length] int64, shorter ones filled up with 0
     sure: Tensor  # [num_requests, length] float32, log-probabilities of all up to here; -inf past the end
 
     @property
     def length(self) -> int:
-        """Of the longest."""
+        """Length of the longest chain."""
         return self.token_ids.shape[1]
 
 
@@ -49,7 +49,7 @@ def make_chains(
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """The host does not wait: from pinned memory the device copies by itself."""
+    """Copy without waiting on the host: the device copies from pinned memory by itself."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
@@ -86,7 +86,7 @@ def grow_trees(
         nodes = torch.arange(first, first + children.shape[1], device=roots.device).expand_as(children)
         parents, guesses = paths.repeat_interleave(num_guesses, dim=1), guesses.flatten(1)
         if level < chains.length:
-            # What the chain says too is the chain's node, as likely as the surer of both makes it.
+            # A guess that the chain holds too becomes the chain's node, with the higher probability.
             same = (parents == level) & (guesses == chains.token_ids[:, level : level + 1])
             surer = children.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
             surer = torch.maximum(surer, offered_sure[:, level + 1 : level + 2])

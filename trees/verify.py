@@ -1,8 +1,7 @@
 """Which path of each tree to keep: pure functions on small tensors, batched over requests.
 
-Every request of a step has a tree of its own shape, given by its nodes' parents. The walk goes by node;
-short trees are told apart by their number of nodes, never by a padding token, since every token id is a
-real one.
+The tree of every request has its own shape, given by its nodes' parents. The walk goes by node. The number of
+nodes tells short trees apart, never a padding token, because every token id is a real one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DraftTrees:
-    """The filled trees of a step. Node 0 of each is its root; what lies past `num_nodes` means nothing."""
+    """The filled trees of a step. Node 0 of each is its root. Entries past `num_nodes` mean nothing."""
 
     tokens: Tensor  # [num_requests, max_nodes] int64
     parents: Tensor  # [num_requests, max_nodes] int64, the root's is itself
@@ -38,8 +37,8 @@ class DraftTrees:
             alone = torch.zeros_like(parents)
             return cls(tokens, parents, num_nodes, alone, alone + 1, alone.unsqueeze(2))
         nodes = torch.arange(width, device=parents.device)
-        # chains[..., i] is the i-th node on the way up, the root repeated past it. Each round doubles them:
-        # the second half of a way is the way of the node that lies half the way up.
+        # chains[..., i] is the i-th node on the way up; past the root, the root repeats. Each round doubles
+        # the length: the second half of a path is the path of the node halfway up.
         chains = nodes.expand(requests, width).unsqueeze(2)
         jumps = parents
         while chains.shape[2] <= max_depth:
@@ -49,7 +48,7 @@ class DraftTrees:
         chains = chains[:, :, : max_depth + 1]
         below_root = chains > 0
         depths = below_root.sum(dim=2)
-        # The nodes of a way differ, so that adding their bits unites them; the root is in every set.
+        # The nodes of a path differ, so that the sum of their bits is their union. The root is in every set.
         bits = torch.bitwise_left_shift(below_root.long(), chains)
         up = depths.unsqueeze(2) - torch.arange(max_depth + 1, device=parents.device)
         return cls(
@@ -67,7 +66,7 @@ class DraftTrees:
 
     @property
     def tree_depths(self) -> Tensor:
-        """How deep each request's tree reaches, [num_requests] int64."""
+        """Depth of each request's tree, [num_requests] int64."""
         inside = torch.arange(self.parents.shape[1], device=self.parents.device) < self.num_nodes.unsqueeze(1)
         return self.depths.masked_fill(~inside, 0).amax(dim=1)
 

@@ -1,4 +1,4 @@
-"""Tells whose checkpoint it is by the keys alone, and finds every key its place."""
+"""Finds out from the keys alone which layout a checkpoint has, and finds the place of every key."""
 
 from __future__ import annotations
 

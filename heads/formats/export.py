@@ -1,8 +1,8 @@
 """Writes our heads as other projects read them: Medusa's own code, text-generation-inference and vLLM.
 
-Each gets the layout its loader needs: where that loader would fill in what a file lacks with chance, the
-file holds it, a projection of every head included. What a layout cannot say is an error before anything is
-written.
+Each project gets the layout that its loader needs. Some loaders fill missing tensors with random numbers. For
+these the file holds everything, also a projection for every head. What a layout cannot express is an error
+before anything is written.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def export_heads(
 
 
 def _medusa(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _Files:
-    # The original reads this one file, and leaves at chance whatever is not in it, so nothing is shared.
+    # The original reads this one file, and leaves random what is missing in it. So nothing is shared.
     tensors = {**_blocks(module, MEDUSA), **_projections(module, MEDUSA, lm_head_weight)}
     return _Files(tensors, "medusa_lm_head.pt", _medusa_config(module, base_model))
 
@@ -110,7 +110,7 @@ def _vllm(module: MedusaHeads, base_model: str, lm_head_weight: Tensor) -> _File
         "truncated_vocab_size": num_tokens,
         "num_heads": module.num_heads,
         "num_hidden_layers": module.num_layers,
-        "medusa_fc_bias": True,  # without it vLLM drops the biases in silence
+        "medusa_fc_bias": True,  # without it vLLM drops the biases silently
         "original_lm_head": one,
     }
     return _Files(tensors, "model.safetensors", config)
@@ -142,7 +142,7 @@ def _blocks(module: MedusaHeads, layout: Layout) -> dict[str, Tensor]:
 
 
 def _projections(module: MedusaHeads, layout: Layout, lm_head_weight: Tensor) -> dict[str, Tensor]:
-    """Every head's own, or a copy for each of the one that all use: no tensor is written under two names."""
+    """One projection for each head. A shared one is copied, so that no tensor is written under two names."""
     dtype = module.weights[0].dtype
     after = module.num_layers if layout.numbers_projection else 0
     if module.projection is not None:

@@ -1,7 +1,7 @@
-"""Foreign checkpoint files: finds them in a folder, names their tensors, and reads one when it is asked for.
+"""Foreign checkpoint files: finds them in a folder, names their tensors and reads a tensor when it is needed.
 
-Lazily, because heads may lie in one file with a base model of many gigabytes. Pickles are opened with
-`weights_only=True`, without a way around it.
+Heads may lie in one file with a base model of many gigabytes, so nothing is read ahead. Pickles are always
+opened with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class ForeignCheckpoint:
         return self._files[key]
 
     def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU. Raises HeadsError where the file holds none of that name after all."""
+        """One tensor, on the CPU. Raises HeadsError where the file does not hold it after all."""
         reader = self._readers[self._files[key]]
         try:
             tensor = reader[key] if isinstance(reader, dict) else reader.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise HeadsError(f"{self._files[key]} is damaged or truncated: {error}") from error
-        # Pickles may hold sparse tensors, and such without memory, too.
+        # Pickles may also hold sparse tensors and tensors without memory.
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise HeadsError(f"{self._files[key]}: {key!r} is a {type(tensor).__name__}, but no dense tensor")
         return tensor
@@ -91,7 +91,7 @@ def _shards(path: Path) -> list[Path]:
     weight_map = _read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise HeadsError(f"{path}: 'weight_map' is missing or does not name files")
-    # Shards lie beside their index; a path in it leads nowhere else.
+    # Shards lie beside their index. A path to another folder is refused.
     return [path.parent / Path(name).name for name in sorted(set(weight_map.values()))]
 
 
@@ -122,7 +122,7 @@ def _open(path: Path) -> Any:
 def _open_pickle(path: Path) -> dict[str, Any]:
     zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
-        if file.read(2) == b"PK" and not zipped:  # the zip's directory, its end, is gone
+        if file.read(2) == b"PK" and not zipped:  # the zip's directory at its end is missing
             raise EOFError("its end is missing")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -131,7 +131,7 @@ def _open_pickle(path: Path) -> dict[str, Any]:
             f"{path} is damaged or holds more than tensors, such as code that opening it would run. It was "
             "not opened; ask its authors for safetensors"
         ) from error
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
+    except Exception as error:  # a damaged pickle may raise anything
         raise HeadsError(
             f"{path} is damaged or truncated ({type(error).__name__}: {error}); fetch it anew"
         ) from error

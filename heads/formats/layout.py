@@ -1,6 +1,6 @@
-"""What every checkpoint layout of Medusa heads has in common: a key of the file is a place in the heads.
+"""What all checkpoint layouts of Medusa heads have in common: a key of the file is a place in the heads.
 
-A layout translates between the two, both ways, and says what the project it comes from lets a file leave out.
+A layout translates between the two in both directions, and says what its project allows a file to leave out.
 Nothing here reads a file.
 """
 
@@ -35,8 +35,8 @@ class Layout:
     key: Callable[[Place], str]
     is_base: Callable[[str], bool]  # whether a key belongs to a base model merged into the file
     counts: Mapping[str, Sequence[str]]  # config.json's names of "heads" and "layers"
-    believes_config: bool  # its own loader builds the heads from config.json, so a lie there is an error
-    trains_base: bool = False  # the base in the file is not the one it was made from
+    believes_config: bool  # its loader uses config.json's sizes, so a wrong size there is an error
+    trains_base: bool = False  # the base in the file was trained together with the heads
     numbers_projection: bool = False  # the projection's key tells how many blocks come before it
     may_lack_biases: Callable[[Config], bool] = _never
     may_share: Callable[[Config], bool] = _never  # no projection means the base's

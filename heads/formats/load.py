@@ -1,7 +1,7 @@
-"""Reads third-party Medusa heads by their keys, whoever wrote them.
+"""Reads Medusa heads of other projects by their keys.
 
-The keys say which layout it is and the weights how many heads and blocks there are. A key that has no place,
-a place that has no key and a tensor of a wrong shape are errors: a bias dropped in silence once meant heads
+The keys tell the layout; the weights tell how many heads and blocks there are. A key without a place, a place
+without a key and a tensor of a wrong shape are errors: a bias that was dropped silently once caused heads
 that never guessed right (vLLM #8620).
 """
 
@@ -33,7 +33,7 @@ class ForeignHeads:
     layout: str
     dtype: torch.dtype
     base_model: str  # what the configuration names as base, "" where it names none
-    warnings: tuple[str, ...]  # for people: what the file says that is not so
+    warnings: tuple[str, ...]  # for people: statements of the file that are wrong
 
 
 def load_foreign(source: Path, lm_head_weight: Tensor) -> ForeignHeads:
@@ -73,7 +73,7 @@ class _Assembly:
             state["projection"] = projection
         if token_map is not None:
             state["token_map"] = token_map
-        # Without memory of its own: the tensors as read become its parameters.
+        # Made without memory: the tensors that were read become its parameters.
         with torch.device("meta"):
             module = MedusaHeads(
                 self.num_heads,
@@ -90,7 +90,7 @@ class _Assembly:
         return ForeignHeads(module, self.layout.name, dtype, base_model, tuple(self.warnings))
 
     def _check_base(self) -> None:
-        """A base in the same file is compared with the one asked for, by its projection where it has one."""
+        """Where the file holds a projection of a base model, compare it with that of the given base."""
         layout, path = self.layout, self.checkpoint.path
         if not layout.is_base(_BASE_PROJECTION):
             return

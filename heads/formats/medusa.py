@@ -47,7 +47,7 @@ MEDUSA = Layout(
     key=_key,
     is_base=lambda key: False,
     counts=_COUNTS,
-    # The published v1.3 heads say 2 and hold 5; the original code knows and corrects it.
+    # The published v1.3 heads say 2 but hold 5. The original code corrects this as well.
     believes_config=False,
     numbers_projection=True,
     may_share=_may_share,

@@ -43,7 +43,7 @@ VLLM = Layout(
     parse=_parse,
     key=_key,
     is_base=lambda key: False,
-    # Its configuration takes Medusa's names as well.
+    # vLLM accepts Medusa's names too.
     counts={
         "heads": ["num_heads", "medusa_num_heads"],
         "layers": ["num_hidden_layers", "medusa_num_layers"],

@@ -1,4 +1,4 @@
-"""Where everything that can be had again is kept: fetched models, compiled kernels."""
+"""The folder for everything that can be made or fetched again: models, compiled kernels."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ def cache_dir() -> Path:
 
 
 def writable_cache(part: str) -> Path:
-    """The folder `part` of the cache, made where it is missing; where the cache cannot be written to, the
-    same temporary folder every time. Raises RegistryError where that cannot be had either."""
+    """The folder `part` of the cache, which is made where it is missing.
+
+    Where the cache cannot be written to, it is in the same temporary folder every time. Raises RegistryError
+    where that is impossible too.
+    """
     folder = cache_dir() / part
     if _is_writable(folder):
         return folder
@@ -55,9 +58,10 @@ def _is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK)
 
 
-@functools.cache  # which also says it once
+@functools.cache  # so that the warning comes once
 def _temporary(reason: str) -> Path:
-    """A folder of this uid alone. Others may make its name first, and what lies in it is loaded as code."""
+    """A folder of this user alone. Others could create it first, and files in it are loaded as code: so it is
+    checked."""
     try:
         folder = Path(tempfile.gettempdir()) / f"gorgon-{os.geteuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,4 +1,5 @@
-"""What every download needs: to be alone, to end at once when asked, and a check of what it brought."""
+"""What every download needs: a lock against other processes, an immediate end by signals, a check of the
+file."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _STANDARD_ERROR = 2  # progress goes here; standard output belongs to whoever called
-_SECONDS_TO_END = 3.0  # that a child gets between SIGTERM and SIGKILL
+_SECONDS_TO_END = 3.0  # between SIGTERM and SIGKILL for a child
 _STOPPING = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def alone(lock: Path) -> Generator[int, None, None]:
-    """Wait until no other process is inside with the same file `lock`; yields the descriptor that says so."""
+    """Wait until no other process holds the lock file `lock`. Yields the descriptor that holds it now."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -38,14 +39,17 @@ def alone(lock: Path) -> Generator[int, None, None]:
 
 @contextmanager
 def stopped_by_signals(stop: Callable[[int], object]) -> Generator[None, None, None]:
-    """SIGTERM and SIGHUP call `stop` with an exit status meanwhile. Process 1 of a container would not end
-    by them otherwise, and children of any process would go on. Does nothing outside of the main thread."""
+    """Meanwhile, SIGTERM and SIGHUP call `stop` with an exit status.
+
+    Without this, process 1 of a container would not end, and child processes would go on. Does nothing
+    outside of the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in _STOPPING}
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as nohup has it
+        if handler is not signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, lambda received, _frame: stop(128 + received))
     try:
         yield
@@ -55,7 +59,8 @@ def stopped_by_signals(stop: Callable[[int], object]) -> Generator[None, None, N
 
 
 def run_stoppable(command: Sequence[str], environment: Mapping[str, str], keep_open: int) -> int:
-    """Run a command to its end and return its status. It ends with this process unless that is killed."""
+    """Run a command to its end and return its status. The command ends with this process unless that is
+    killed."""
     with (
         stopped_by_signals(sys.exit),
         subprocess.Popen(
@@ -64,7 +69,7 @@ def run_stoppable(command: Sequence[str], environment: Mapping[str, str], keep_o
             stdin=subprocess.DEVNULL,
             stdout=_STANDARD_ERROR,
             pass_fds=(keep_open,),
-            process_group=0,  # a terminal's Ctrl-C comes here alone, and children of the command end with it
+            process_group=0,  # Ctrl-C reaches this process only; `_end` ends the whole group
         ) as process,
     ):
         try:
@@ -89,9 +94,9 @@ def sha256_of(path: Path) -> str:
 
 
 def is_intact(path: Path, always: int = 256 * 2**20) -> bool:
-    """Whether a file has the bytes it had when this was first asked; that is kept in a file beside it.
+    """Whether a file still has the bytes that it had at the first call. A file beside it keeps the checksum.
 
-    Files of up to `always` bytes are read each time, larger ones where their size or time has changed.
+    Files of up to `always` bytes are read each time, larger ones only if their size or time has changed.
     """
     found = path.stat()
     now = {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
@@ -107,7 +112,7 @@ def is_intact(path: Path, always: int = 256 * 2**20) -> bool:
     if digest not in (None, actual):
         return False
     if not unchanged:
-        with contextlib.suppress(OSError):  # a cache that is only read is read each time
+        with contextlib.suppress(OSError):  # if the note cannot be written, the file is read each time
             note.write_text(json.dumps({"sha256": actual, **now}), encoding="utf-8")
     return True
 

@@ -1,6 +1,6 @@
-"""What goes to and from a hub, and what its client's errors mean to people.
+"""Downloads from and uploads to a hub, with its client's errors in words for people.
 
-The client is imported when it is needed: it takes longer to import than a folder takes to be found.
+The client is imported only when it is needed, because its import takes longer than finding a local folder.
 """
 
 from __future__ import annotations

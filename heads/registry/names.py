@@ -25,7 +25,7 @@ HEAD_FILES = ("config.json", "tree.json", "README.md", "*.safetensors")
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """A model that has a name of its own here. Its folder lies in the cache once it was fetched."""
+    """A model with a name in this registry. Once it is fetched, its folder is in the cache."""
 
     name: str
     description: str
@@ -34,7 +34,8 @@ class RegisteredModel:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """`name` is what was asked for, a folder's own name for a folder; `model_dir` exists."""
+    """`name` is the name asked for, or the name of the folder where a folder was given; `model_dir`
+    exists."""
 
     name: str
     model_dir: Path
@@ -67,7 +68,7 @@ def list_head_sets() -> dict[str, Path]:
 
 
 def resolve_model(name: str) -> ResolvedModel:
-    """The folder of a model, fetched first where need be, with progress on standard error.
+    """The folder of a model. A missing one is fetched first, with progress on standard error.
 
     `name` is a registry name, a local folder, a hub id `org/name` of safetensors or `org/name:FILE.gguf`, one
     file of a hub repository. Raises RegistryError.
@@ -102,9 +103,9 @@ def resolve_model(name: str) -> ResolvedModel:
 def resolve_heads(heads: str, model: ResolvedModel) -> Path | None:
     """The folder of a head set, or None to serve without heads.
 
-    `heads` is "auto" (the built-in set of that registry model, None where there is none), "none", the name
-    of a built-in set, a local folder or a hub id `org/name`. Raises RegistryError. Whether the heads fit the
-    model is for their checkpoint to say.
+    `heads` is "auto" (the built-in set of that registry model, None where there is none), "none", the name of
+    a built-in set, a local folder or a hub id `org/name`. Raises RegistryError. Whether the heads fit the
+    model is checked when they are loaded.
     """
     sets = list_head_sets()
     if heads == "none":
@@ -141,9 +142,11 @@ def _registered_dir(name: str) -> Path:
 
 
 def _hub_gguf(hub_id: str, file: str) -> Path:
-    """A folder with this one model: in the hub's own cache, others of the repository may lie beside it.
+    """A folder with this one model. It is in our cache, because the hub's own would have other files beside
+    it.
 
-    A file that has changed since it came is fetched again. Any part of a split file stands for all.
+    A file that has changed since its download is fetched again. Any part of a split file stands for all
+    parts.
     """
     folder = _registered_dir(f"{hub_id.replace('/', '--')}--{file}")
     for part in _parts(file):

@@ -1,4 +1,5 @@
-"""Head sets on their way to and from a hub repository or another folder: their own files, nothing else."""
+"""Pushes head sets to a hub repository or a folder, and fetches them: a head set's own files, nothing
+else."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from heads.registry import hub
 from heads.registry.cache import expand_user
 from heads.registry.names import fetch_head_files, is_hub_id
 
-# By name: training keeps more beside them, in safetensors too.
+# Listed by name, because training keeps other safetensors beside them.
 _FILES = ("config.json", "heads.safetensors", "tree.json", "README.md")
 
 

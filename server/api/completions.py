@@ -59,7 +59,7 @@ async def create_completion(request: Request) -> Response:
 
 
 async def _prompt(body: CompletionRequest, service: Services) -> tuple[list[int], str]:
-    """Token ids and text of the prompt; the text only where it is echoed."""
+    """Token ids and text of the prompt. The text is made only where it is echoed."""
     tokenizer = service.tokenizer
     if isinstance(body.prompt, str):
         return await asyncio.to_thread(tokenizer.encode, body.prompt, add_special_tokens=True), body.prompt

@@ -48,9 +48,10 @@ def _role(value: object) -> object:
 
 
 class ChatMessage(Strict):
-    """One message. The fields of an answer may come back with it as long as they hold nothing.
+    """One message.
 
-    An answer without content said nothing; all other roles must say something.
+    Clients may send an answer back with all its fields, as long as the unsupported ones are empty. An
+    assistant's message may have no content; every other role needs one.
     """
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_role)]
@@ -81,7 +82,7 @@ class ChatMessage(Strict):
 
 
 class ChatRequest(SamplingFields):
-    """Where both limits of tokens are sent, `max_completion_tokens`, the newer one, counts."""
+    """Where both token limits are sent, the newer one, `max_completion_tokens`, counts."""
 
     messages: Many[ChatMessage] = Field(min_length=1)
     max_completion_tokens: Whole | None = Field(None, ge=1, le=MAX_TOKENS)
@@ -94,7 +95,7 @@ class ChatRequest(SamplingFields):
     continue_final_message: Annotated[Any, only(False)] = None
     echo: Annotated[Any, only(False)] = None
 
-    # Without tools these say nothing.
+    # Without tools these have no effect.
     tools: Annotated[Any, only([])] = None
     tool_choice: Annotated[Any, only("none", "auto")] = None
     parallel_tool_calls: bool | None = None

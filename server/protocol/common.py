@@ -1,7 +1,7 @@
 """What chat and text completions share: strict parsing, sampling fields, usage.
 
-Every limit here keeps a request's cost bounded before anything is allocated for it. A field that would change
-the answer and is not supported is refused by name; one that changes nothing here is taken.
+Every limit here bounds the cost of a request before anything is allocated for it. An unsupported field that
+would change the answer is refused by name. A field that changes nothing here is accepted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_SEED = 2**63
 _DEFAULTS = SpeculationParams()
 
 T = TypeVar("T")
-# One bad element is enough: a list of a million is not reported in full.
+# Stop at the first bad element: a list may have a million of them.
 Many = Annotated[list[T], Field(fail_fast=True)]
 
 
@@ -41,7 +41,7 @@ def only(*values: object) -> BeforeValidator:
     def check(value: object) -> object:
         # In Python, true equals 1.
         if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
-            # The message is a template, which takes no literal braces.
+            # The message is a template, which cannot hold literal braces.
             raise PydanticCustomError("only", "only {shown} is supported by this server", {"shown": shown})
         return value
 
@@ -73,15 +73,14 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Strict(BaseModel):
-    """Base of everything that comes in: unknown fields, NaN and converted types are errors. A field that is
-    null is as good as left out."""
+    """Base of all request models: unknown fields, NaN and converted types are errors. Null means left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
     def _bounded(cls, value: object) -> object:
-        # Each unknown field is one error with its own text; thousands of them are an attack on memory.
+        # Each unknown field makes an error with a text of its own. Thousands of them would fill the memory.
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise PydanticCustomError("too_many_fields", f"an object has at most {MAX_FIELDS} fields")
         if isinstance(value, dict):
@@ -108,7 +107,7 @@ class SpeculationOptions(Strict):
 
 
 class IdleFields(Strict):
-    """What clients of OpenAI or vLLM send and what changes no answer here: taken, and not used."""
+    """Fields that clients of OpenAI or vLLM send and that change no answer here: accepted, but not used."""
 
     metadata: Annotated[dict[str, ShortText], Field(max_length=MAX_METADATA)] | None = None
     store: bool | None = None  # nothing is stored

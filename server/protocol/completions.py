@@ -11,7 +11,8 @@ from server.protocol.common import Finish, Many, SamplingFields, TokenId, Unsupp
 
 
 def _prompt(value: object) -> object:
-    """Take the prompt out of a list of one, and say in words what a union's errors would say twice."""
+    """Take the prompt out of a list of one. Its type is checked here, because a union's errors would say it
+    twice."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
         value = value[0]
     if isinstance(value, list) and value and isinstance(value[0], (str, list)):

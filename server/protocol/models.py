@@ -8,8 +8,8 @@ from pydantic import BaseModel
 
 
 class ModelCard(BaseModel):
-    """The last three are ours: the longest prompt plus answer in tokens, and the number formats of the model
-    and of its weights as they are multiplied ("none": the model's own)."""
+    """The last three fields are ours: the longest prompt plus answer in tokens, the number format of the
+    model, and that of its weights when they are multiplied ("none": the model's own)."""
 
     id: str
     object: Literal["model"] = "model"
