@@ -1,7 +1,7 @@
 """`gorgon bench gpu`: the step on a GPU beside the memory limit, for Llama-shaped models with random weights.
 
-They draft with untrained heads: what these guess is worthless, what it costs is real. With `--device cpu
---shapes tiny` all of it runs in seconds, on any machine.
+They draft with untrained heads. Their guesses are worthless, but they cost what trained ones do. With
+`--device cpu --shapes tiny` all of it runs in seconds, on any machine.
 """
 
 from __future__ import annotations
@@ -62,14 +62,9 @@ def run(options: GpuBenchOptions) -> int:
 
 def _measure(model: GpuModel, options: GpuBenchOptions, bandwidth: Bandwidth) -> Iterator[Measured]:
     """All steps of one model, plain ones first."""
-    for is_plain in (True, False):
-        sizes = [1] if is_plain else [nodes for nodes in options.nodes if nodes > 1]
-        kinds = [
-            Kind(requests, nodes, context)
-            for context, requests, nodes in product(options.contexts, options.requests, sizes)
-        ]
-        if kinds:
-            engine = model.plain_engine() if is_plain else model.tree_engine()
-            yield from measure(engine, kinds, options.steps, bandwidth)
-            del engine
-            gc.collect()  # its cache goes with it
+    trees = [nodes for nodes in options.nodes if nodes > 1]
+    for sizes, make_engine in (([1], model.plain_engine), (trees, model.tree_engine)):
+        loads = product(options.contexts, options.requests, sizes)
+        if kinds := [Kind(requests, nodes, context) for context, requests, nodes in loads]:
+            yield from measure(make_engine(), kinds, options.steps, bandwidth)
+            gc.collect()  # the engine is gone, and its cache goes with it

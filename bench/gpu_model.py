@@ -22,7 +22,7 @@ from trees.family import MAX_DRAFT_NODES, TreeFamily
 
 _BLOCK_SIZE = 16
 _ROOM = 64  # positions of a tree, at the end of each request
-_HEAD_LAYERS = 1  # of the cache, that heads may have
+_HEAD_LAYERS = 1  # layers of the cache that heads may add
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class GpuModel:
             block_size=_BLOCK_SIZE,
         )
         place = place_of(config, SHAPES[name])
-        room = _ROOM + 4 * (options.steps + WARM_UP_STEPS)  # some guesses are right
+        room = _ROOM + 4 * (options.steps + WARM_UP_STEPS)  # a step may commit more than one token
         longest = min(max(options.contexts) + room, place.model.max_positions)
         requests = max(options.requests)
         positions = requests * -(-longest // _BLOCK_SIZE) * _BLOCK_SIZE
@@ -80,7 +80,7 @@ class GpuModel:
 
     @property
     def token_bytes(self) -> int:
-        """Of the cache, for each position."""
+        """Bytes of the cache for each position."""
         return bytes_per_token(self.place.model, self.place.stored)
 
     def plain_engine(self) -> Engine:
@@ -93,11 +93,11 @@ class GpuModel:
             self.config,
             loaded=decoder,
             drafter=HeadsDrafter(random_heads(decoder), decoder.lm_head.weight, choose(self.place)),
-            family=TreeFamily.load(list_head_sets()[DEFAULT_MODEL] / "tree.json"),  # any of that size does
+            family=TreeFamily.load(list_head_sets()[DEFAULT_MODEL] / "tree.json"),  # any large tree does
             fixed_drafts=MAX_DRAFT_NODES,
-            ngrams=False,  # which are right too often where a random model repeats itself
+            ngrams=False,  # a random model repeats itself, and they would be right too often
         )
 
     def _decoder(self) -> Decoder:
-        """Made anew: an engine may take its linear layers apart."""
+        """A new one for each engine, which may take its linear layers apart."""
         return random_decoder(self.name, self.place.dtype, self.place.device)

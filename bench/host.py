@@ -21,7 +21,7 @@ from trees.family import MAX_DRAFT_NODES, TreeFamily
 
 PROMPT_TOKENS = 256
 BLOCK_SIZE = 16
-VOCABULARY = 40  # so few that n-grams match at every step, which is the most work there can be
+VOCABULARY = 40  # few token ids, so that n-grams match at every step: the most work possible
 DEPTH = 4
 WARM_UP_STEPS = 20
 

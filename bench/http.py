@@ -78,7 +78,7 @@ def _milliseconds(figures: dict[str, float] | None) -> list[float | None]:
 def connect(url: str, api_key: str | None = None) -> httpx.AsyncClient:
     """A client for one server, without a limit on connections; to be used as a context manager.
 
-    Connections are not kept: a server may close one that was idle just when it is wanted again.
+    Connections are not kept, because a server may close an idle one just before it is used again.
     """
     return httpx.AsyncClient(
         base_url=url,

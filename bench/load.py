@@ -122,7 +122,7 @@ async def accepted_drafts(client: httpx.AsyncClient) -> int | None:
 
 
 def summarize_load(load: Load) -> dict[str, Any]:
-    """The figures of one load; times in seconds. Cut answers count in the throughput and nowhere else."""
+    """The figures of one load; times in seconds. Answers that were cut short count in the throughput only."""
     done = [answer for answer in load.answers if answer.seconds is not None and not answer.refused]
     tokens = sum(answer.tokens for answer in load.answers)
     first = [answer.first_token for answer in load.answers if answer.first_token is not None]

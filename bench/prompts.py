@@ -30,7 +30,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Rows of `{"messages": [...], "task": ..., "id": ...}`; `task` (or `category`) and `id` may be missing.
 
-    Raises ConfigError naming the line that is none.
+    Raises ConfigError, which names the line that cannot be read.
     """
     prompts = []
     try:
@@ -53,7 +53,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def sample(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
-    """`count` prompts, the same number of each task up to one, tasks taking turns.
+    """`count` prompts, drawn from the tasks in turn, so that their numbers differ by one at most.
 
     Raises ConfigError if there are not that many.
     """

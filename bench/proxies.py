@@ -1,4 +1,4 @@
-"""Which servers are spoken to without the proxies of the environment: those on this machine."""
+"""Servers on this machine are reached without the proxies that the environment names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from urllib.parse import urlsplit
 
 
 def is_loopback(url: str) -> bool:
-    """Whether the server of `url` is on this machine, where no proxy leads. For httpx's `trust_env`."""
+    """Whether the server of `url` is on this machine. httpx must not look for a proxy then (`trust_env`)."""
     try:
         host = urlsplit(url).hostname or ""
-    except ValueError:  # for httpx to refuse
+    except ValueError:  # httpx refuses it
         return False
     if host == "localhost" or host.endswith(".localhost"):
         return True

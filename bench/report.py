@@ -17,7 +17,7 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, p50, p90 and p99, interpolated between ranks, four digits behind the point; None of nothing."""
+    """Mean, p50, p90 and p99, interpolated between ranks, to four digits; None without values."""
     if not values:
         return None
     cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else [values[0]] * 99

@@ -1,4 +1,4 @@
-"""Llama-shaped models with random weights: what a pass costs depends on shapes, not on what was learned."""
+"""Llama-shaped models with random weights: the cost of a pass depends on shapes, not on values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gorgon bench step`: the step of one model by its number of tokens, beside the memory limit."""
+"""`gorgon bench step`: how long a model's step takes, by its number of tokens, beside the memory limit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StepBenchOptions:
     steps: int
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for what the engine would not run as asked."""
+        """Raises ConfigError for sizes that the engine would cut."""
         if max(self.requests, default=1) > self.config.max_num_seqs:
             raise ConfigError("requests", f"must be at most {self.config.max_num_seqs}, --max-num-seqs")
         if max(self.trees, default=2) > self.config.max_tree_nodes:

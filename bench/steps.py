@@ -24,7 +24,7 @@ from engine.errors import GorgonError
 from engine.messages import AddRequest, SamplingParams, SpeculationParams, StepStats
 
 WARM_UP_STEPS = 3
-_LISTED_KERNELS = 8  # those that take the most time
+_LISTED_KERNELS = 8  # kernels with the most time, in the JSON
 
 
 class StepBenchError(GorgonError):
@@ -53,13 +53,13 @@ class Measured:
     num_tokens: float
     seconds: tuple[float, ...]
     weight_bytes: int
-    profile: DeviceProfile | None  # of as many steps; None where the host is the device
+    profile: DeviceProfile | None  # of the same number of steps; None without a GPU
 
 
 def measure(
     engine: Engine, kinds: Iterable[Kind], num_steps: int, bandwidth: Bandwidth
 ) -> Iterator[Measured]:
-    """One kind after the other, the bandwidth in between; raises as `measure_steps` does."""
+    """Time one kind after the other, and measure the bandwidth in between. Raises as `measure_steps` does."""
     for kind in kinds:
         bandwidth.measure()
         yield measure_steps(engine, kind, num_steps)
@@ -84,7 +84,7 @@ def measure_steps(engine: Engine, kind: Kind, num_steps: int) -> Measured:
 
 @contextmanager
 def _decoding(engine: Engine, kind: Kind, num_steps: int) -> Iterator[Callable[[], StepStats]]:
-    """Warmed up requests that all decode, for up to as many calls of the step function that it gives."""
+    """Gives a step function, for `num_steps` calls at most. Its requests are warmed up and all decode."""
     generator = random.Random(0)  # prompts of their own, so that no two requests share blocks
     # An accepted tree takes many tokens a step, and no request may end before the steps are counted.
     max_tokens = min(64 * (num_steps + WARM_UP_STEPS), engine.info.max_model_len - kind.context)

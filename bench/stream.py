@@ -22,7 +22,7 @@ class BenchError(GorgonError):
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What every request of a load says besides its prompt. Greedy.
+    """What every request of a load asks for besides its prompt. Answers are greedy.
 
     `ignore_eos` makes all answers equally long on servers that know it (ours, vLLM, llama.cpp); it is sent
     only where it is set, because others may refuse a parameter they do not know.
@@ -50,7 +50,7 @@ class Answer:
 
     `tokens` counts chunks with text until the server tells its usage: without usage, a chunk is the closest
     thing to a token that can be counted. `seconds` is None while the answer runs. `refused`: the server said
-    that it has too much to do. `steps`: passes that committed tokens, None where the server does not tell.
+    that it is overloaded. `steps`: passes that committed tokens, None where the server does not tell.
     """
 
     first_token: float | None = None
@@ -73,8 +73,8 @@ async def stream_answer(
 ) -> None:
     """Fill in `answer` while it streams.
 
-    Raises BenchError if the server refuses the request, unless it does so for having too much to do and
-    `count_refusals` says that this is a result too.
+    Raises BenchError if the server refuses the request, unless the server is overloaded and `count_refusals`
+    takes this as a result.
     """
     start = time.perf_counter()
     async with client.stream("POST", "/v1/chat/completions", json=ask.body(prompt)) as response:
@@ -106,7 +106,7 @@ async def stream_answer(
 
 
 def _steps(usage: Mapping[str, Any], timings: Mapping[str, Any], tokens: int) -> int | None:
-    """From our usage, or from llama.cpp's count of accepted drafts: every other token took a pass."""
+    """From our usage, or from llama.cpp's count of accepted drafts: all other tokens took a pass each."""
     if (steps := usage.get("decode_steps")) is not None:
         return int(steps)
     if (accepted := timings.get("draft_n_accepted")) is not None:

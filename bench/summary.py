@@ -27,7 +27,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def acceptance_by_depth(runs: Sequence[Run]) -> list[float]:
-    """Of the trees that reached a depth, the share whose token there was accepted; depth 1 first."""
+    """For each depth from 1: the share of trees that reached it and had their token there accepted."""
     depth = max((len(run.drafted_by_depth) for run in runs), default=0)
     shares = []
     for d in range(depth):

@@ -1,6 +1,6 @@
 """Prompts of a wanted length for servers whose tokenizer is not at hand: the server itself counts.
 
-Words are drawn at random, so that no two prompts share a prefix a server could have kept.
+Words are drawn at random, so that no prompt begins like another one and the prefix cache knows none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bench.prompts import Prompt
 from bench.stream import Answer, Ask, BenchError, stream_answer
 from engine.errors import ConfigError
 
-# Common enough to be one token of most vocabularies, with the blank in front of it.
+# Common words: with the blank in front, each is one token of most vocabularies.
 _TEXT = (
     "time year people way day man thing woman life child world school state family student group "
     "country problem hand part place case week company system program question work number night point "

@@ -1,8 +1,8 @@
-"""Runs a batch whatever happens in it. Out of memory, the requests that came last wait; of anything else that
-a pass raises only the culprit is lost.
+"""Runs a batch whatever happens in it. Where memory runs out, the requests that came last wait. After any
+other error only the request that causes it is lost.
 
-What a failed pass has written lies at positions that are not computed yet, and is written anew: a pass may be
-repeated with fewer requests, or with less of each, as often as it takes.
+A failed pass has written only at positions that are not computed yet. So it may be repeated with fewer
+requests, or with less of each, as often as needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Execute = Callable[[Batch], list[PassResult]]
 
-_MAX_LOST_STEPS = 3  # steps in a row that fail for every request of theirs: then the engine is at fault
+_MAX_LOST_STEPS = 3  # after so many steps in a row that failed for all their requests, the engine is at fault
 
 
 class _Failed(Enum):
@@ -34,8 +34,8 @@ class _Failed(Enum):
 
 @dataclass
 class Passed:
-    """What came of a batch. `committed[i]` belongs to `batch.scheduled[i]`, which those that did not run have
-    left; `failed` are the last outputs of those that are lost."""
+    """The result of a batch. `committed[i]` belongs to `batch.scheduled[i]`, which those that did not run
+    have left; `failed` are the last outputs of those that are lost."""
 
     committed: list[PassResult]
     failed: list[RequestOutput] = field(default_factory=list)

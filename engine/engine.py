@@ -34,7 +34,7 @@ class Engine:
         self._containment = Containment(scheduler)
         self._plans_ahead = runner.works_by_itself
         self._ahead: Batch | None = None  # the next batch, as far as it could be planned
-        self._ended: float | None = None  # when the last step did, where nobody has waited since
+        self._ended: float | None = None  # end of the last step, None after an idle time
 
     def add_request(self, message: AddRequest) -> None:
         """Queue a request. Raises RequestError for one the model cannot run."""
@@ -42,7 +42,7 @@ class Engine:
         if message.request_id in self.scheduler:
             raise RequestError("request_id", f"a request {message.request_id} is running already")
         if not self.scheduler.has_work():
-            self._ended = None  # the last one was aborted: it has been idle since
+            self._ended = None  # the last request was aborted, and the engine has been idle since
         self.scheduler.add(
             message.request_id, message.prompt_token_ids, message.sampling, message.cache_scope
         )
@@ -60,15 +60,15 @@ class Engine:
     def step(self) -> StepOutput:
         """Advance every running request by one forward pass.
 
-        Requests whose pass fails, or has no memory, even alone end with "abort"; see `Containment.execute`,
-        also for EngineBrokenError.
+        A request whose pass fails, or lacks memory, even alone ends with "abort". `Containment.execute` says
+        more, and when it raises EngineBrokenError.
         """
         start = time.perf_counter()
         ahead, self._ahead = self._ahead, None
         batch = ahead if ahead is not None and self.scheduler.confirm(ahead) else self.scheduler.schedule()
         passed = self._containment.execute(self._run, batch)
         outputs = passed.failed + self.scheduler.update(batch, passed.committed)
-        # What a step costs is all the time since the one before: planning and sending, too.
+        # A step costs all the time since the one before, planning and sending included.
         began, ended = self._ended or start, time.perf_counter()
         self._ended = ended if self.scheduler.has_work() else None
         if passed.undisturbed:
@@ -76,8 +76,8 @@ class Engine:
         return StepOutput(outputs, self._stats(batch, time.perf_counter() - start))
 
     def _run(self, batch: Batch) -> list[PassResult]:
-        """Run a pass and meanwhile plan the next, where the device works by itself. Between steps nothing
-        runs."""
+        """Run a pass. Where the device works by itself, plan the next one meanwhile. Nothing runs between
+        steps."""
         self._ahead = None
         if not self._plans_ahead:
             return self._runner.execute(batch)

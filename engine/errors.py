@@ -28,7 +28,7 @@ class RequestError(GorgonError):
 
 
 class OverloadedError(GorgonError):
-    """The queue is full. `retry_after` is a guess in seconds of when it pays to ask again."""
+    """The queue is full. `retry_after`: estimated seconds until a new attempt may succeed."""
 
     def __init__(self, retry_after: int) -> None:
         self.retry_after = retry_after

@@ -1,7 +1,7 @@
 """What the host grants this process: CPUs and memory, within the limits of its control groups. Without torch.
 
-Groups are found as the kernel tells of them, of version 1, 2 and both, from the process's own up to the
-root: a limit anywhere on the way holds. Read below `root`; what is not there does not limit.
+Control groups of version 1 and 2 are read from the process's own up to the root. Each limit on the way
+counts. Read below `root`; what is not there does not limit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 _ROOT = Path("/")
-# GNU's runtime counts turns of its loop, some 50 microseconds; Intel's milliseconds.
+# GNU's runtime counts turns of its loop (about 50 microseconds in all), Intel's counts milliseconds.
 _BRIEF_WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
 _UNKNOWN_MEMORY = 1 << 30  # bytes that are taken to be free where nothing tells
 
@@ -33,7 +33,8 @@ def num_cpus(root: Path = _ROOT, allowed: Collection[int] | None = None) -> int:
 
 
 def available_memory(root: Path = _ROOT) -> int:
-    """Bytes that can be had without swapping: what the kernel could free counts, and limits of groups do."""
+    """Bytes that can be taken without swapping, within the limits of control groups. What the kernel could
+    free counts."""
     return max(0, min([_machine_memory(root), *_group_memory(root)]))
 
 
@@ -68,7 +69,7 @@ def _machine_memory(root: Path) -> int:
     if found is not None:
         return int(found[1]) << 10
     try:
-        # No Linux, or a very old one: half of what the machine has may well be free.
+        # Not Linux, or a very old one: assume that half of the machine's memory is free.
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):
         return _UNKNOWN_MEMORY
@@ -129,7 +130,7 @@ def _mounts(root: Path, controller: str | None) -> Iterator[tuple[Path, str]]:
 
 
 def _unescaped(field: str) -> str:
-    """Spaces and the like stand in mountinfo by their number in base 8."""
+    """mountinfo writes spaces and similar characters as octal numbers."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
@@ -143,7 +144,7 @@ def _integer(path: Path) -> int | None:
 
 
 def _number(text: str) -> int | None:
-    """None for what is no number: "max", or nothing."""
+    """None where the file holds no number, but "max" or nothing."""
     try:
         return int(text)
     except ValueError:

@@ -1,6 +1,6 @@
 """Puts the base model where it runs, by the backend and in the number formats that it computes with.
 
-This happens in two parts, because drafters need weights that the number formats take apart.
+This happens in two parts, because drafters need the weights before they are packed or quantized.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ from trees.family import TreeError
 
 
 def main(descriptor: int) -> int:
-    # A terminal sends Ctrl-C, and SIGHUP where it closes, to the whole group, and service managers SIGTERM to
-    # every process. When to end is the server's decision: requests may still be running. This process ends
+    # A terminal sends Ctrl-C, and SIGHUP when it closes, to the whole group. Service managers send SIGTERM to
+    # every process. The server decides when to end, because requests may still be running. This process ends
     # with its socket.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -64,7 +64,7 @@ def _load(config: EngineConfig, connection: socket.socket) -> Engine | None:
     captures_failed = False
     try:
         engine = build(config)
-        # What is loaded stays: no collection of garbage while steps run need look through it.
+        # What is loaded stays, so that garbage collections between steps need not look through it.
         gc.collect()
         gc.freeze()
         return engine

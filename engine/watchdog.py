@@ -6,7 +6,7 @@ from __future__ import annotations
 _FIRST_START = 1800.0  # seconds: weights may be large, on a slow disk, and have to be converted
 _STARTS, _LEAST_START = 3.0, 60.0  # a later start: times the longest one so far, and seconds at least
 _STEPS, _LEAST_STEP, _MOST_STEP = 10.0, 10.0, 30.0  # times the longest step, within so many seconds
-_SLOW_STEPS = 4.0  # times the longest step that was made, whatever the seconds: slow is not hung
+_SLOW_STEPS = 4.0  # times the longest finished step, without a bound in seconds: slow is not hung
 _FADING = 0.999  # of what is remembered, with each further step: a slow one may have been an accident
 _MOST_PATIENCE = 4.0
 
@@ -14,8 +14,8 @@ _MOST_PATIENCE = 4.0
 class Watchdog:
     """Limits in seconds. `step_timeout` is what the user asks for, None to derive it.
 
-    What overran its limit is given twice as long the next time, or a machine that has become slow would never
-    get to the end of a step or a start.
+    After a limit was exceeded it is doubled. Otherwise a machine that has become slow would never finish a
+    step or a start.
     """
 
     def __init__(self, step_timeout: float | None = None) -> None:
@@ -39,11 +39,12 @@ class Watchdog:
         """For one step."""
         if self._step_timeout is not None:
             return self._step_timeout
-        usual = _MOST_STEP  # no step so far tells how long a whole chunk of a prompt takes, an estimate does
+        # Finished steps may have had small chunks of prompts; the estimate is of a whole one.
+        usual = _MOST_STEP
         if self._largest_pass:
             longest = max(self._longest_step, self._largest_pass)
             usual = min(max(_STEPS * longest, _LEAST_STEP), _MOST_STEP)
-        # An estimate may be far off, on a busy machine; a step that was made is a fact.
+        # An estimate may be wrong on a busy machine; a finished step is a fact.
         return max(usual, _SLOW_STEPS * self._longest_step) * self._step_patience
 
     def started(self, seconds: float, largest_pass: float) -> None:

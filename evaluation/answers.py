@@ -25,7 +25,8 @@ class EvaluateError(GorgonError):
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a mode's answer leaves that of `off`: the first place, and whether rounding may decide there.
+    """The first place at which a mode's answer differs from that of `off`, and whether rounding may decide
+    there.
 
     `expected` is off's token and `found` the mode's, None past its end. `gap` is how far the
     model itself is from saying either: greedy, from its largest logit to theirs; sampled, from the drawn
@@ -41,7 +42,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation, answered by every mode; `differences` has the modes that left off's way."""
+    """One turn of a conversation, answered by every mode; `differences` holds the modes whose answer differs
+    from off's."""
 
     prompt_tokens: int
     runs: dict[str, Run]
@@ -50,7 +52,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Answered:
-    """One row of the prompt file at one temperature. `refused` is why the engine does not run it, if so."""
+    """One row of the prompt file at one temperature. `refused` is the reason where the engine does not run
+    it."""
 
     index: int  # place among the sampled prompts
     id: str
@@ -86,7 +89,7 @@ class Journal:
             self.rows[row.temperature, row.index] = row
 
     def _whole_lines(self) -> list[bytes]:
-        """The complete lines; what a killed run left of another is cut off the file."""
+        """The complete lines. Half a line that a killed run left is cut off the file."""
         if not self.path.exists():
             return []
         content = self.path.read_bytes()

@@ -1,7 +1,7 @@
 """What a head set is measured against: prompt lookup (n-grams) and speculative decoding with a draft model.
 
-Both draft chains of a fixed length behind the engine's drafting interface, and the tree verifies them as it
-does heads: the same prompts, the same engine, another guesser.
+Both draft chains of a fixed length through the engine's drafting interface, and are verified as heads are.
+Prompts and engine are the same; only the drafter differs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 NGRAM, DRAFT, NONE = "ngram", "draft", "none"
 BASELINES = (NGRAM, DRAFT)
-# A long guess costs n-grams nothing but rows of the pass, and text that repeats does so for long; every token
-# of a draft model is a pass of its own.
+# A long guess costs n-grams only rows of the pass, and text often repeats for long. A draft model needs a
+# pass for every token.
 NGRAM_TOKENS = 8
 DRAFT_TOKENS = 4
-LAYERS_SHARE = 5  # of its own layers, a model drafts with one in so many
+LAYERS_SHARE = 5  # a model drafts with a fifth of its own layers
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Baseline:
 def plan_baselines(
     names: Sequence[str], config: EngineConfig, draft_model: str | None, draft_layers: int | None
 ) -> list[Baseline]:
-    """The named ones in the order of BASELINES; what they need is loaded only when drafters are made.
+    """The named baselines in the order of BASELINES. They load their models later, when drafters are made.
 
     `draft_model` is a registry name, folder or hub id; without it, the model drafts with its own first
     `draft_layers` layers (None: a fifth of them). No chain is longer than the configuration's largest tree.
@@ -76,7 +76,7 @@ def baseline_modes(config: EngineConfig, baselines: Sequence[Baseline]) -> list[
 
 
 def chain(num_nodes: int) -> TreeFamily:
-    """One node per depth. Its gains are no one's measurements: chains of a fixed length ask for none."""
+    """One node per depth. The gains are zeros, since chains of a fixed length use none."""
     return TreeFamily(tuple((0,) * depth for depth in range(1, num_nodes + 1)), (0.0,) * num_nodes)
 
 

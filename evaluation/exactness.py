@@ -35,8 +35,8 @@ def compare_answers(
     temperature: float,
     seed: int,
 ) -> Difference | None:
-    """None where the answers are the same. `engine` is the one without speculation, with nothing to do; it
-    is asked for its distribution at the place where they part."""
+    """None where the answers are the same. `engine` runs without speculation and is idle. It gives its
+    distribution at the place where they differ."""
     place = first_difference(expected, found)
     if place is None:
         return None
@@ -67,7 +67,8 @@ def distribution(engine: Engine, token_ids: list[int]) -> NDArray[np.float64]:
 def scores_of(
     logprobs: NDArray[np.float64], temperature: float, seed: int, position: int
 ) -> NDArray[np.float64]:
-    """What the drawn token has most of: log-probabilities and, sampled, the noise of the draw; [vocab].
+    """Scores whose largest is the drawn token: log-probabilities, and the noise of the draw where sampled;
+    [vocab].
 
     logprobs: [vocab]; position: of the token in the request, prompt included.
     """

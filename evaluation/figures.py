@@ -58,8 +58,8 @@ def histogram(runs: Sequence[Run]) -> dict[str, int]:
 
 
 def shares(histogram: Mapping[str, int]) -> dict[str, float]:
-    """What part of the steps committed 1, 2, ... tokens; many are counted together, as n-grams can commit
-    dozens."""
+    """The share of steps that committed 1, 2, ... tokens. Large numbers share one entry, since n-grams can
+    commit dozens."""
     total = sum(histogram.values())
     parts = {tokens: count / total for tokens, count in histogram.items() if int(tokens) < MANY}
     many = sum(count for tokens, count in histogram.items() if int(tokens) >= MANY)

@@ -25,7 +25,7 @@ def measure(
     seed: int,
     all_turns: bool,
 ) -> None:
-    """Answer what the journal does not hold yet, and write it there; progress on standard error."""
+    """Answer what the journal does not hold yet, and write it there. Progress goes to standard error."""
     missing = [
         (index, temperature)
         for index in range(len(prompts))

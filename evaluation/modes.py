@@ -17,7 +17,7 @@ OFF = "off"
 def tree_sizes(asked: Sequence[int] | None, family: TreeFamily) -> list[int]:
     """Sizes of fixed trees in draft nodes: those asked for, or the usual ones that the family has.
 
-    Raises ConfigError for one that it has not.
+    Raises ConfigError for a size that the family does not have.
     """
     held = len(family.paths)
     if asked is None:

@@ -116,7 +116,7 @@ def _color(mode: str, modes: Sequence[str]) -> Any:
 
 
 def _legend(figure: Any, axes: Any) -> None:
-    """Beside the plots, where it covers nothing."""
+    """A legend beside the plots, where it covers nothing."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
 
 
@@ -157,7 +157,7 @@ def _speedup(axes: Any, tasks: Mapping[str, Any]) -> bool:
 
 
 def _nodes(axes: Any, tasks: Mapping[str, Any]) -> bool:
-    """A line for each task, and where modes without a fixed tree lie over all of them."""
+    """A line for each task, and marks for the modes without a fixed tree, over all tasks."""
     drafting = _drafting(tasks[ALL])
     trees = {mode: nodes for mode in drafting if (nodes := nodes_of(mode)) is not None}
     if not trees:

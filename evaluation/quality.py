@@ -48,7 +48,7 @@ class Text:
     """How a model reads a text."""
 
     perplexity: float
-    likeliest: Tensor  # [num_tokens] int64: what it expects at every place
+    likeliest: Tensor  # [num_tokens] int64, the likeliest token at every place
 
 
 def run(options: QualityOptions) -> int:
@@ -149,7 +149,8 @@ def compare_texts(found: Text, expected: Text) -> dict[str, float]:
 
 
 def compare_runs(found: Run, expected: Run) -> dict[str, float]:
-    """How far the greedy answers are the same: tokens up to the first other one, and whole answers."""
+    """Shares of the greedy answers that are the same: tokens before the first different one, and whole
+    answers."""
     same = sum(common_prefix(found.outputs[index], tokens) for index, tokens in expected.outputs.items())
     whole = sum(found.outputs[index] == tokens for index, tokens in expected.outputs.items())
     return {
@@ -170,7 +171,8 @@ def _answers(config: EngineConfig, token_ids: Sequence[list[int]], max_tokens: i
 
 
 def _speculation(config: EngineConfig, token_ids: Sequence[list[int]], max_tokens: int) -> dict[str, int]:
-    """How many answers speculation changes, one request at a time, and how many where rounding may not."""
+    """Number of answers that speculation changes, one request at a time, and of those that no rounding
+    explains."""
     from engine.build import build
 
     off = EngineMode("off", build(replace(config, speculation="off")))

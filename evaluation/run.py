@@ -175,7 +175,7 @@ def _num_threads() -> int:
 
 
 def _digest(heads_dir: Path) -> str:
-    """Of everything in a head set but its card, which --card rewrites."""
+    """Digest of a head set without its card, which --card rewrites."""
     digest = hashlib.sha256()
     for path in sorted(heads_dir.iterdir()):
         if path.suffix in (".json", ".safetensors"):

@@ -1,6 +1,6 @@
 """A virtual environment of its own for each peer, outside the repository, made once and kept.
 
-Nothing of a peer is ever installed beside us: their pins and ours would not go together.
+Peers are never installed beside us, because their pinned versions and ours conflict.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PIP_INSTALL = ("-m", "pip", "install", "--disable-pip-version-check", "--no-inpu
 
 
 class PeerError(GorgonError):
-    """A peer could not be installed, started or measured; the others can."""
+    """A peer could not be installed, started or measured. The others go on."""
 
 
 def ensure_environment(folder: Path, commands: Sequence[Sequence[str]]) -> Path:

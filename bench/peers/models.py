@@ -37,7 +37,7 @@ def forms_of(name: str, cache: Path) -> Forms:
         print(f"Writing {ggufs[0].name} as safetensors to {folder}", file=sys.stderr)
         try:
             _dequantize(ggufs[0], folder)
-        except Exception as error:  # its reader raises whatever it stumbles over
+        except Exception as error:  # the reader raises errors of many types
             raise PeerError(f"{ggufs[0].name} cannot be written as safetensors: {error}") from error
     return Forms(name, ggufs[0], folder)
 
@@ -53,7 +53,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
         warnings.simplefilter("ignore")
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-        # Both say that the weights are still those of the GGUF file, and forbid to save them.
+        # Both still mark the weights as those of the GGUF file, and saving them would be refused.
         del model.config.quantization_config
         model.hf_quantizer = None
         model.save_pretrained(Path(scratch) / folder.name)

@@ -23,7 +23,7 @@ ANSWER_LIMIT = 120.0  # seconds for the first answer of one token
 
 
 def _inherited() -> dict[str, str]:
-    """Our variables, but for a number of threads that some servers would obey and others not."""
+    """Our variables without OMP_NUM_THREADS, which some servers obey and others do not."""
     return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
@@ -50,11 +50,11 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**_inherited(), **environ},
-                start_new_session=True,  # so that its children are found, and Ctrl-C is ours to pass on
+                start_new_session=True,  # so that its children are found, and Ctrl-C reaches us alone
             )
 
     def wait_ready(self, model: str | None, limit: float = START_LIMIT) -> str:
-        """The name of the served model, once a first token was answered; that is what start-up lasts to.
+        """Waits for a first answered token, which ends the start-up; returns the name of the served model.
 
         Raises PeerError where the server ends before, or takes longer than `limit` seconds.
         """
@@ -86,7 +86,7 @@ class ServerProcess:
         self._signal(signal.SIGCONT)
 
     def resident_bytes(self) -> int | None:
-        """Resident memory of all its processes, pages that they share counted once; None off Linux."""
+        """Resident memory of all its processes. Shared pages count once. None on systems other than Linux."""
         sizes = [size for pid in self._pids() if (size := _proportional_bytes(pid)) is not None]
         return sum(sizes) if sizes else None
 
@@ -109,7 +109,7 @@ class ServerProcess:
                 os.kill(pid, number)
 
     def _pids(self) -> list[int]:
-        """Processes of the server's session; off Linux the server's own alone."""
+        """Processes of the server's session; on systems other than Linux the server alone."""
         if not Path("/proc/self").exists():
             return [self._process.pid] if self._process.poll() is None else []
         pids = []

@@ -84,7 +84,7 @@ def run(options: PeersOptions) -> int:
 
 
 def chosen(names: Sequence[str]) -> list[Peer]:
-    """The peers of these names, all of none. Raises ConfigError for a name that is none."""
+    """The peers of these names, or all where none is given. Raises ConfigError for an unknown name."""
     known = {peer.name: peer for peer in PEERS}
     for name in names:
         if name not in known:
@@ -94,8 +94,8 @@ def chosen(names: Sequence[str]) -> list[Peer]:
 
 @contextmanager
 def _closing_in_peace() -> Generator[ExitStack, None, None]:
-    """What is to be closed is closed on SIGTERM too, and a second signal does not come between: a server left
-    behind would be paused and in memory for ever."""
+    """Closes everything on SIGTERM too, and ignores further signals meanwhile. A server that is left behind
+    would stay paused, and in memory, for ever."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     try:

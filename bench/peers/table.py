@@ -14,7 +14,7 @@ from bench.report import print_table, quartiles
 def results_of(servers: Sequence[Running]) -> dict[str, dict[str, Any]]:
     """Everything measured, by server, and ratios to ours where it was measured too.
 
-    Ratios are taken round by round, ours over theirs, from as many rounds as both have.
+    A ratio is ours over theirs, round by round, over the rounds that both have.
     """
     ours = next((server for server in servers if server.name == OURS), None)
     return {server.name: _result(server, ours) for server in servers}

@@ -24,7 +24,7 @@ from bench.synthetic import synthetic_prompts
 
 FIRST_TOKEN_REQUESTS = 16
 FIRST_TOKEN_PROMPT = 500  # tokens
-_FIRST_TOKEN_ANSWER = 4  # tokens: what comes after the first is not looked at
+_FIRST_TOKEN_ANSWER = 4  # tokens; only the first is timed
 _WARM_UP = 4  # requests, and four times as many tokens of each
 
 
@@ -52,7 +52,7 @@ class Job:
 
 
 class Turns:
-    """Goes on with the servers that are left. `failures` gets the reason of each that is not, by name."""
+    """Measures the servers that still work. `failures` gets the reason of every other one, by name."""
 
     def __init__(self, servers: Sequence[Running], failures: dict[str, str], time_limit: float) -> None:
         self.servers = list(servers)
@@ -62,7 +62,7 @@ class Turns:
 
     def rounds(self, prompts: Sequence[Prompt], levels: Sequence[int], count: int, max_tokens: int) -> None:
         """Measure every level `count` times. Each time has prompts of its own as long as there are enough, so
-        that no server answers from what it kept."""
+        that no prefix cache knows them."""
         supply = cycle(prompts)
         for number in range(count):
             for level in levels:
@@ -108,7 +108,7 @@ class Turns:
         return results
 
     def _long_prompts(self, server: Running, seed: int) -> list[Prompt]:
-        """The same words for all servers; this one's tokenizer counts, and the model is the same."""
+        """The same words for all servers. This one counts their tokens; all serve the same model."""
         server.process.resume()
         try:
             return asyncio.run(_synthetic(server, seed))
@@ -117,7 +117,7 @@ class Turns:
 
 
 def requests_of(concurrency: int) -> int:
-    """Requests of one measurement: enough for a steady state at the level, and for an average at one."""
+    """Requests of one measurement: enough for a steady load, and for an average with one at a time."""
     return max(8, 2 * concurrency)
 
 
