@@ -44,7 +44,8 @@ def _register_engine(commands: Subparsers[argparse.ArgumentParser]) -> None:
         "--num-prompts", type=int, default=24, metavar="N", help="prompts, evenly over tasks (default: 24)"
     )
     parser.add_argument(
-        "--tree-nodes",
+        "--draft-tokens",
+        "--tree-nodes",  # its name until now
         type=int,
         action="append",
         default=[],
@@ -78,13 +79,13 @@ def _register_host(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 
 def run_engine(args: argparse.Namespace) -> int:
-    from bench.inprocess import EngineBenchOptions, run
+    from bench.engine import EngineBenchOptions, run
     from bench.prompts import BUILTIN
     from engine.config import EngineConfig
     from engine.errors import ConfigError
 
     rounds = [] if args.rounds is None else ["rounds"]
-    check_positive(args, "num_prompts", "max_tokens", "concurrency", "tree_nodes", *rounds)
+    check_positive(args, "num_prompts", "max_tokens", "concurrency", "draft_tokens", *rounds)
     if not 0.0 <= args.temperature <= 2.0:
         raise ConfigError("temperature", f"must be 0 to 2, not {args.temperature}")
     if args.concurrency == 1 and rounds:
@@ -99,7 +100,7 @@ def run_engine(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             temperature=args.temperature,
             seed=args.prompt_seed,
-            tree_nodes=tuple(args.tree_nodes),
+            draft_tokens=tuple(args.draft_tokens),
             concurrency=args.concurrency,
             rounds=args.rounds or DEFAULT_ROUNDS,
         )

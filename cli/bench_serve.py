@@ -64,9 +64,9 @@ def register(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bench.http import ServeBenchOptions
-    from bench.http import run as run_bench
     from bench.prompts import BUILTIN
+    from bench.serve import ServeBenchOptions
+    from bench.serve import run as run_bench
     from engine.errors import ConfigError
 
     optional = [name for name in ("input_len", "output_len") if getattr(args, name) is not None]

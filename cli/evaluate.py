@@ -57,7 +57,8 @@ def register(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         help="each a part of the report (default: 0)",
     )
     parser.add_argument(
-        "--tree-nodes",
+        "--draft-tokens",
+        "--tree-nodes",  # its name until now
         type=int,
         nargs="*",
         metavar="N",
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             seed=args.prompt_seed,
             temperatures=tuple(sorted(set(args.temperatures))),
-            tree_nodes=None if args.tree_nodes is None else tuple(args.tree_nodes),
+            draft_tokens=None if args.draft_tokens is None else tuple(args.draft_tokens),
             baselines=tuple(args.baselines),
             draft_model=args.draft_model,
             draft_layers=args.draft_layers,

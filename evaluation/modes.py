@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from trees.family import TreeFamily
 
-TREE_NODES = (4, 8, 16, 32, 63)
+DRAFT_SIZES = (4, 8, 16, 32, 63)
 OFF = "off"
 
 
@@ -21,11 +21,12 @@ def tree_sizes(asked: Sequence[int] | None, family: TreeFamily) -> list[int]:
     """
     held = len(family.paths)
     if asked is None:
-        return [nodes for nodes in TREE_NODES if nodes <= held]
+        return [nodes for nodes in DRAFT_SIZES if nodes <= held]
     for nodes in asked:
         if not 1 <= nodes <= held:
             raise ConfigError(
-                "tree_nodes", f"must be 1 to {held}, the head set's tree within --max-tree-nodes, not {nodes}"
+                "draft_tokens",
+                f"must be 1 to {held}, the head set's tree within --max-tree-nodes, not {nodes}",
             )
     return sorted(set(asked))
 

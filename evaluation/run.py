@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
+from bench.engine import warm_up
 from bench.facts import machine_facts
-from bench.inprocess import warm_up
 from bench.prompts import read_prompts, sample
 from bench.report import print_table
 from engine.config import EngineConfig
@@ -39,7 +39,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """`num_prompts` None is all of the file; `tree_nodes` None is the usual sizes that the family has;
+    """`num_prompts` None is all of the file; `draft_tokens` None is the usual sizes that the family has;
     `baselines`, `draft_model` and `draft_layers` are as in `plan_baselines`."""
 
     model: str
@@ -50,7 +50,7 @@ class EvaluateOptions:
     max_tokens: int
     seed: int
     temperatures: tuple[float, ...]
-    tree_nodes: tuple[int, ...] | None
+    draft_tokens: tuple[int, ...] | None
     baselines: tuple[str, ...]
     draft_model: str | None
     draft_layers: int | None
@@ -72,7 +72,7 @@ def run(options: EvaluateOptions) -> int:
         raise ConfigError("heads", f"{model.name} has no head set of its own; name the one to evaluate")
     heads_dir = Path(config.heads_dir)
     family = TreeFamily.load(heads_dir / "tree.json").prefix(options.config.max_tree_nodes - 1)
-    sizes = tree_sizes(options.tree_nodes, family)
+    sizes = tree_sizes(options.draft_tokens, family)
     baselines = plan_baselines(options.baselines, config, options.draft_model, options.draft_layers)
     tokenizer = load_chat_tokenizer(model.model_dir)
     modes = [*make_modes(config, sizes), *baseline_modes(config, baselines)]

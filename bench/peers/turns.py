@@ -14,11 +14,11 @@ from typing import Any
 
 import httpx
 
-from bench.http import connect
 from bench.load import closed_loop, summarize_load
 from bench.peers.environment import PeerError
 from bench.peers.process import ServerProcess
 from bench.prompts import Prompt
+from bench.serve import connect
 from bench.stream import Ask, BenchError
 from bench.synthetic import synthetic_prompts
 

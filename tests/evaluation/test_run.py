@@ -170,8 +170,8 @@ def test_the_card_gets_the_main_table_in_the_place_of_an_older_one(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--tree-nodes", "13"], "--tree-nodes: must be 1 to 12"),
-        (["--tree-nodes", "8", "--max-tree-nodes", "8"], "--tree-nodes: must be 1 to 7"),
+        (["--tree-nodes", "13"], "--draft-tokens: must be 1 to 12"),
+        (["--draft-tokens", "8", "--max-tree-nodes", "8"], "--draft-tokens: must be 1 to 7"),
         (["--heads", "none"], "--heads: "),
         (["--temperatures", "-1"], "--temperatures: must be 0 or more"),
         (["--num-prompts", "9"], "--num-prompts: must be 1 to 4"),

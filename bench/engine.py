@@ -24,7 +24,7 @@ from engine.folders import with_folders
 
 @dataclass(frozen=True, kw_only=True)
 class EngineBenchOptions:
-    """`tree_nodes`: sizes of fixed trees, draft tokens without the root, each a mode of its own."""
+    """`draft_tokens`: sizes of fixed trees, each a mode of its own."""
 
     model: str
     heads: str
@@ -34,7 +34,7 @@ class EngineBenchOptions:
     max_tokens: int
     temperature: float
     seed: int
-    tree_nodes: tuple[int, ...]
+    draft_tokens: tuple[int, ...]
     concurrency: int
     rounds: int
 
@@ -84,7 +84,7 @@ def load_modes(options: EngineBenchOptions, config: EngineConfig) -> list[Engine
     from engine.build import build
 
     engines = {name: build(replace(config, speculation=name)) for name in get_args(Speculation)}
-    for nodes in options.tree_nodes:
+    for nodes in options.draft_tokens:
         engines[f"tree:{nodes}"] = build(config, fixed_drafts=nodes, ngrams=False)
     return [EngineMode(name, engine, options.temperature) for name, engine in engines.items()]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.inprocess import one_at_a_time, side_by_side
+from bench.engine import one_at_a_time, side_by_side
 from bench.report import mean_and_std, print_table, quartiles
 from bench.summary import acceptance_by_depth, compare, summarize
 from engine.answering import EngineMode, Run
