@@ -1,4 +1,4 @@
-"""The files of a model folder as people have them: with a byte order mark, or as Git LFS leaves them."""
+"""Reads the files of a model folder as they are found: with a byte order mark, or as pointers of Git LFS."""
 
 from __future__ import annotations
 

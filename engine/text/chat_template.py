@@ -1,7 +1,7 @@
 """Renders the model's own chat template, in a helper process whose memory and time the kernel limits.
 
-Helpers are shared by all templates and threads of this process and kept between requests. One that exceeds
-its limits is killed, the request gets an error, and another helper is started for the next one.
+All templates and threads of this process share the helpers, which are kept between requests. A helper that
+exceeds its limits is killed: its request gets an error, and the next one starts another helper.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from engine.text.template_worker import NOT_COMPILED, READY, RENDERED, TOO_LONG
 
 MAX_HELPERS = 4
 START_SECONDS = 60.0  # Python's own start takes a tenth of a second, on a busy machine far more
-GROW_SECONDS = 0.05  # a rendering usually takes less than a millisecond; after that another helper pays
+GROW_SECONDS = (
+    0.05  # a rendering usually takes under a millisecond; after this, start another
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class Renderers:
             self._end(helper)
             return None
         except BaseException:
-            self._end(helper)  # its answer would be taken for that of the next request
+            self._end(helper)  # else its answer would be taken for the answer to the next request
             raise
         self._idle.put(helper)
         return answer
@@ -143,7 +145,7 @@ class _Helper:
         """Raises ModelError where it cannot be started."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            # -P: not the modules that happen to lie in the directory this process was started from.
+            # -P: do not import modules from the current directory.
             command = [sys.executable, "-P", "-m", "engine.text.template_worker", str(theirs.fileno())]
             command += [str(limits.seconds), str(limits.characters), str(limits.memory)]
             try:

@@ -1,10 +1,10 @@
 """Tells the control tokens that a chat template writes from those that somebody typed into a message.
 
-A character that every control token needs, such as the bar of `<|im_start|>`, is replaced in what a request
-brings by a stand-in before the template is rendered. So a control token that is whole in the rendered text is
-the template's own, however the template cuts and joins what it is given. A second tokenizer, which shares the
-first one's vocabulary, looks for control tokens before it turns stand-ins back into what they stand for.
-Prompts in which nobody typed one are left to the first.
+Every control token needs some character, such as the bar of `<|im_start|>`. In the text of a request this
+character is replaced by a stand-in before the template is rendered. So a whole control token in the rendered
+text is always the template's own, however the template cuts and joins its input. A second tokenizer with the
+same vocabulary then reads the rendered text: it looks for control tokens first and turns stand-ins back
+afterwards. Prompts in which nobody typed a control token are left to the first tokenizer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FIRST_STAND_IN = 0x10FF00  # private use; typed beside a control token it becom
 
 
 class ControlTokens:
-    """The control tokens of one vocabulary: all that are hidden in answers, and those that look like them.
+    """The control tokens of one vocabulary: those that are hidden in answers, and those that look like them.
 
     Other added tokens (`<think>`, runs of spaces) are read in messages as well as in templates.
     """
@@ -36,18 +36,18 @@ class ControlTokens:
             token_id: token.content
             for token_id, token in added
             if (token.special or token.content in named or _MARKER.fullmatch(token.content))
-            and len(token.content.strip()) > 1  # one character, or spaces, is text whoever writes it
+            and len(token.content.strip()) > 1  # single characters and spaces are always text
         }
         self._spellings = list(tokens.values())
         self._stand_ins = _stand_ins(self._spellings)
-        # Some vocabularies match control tokens in normalized text, where stand-ins are no more.
+        # Some vocabularies match control tokens in normalized text, which has no stand-ins left.
         raw = [_not_normalized(token) if token_id in tokens else token for token_id, token in added]
         self._tokenizer = self._reading_stand_ins(tokenizer, raw)
         self._finder = _finder(raw)
         self._found = {self._finder.token_to_id(spelling) for spelling in self._spellings}
 
     def disguise(self, value: Any) -> Any:
-        """A copy of what a request brought in which no string holds a part that a control token needs."""
+        """A copy of a request's content in which stand-ins replace what control tokens need."""
         if isinstance(value, str):
             for typed, disguised in self._stand_ins.items():
                 value = value.replace(typed, disguised)
@@ -59,23 +59,23 @@ class ControlTokens:
         return value
 
     def reveal(self, text: str) -> str:
-        """Rendered text with what stand-ins stand for."""
+        """Rendered text with stand-ins turned back into what they stand for."""
         for typed, disguised in self._stand_ins.items():
             text = text.replace(disguised[0], typed[0])
         return text
 
     def find(self, text: str) -> list[int]:
-        """The control tokens in a text, in their order, by numbers that mean nothing elsewhere."""
+        """The control tokens of a text, in order. The numbers have a meaning only in this class."""
         ids = self._finder.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return [token_id for token_id in ids if token_id in self._found]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of rendered text with stand-ins. A control token that is whole is one, the rest is text."""
-        # Of the ways to encode, this one releases the GIL: a long prompt does not stop the event loop.
+        """Ids of rendered text with stand-ins. Whole control tokens are control tokens, the rest is text."""
+        # This way to encode releases the GIL, so that a long prompt does not stop the event loop.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def are_spelled_in(self, value: object) -> bool:
-        """Whether a string of what a request brought spells a control token."""
+        """Whether any string of a request's content spells a control token."""
         return any(spelling in text for text in _strings(value) for spelling in self._spellings)
 
     def _reading_stand_ins(self, tokenizer: Tokenizer, added: list[AddedToken]) -> Tokenizer:
@@ -84,7 +84,7 @@ class ControlTokens:
         restoring = [normalizers.Replace(new[0], old[0]) for old, new in self._stand_ins.items()]
         own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         second.normalizer = normalizers.Sequence([*restoring, *own])
-        # Some vocabularies could also merge a control token from its letters: not across a split.
+        # Some vocabularies could merge a control token from its letters. A split prevents that.
         splits = [pre_tokenizers.Split(old, "isolated") for old in self._stand_ins if len(old) == 1]
         before = [] if tokenizer.pre_tokenizer is None else [tokenizer.pre_tokenizer]
         second.pre_tokenizer = pre_tokenizers.Sequence([*before, *splits])
@@ -111,8 +111,11 @@ def _finder(added: list[AddedToken]) -> Tokenizer:
 
 
 def _stand_ins(spellings: list[str]) -> dict[str, str]:
-    """What is replaced in requests, by what: single characters, or whole tokens without punctuation, by a
-    spelling with another first character."""
+    """What is replaced in requests, and by what.
+
+    A single character is replaced by one stand-in. A token without punctuation is replaced as a whole, by a
+    spelling with another first character.
+    """
     typed = dict.fromkeys(_needed(spelling) for spelling in spellings)
     return {old: chr(_FIRST_STAND_IN + i) + old[1:] for i, old in enumerate(typed)}
 

@@ -1,7 +1,7 @@
-"""From token ids back to text, one at a time: whole characters only, never a piece of a stop string.
+"""From token ids back to text, one at a time: whole characters only, and never a part of a stop string.
 
-What comes out depends on the sequence of tokens alone, not on how steps or chunks cut it. So the pieces of a
-stream, joined, are the text that is not streamed.
+The output depends only on the sequence of tokens, not on steps or chunks. So the joined pieces of a stream
+are the text of an answer that is not streamed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ MAX_INCOMPLETE = 3  # bytes, and so at most tokens, of a UTF-8 character that la
 
 
 class IncrementalDecoder:
-    """Decodes a growing sequence in constant time a token.
+    """Decodes a growing sequence in constant time per token.
 
-    Tokenizers decode a token differently at the start of a text, so each new token is decoded behind a window
-    of earlier ones: the tokens before `_read` are context that has been emitted, those after it are pending.
+    Tokenizers decode a token differently at the start of a text. So each new token is decoded behind a window
+    of earlier ones: tokens before `_read` are context that has been emitted, later ones are pending.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -42,7 +42,7 @@ class IncrementalDecoder:
         return self._give_up(new)
 
     def finish(self) -> str:
-        """What is pending at the end, incomplete characters as U+FFFD."""
+        """The pending text at the end, with U+FFFD for incomplete characters."""
         new = self._decode(self._window)[len(self._context) :]
         self._advance(len(self._window))
         return new
@@ -53,7 +53,7 @@ class IncrementalDecoder:
         self._context = self._decode(self._window)
 
     def _give_up(self, new: str) -> str:
-        """Emit bytes that are no text, all but a tail that may still become a character."""
+        """Emit bytes that are not text, but keep a tail that may still become a character."""
         for length in range(MAX_INCOMPLETE, 0, -1):
             tail = self._window[-length:]
             if self._decode(tail) == REPLACEMENT:
@@ -85,7 +85,7 @@ class _Automaton:
 
     def feed(self, char: str) -> bool:
         """Whether the stop string ends with this character."""
-        self.matched = self.begun  # less where it ended before, and did not count
+        self.matched = self.begun  # shorter if the stop string was complete but did not count
         while self.matched and self.stop[self.matched] != char:
             self.matched = self._fallback[self.matched]
         if self.stop[self.matched] == char:
@@ -96,8 +96,8 @@ class _Automaton:
 class StopMatcher:
     """Passes text through up to the stop string that is completed first.
 
-    Held back is the longest end of the text that could be the beginning of a stop string, and no more. Where
-    two are completed by the same character the longer one counts. `include` keeps the stop string itself.
+    It holds back only the longest end of the text that could begin a stop string. If one character completes
+    two stop strings, the longer one counts. `include` keeps the stop string itself.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
@@ -126,17 +126,17 @@ class StopMatcher:
         return out[:keep]
 
     def finish(self) -> str:
-        """What was held back for a stop string that did not come."""
+        """The text that was held back, when no stop string completed it."""
         held, self._held = self._held, ""
         return held
 
 
 class TextAssembler:
-    """Tokens in, text that may be sent out.
+    """Tokens in, text for the client out.
 
-    `decoded` counts the characters of all tokens so far, `emitted` those that came out; a token whose text
-    begins at or after `emitted` has not shown up yet. A stop string that the first `min_tokens` tokens
-    complete does not count, as it does not for vLLM.
+    `decoded` counts the characters of all tokens so far, `emitted` those that came out. A token whose text
+    begins at or after `emitted` has not been shown yet. As in vLLM, a stop string does not count when the
+    first `min_tokens` tokens complete it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which tokens end an answer. Files name them in many places, and some in none but the vocabulary."""
+"""Which tokens end an answer. Files name them in many places; some are only in the vocabulary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ END_TOKENS = (
 
 
 def end_token_ids(named: Iterable[int], controls: Mapping[str, int], vocab_size: int) -> tuple[int, ...]:
-    """The ids that files name, and those of control tokens (text to id) that are known to end something."""
+    """The ids that files name, and the ids of known end tokens among the control tokens (text to id)."""
     ids = [*named, *(controls[end] for end in END_TOKENS if end in controls)]
     return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab_size))
 
@@ -50,7 +50,7 @@ def read_end_tokens(model_dir: Path) -> tuple[list[int], dict[str, int]]:
 
 
 def _in_vocabulary(model_dir: Path, wanted: Any) -> dict[str, tuple[int, bool]]:
-    """What the tokenizer itself says of its control tokens, and of the token with the text `wanted`."""
+    """The control tokens that the tokenizer itself lists, and the token with the text `wanted`."""
     document = read_json(model_dir / "tokenizer.json")
     if not document:
         pieces = read_sentencepiece(model_dir / "tokenizer.model")
@@ -69,7 +69,7 @@ def _is_token(item: Any) -> bool:
 
 
 def _added(decoder: Any) -> dict[str, tuple[int, bool]]:
-    """Text to id and whether it is a control token, of what maps ids to descriptions of tokens."""
+    """Text to id, and whether it is a control token, from a map of ids to descriptions of tokens."""
     tokens: dict[str, tuple[int, bool]] = {}
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
         content = token.get("content") if isinstance(token, dict) else None

@@ -1,7 +1,7 @@
 """Builds the tokenizer that a GGUF file describes: byte-level BPE (GPT-2's kind) or SentencePiece's BPE.
 
-Pre-tokenizers are not in the file, only their name is; a name that is not known here is refused, because a
-wrong split gives wrong tokens that still look like text.
+The file does not hold its pre-tokenizer, only the name. An unknown name is refused, because a wrong split
+gives wrong tokens that still look like text.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def special_tokens(metadata: dict[str, Any]) -> dict[str, str]:
 
 
 def _special_ids(meta: Fields, pieces: Pieces) -> dict[str, int]:
-    """Ids outside of the vocabulary mean none. SentencePiece files that leave one out have the usual one."""
+    """Ids outside of the vocabulary mean none. A missing one in a SentencePiece file has its usual value."""
     found = {}
     for name, (key, usual) in _SPECIAL_TOKENS.items():
         number = meta.token_id(key, len(pieces.texts))

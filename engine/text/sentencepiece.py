@@ -1,6 +1,6 @@
-"""Reads tokenizer.model, SentencePiece's own format, and builds the tokenizer that gives the same tokens.
+"""Reads tokenizer.model, SentencePiece's own format, and builds a tokenizer that gives the same tokens.
 
-By hand, because the packages that convert it take leading and repeated spaces for what they are not.
+It is written by hand, because the packages that convert the format treat leading and repeated spaces wrongly.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def _merges(vocab: dict[str, int], pieces: Pieces) -> list[tuple[str, str]]:
 
 
 def _add(tokenizer: Tokenizer, decoder: Any) -> None:
-    """The tokens of added_tokens_decoder that the model does not have; ids go on where its own end."""
+    """Add the tokens of added_tokens_decoder that the model does not have. Ids continue after the model's
+    own."""
     listed = decoder.items() if isinstance(decoder, dict) else ()
     for number, token in sorted((int(number), token) for number, token in listed):
         text, special = str(token["content"]), bool(token.get("special"))

@@ -1,9 +1,10 @@
-"""The helper process that renders chat templates: `engine.text.chat_template` starts it with a connected
-socket's file descriptor and limits as its arguments, and it ends when that socket closes.
+"""The helper process that renders chat templates.
 
-A template is foreign code that comes with a model file. jinja's sandbox keeps it from the machine, but one
-call of a filter can take minutes or gigabytes inside C code, where nothing can interrupt it. The kernel can:
-this process has an address space and CPU time that are limited, and its parent kills it when it is late.
+`engine.text.chat_template` starts it. Its arguments are the file descriptor of a connected socket, and
+limits. It ends when that socket closes. A template is foreign code that comes with a model file. jinja's
+sandbox keeps it from the machine, but one call of a filter can take minutes or gigabytes inside C code, where
+nothing can interrupt it. The kernel can: address space and CPU time of this process are limited, and its
+parent kills it when it is late.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _KEPT_TEMPLATES = 8
 def main(descriptor: int, seconds: float, characters: int, memory: int) -> int:
     """Answer until the socket closes. `seconds` of CPU time for one answer, rounded up, `characters` of
     rendered text, `memory` in bytes of address space. Ends with status 1 out of memory."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # when to end is the parent's decision
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent decides when to end
         signal.signal(number, signal.SIG_IGN)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, memory)
@@ -43,7 +44,7 @@ def main(descriptor: int, seconds: float, characters: int, memory: int) -> int:
         connection.send_bytes(READY)
         while True:
             source, variables = json.loads(connection.recv_bytes())
-            # The parent is usually first. This is for the time when it is not there any more.
+            # Usually the parent ends this process first. This limit holds when the parent is gone.
             _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds))
             connection.send_bytes(_answer(source, variables, characters))
     except (EOFError, ConnectionError):
@@ -69,7 +70,7 @@ def _answer(source: str, variables: dict[str, Any] | None, characters: int) -> b
         text = _joined(template.generate(variables), characters)
     except MemoryError:
         raise
-    except Exception as error:  # any operation of a foreign template can fail, in any way
+    except Exception as error:  # a foreign template can fail in any way
         return REFUSED + _encoded(str(error)[:characters])
     return TOO_LONG if text is None else RENDERED + _encoded(text)
 
@@ -85,7 +86,7 @@ def _joined(pieces: Iterable[str], characters: int) -> str | None:
 
 
 def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # what is no Unicode the tokenizer tells
+    return text.encode("utf-8", "surrogatepass")  # the tokenizer reports text that is not Unicode
 
 
 @lru_cache(_KEPT_TEMPLATES)

@@ -1,8 +1,8 @@
-"""Text to tokens and back, and conversations to prompts, without torch: the server process does this.
+"""Text to tokens and back, and conversations to prompts. Without torch, because the server process does this.
 
-Control tokens come from the chat template alone. What spells one in a message is text, where transformers
-would make a turn of it; prompts without that are transformers' to the token. In a raw prompt, which is its
-own template, they are control tokens.
+Only the chat template writes control tokens. Text in a message that spells one stays text, where transformers
+would make a turn of it; without such text, prompts have the same tokens as with transformers. In a raw
+prompt, which has no template, control tokens are read.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ChatTokenizer:
         Raises RequestError for text that is no Unicode (lone surrogates).
         """
         _check_unicode(text, "prompt")
-        # Of the ways to encode, this one releases the GIL: a long prompt does not stop the event loop.
+        # This way to encode releases the GIL, so that a long prompt does not stop the event loop.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
@@ -82,7 +82,8 @@ class ChatTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes of a token, to join pieces of a character by; None where they are not known."""
+        """The bytes of a token, so that pieces of a character can be joined. None where they are not
+        known."""
         return token_bytes(self._tokenizer, token_id)
 
     def render_chat(
@@ -111,7 +112,8 @@ class ChatTokenizer:
         return self.encode(text[skip:], add_special_tokens=False)
 
     def _typed_some(self, request: dict[str, Any], text: str, safe_text: str) -> bool:
-        """Whether control tokens in the text are not the template's, by the text that has those alone."""
+        """Whether `text` has control tokens that are not the template's. `safe_text` has only the
+        template's."""
         assert self._controls is not None
         if self._controls.find(text) != self._controls.find(safe_text):
             return True
@@ -140,8 +142,10 @@ def _check_unicode(text: str, parameter: str) -> None:
 
 
 def _developer_as_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages for templates without the newer name of the system role, which would drop or refuse it. Beside
-    a system message it becomes one with that, because many templates take a single one."""
+    """Rename the role `developer` to `system`, for templates that do not know it and would drop or refuse it.
+
+    Beside a system message both become one message, because many templates accept only one.
+    """
     renamed: list[dict[str, Any]] = []
     for is_system, neighbours in groupby(messages, lambda message: message["role"] in _SYSTEM_ROLES):
         run = list(neighbours)
