@@ -23,9 +23,7 @@ from engine.text.template_worker import NOT_COMPILED, READY, RENDERED, TOO_LONG
 
 MAX_HELPERS = 4
 START_SECONDS = 60.0  # Python's own start takes a tenth of a second, on a busy machine far more
-GROW_SECONDS = (
-    0.05  # a rendering usually takes under a millisecond; after this, start another
-)
+GROW_SECONDS = 0.05  # a rendering usually takes under a millisecond; after this, start another
 
 
 @dataclass(frozen=True, kw_only=True)
