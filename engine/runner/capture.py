@@ -11,6 +11,7 @@ import torch
 from engine.backends.attention import MakeAttention
 from engine.batch import Batch, BatchLimits
 from engine.errors import GraphCaptureError
+from engine.runner.bucket import Bucket, BucketBuffers
 from engine.runner.capture_stream import capture_stream, on_capture_stream
 from engine.runner.device import is_out_of_memory
 from engine.runner.graphs import (
@@ -22,7 +23,6 @@ from engine.runner.graphs import (
 )
 from engine.runner.profile import decoding_batch, room
 from engine.runner.runner import Runner
-from engine.runner.step_buffers import Bucket, StepBuffers
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _rehearsed_graph(
     """A graph ready to be recorded; None where there is no memory for it. Raises GraphCaptureError."""
     cache = runner.cache
     try:
-        buffers = StepBuffers(bucket, runner.spare_slot, cache.block_size, cache.k.device)
+        buffers = BucketBuffers(bucket, runner.spare_seat, cache.block_size, cache.k.device)
         num_heads = runner.decoder.config.num_heads
         attention = make_attention(bucket, num_heads, buffers.slots, buffers.ancestors)
         drafting = _make_drafting(runner, buffers, make_attention)
@@ -129,7 +129,9 @@ def _recorded(graph: StepGraph, capture: Capture) -> StepGraph:
     return graph
 
 
-def _make_drafting(runner: Runner, buffers: StepBuffers, make_attention: MakeAttention) -> DraftGraphs | None:
+def _make_drafting(
+    runner: Runner, buffers: BucketBuffers, make_attention: MakeAttention
+) -> DraftGraphs | None:
     drafter, bucket = runner.drafter, buffers.bucket
     if not drafter.capturable or bucket.max_nodes == 1:
         return None

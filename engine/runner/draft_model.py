@@ -23,8 +23,9 @@ from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.model.running import RunningDecoder
 from engine.runner.drafter import Drafter, Proposal, RootRows, chain_parents
+from engine.runner.layout import build_rows
 from engine.runner.per_request import PerRequest
-from engine.runner.step_input import StepInput, build_rows
+from engine.runner.step_input import StepInput
 from engine.runner.transfer import integers
 from trees.verify import DraftTrees
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from engine.backends.backend import Backend
 from engine.backends.kv_cache import KVCache
 from engine.batch import Batch
 from engine.runner.drafter import Drafter, Proposal, RootRows
+from engine.runner.layout import build_rows
 from engine.runner.sampler import Sampler
 from engine.runner.sampling_table import Demand
-from engine.runner.step_input import CommitRows, build_rows
 from engine.runner.transfer import integers, to_device
 from trees.select import make_chains
-from trees.verify import DraftTrees
 
 
 def limit_drafts(drafter: Drafter, batch: Batch) -> None:
@@ -53,22 +51,23 @@ def propose(
     requests, budgets = [s.request for s in drafting], [s.num_drafts + 1 for s in drafting]
     bases = [len(request.token_ids) - 1 for request in requests]
     device, max_nodes, levels = hidden.device, max(budgets), levels_of(drafter, batch)
-    # The pass over the roots alone.
-    roots = build_rows(requests, bases, [base + 1 for base in bases], cache.block_size, device)
     slots = integers([s.request.seat or 0 for s in drafting], device)
+    positions = integers(bases, device)
     attention = noise = least = None
     if levels and drafter.root_heads is not None:
+        # The pass over the roots alone.
+        roots = build_rows(requests, bases, [base + 1 for base in bases], cache.block_size, device)
         attention = backend.attention(roots, cache, drafter.root_heads)
     guessed = levels if drafter.takes_chains else max_nodes - 1
     if guessed and Demand.DRAW in demand:
-        noise = sampler.noise_ahead(slots, roots.positions, guessed)
+        noise = sampler.noise_ahead(slots, positions, guessed)
     if drafter.trims and backend.host_is_device:  # elsewhere the host would wait for what was drafted
         least = to_device(np.array([s.allowance.least for s in drafting], dtype=np.float32), device).log_()
     proposal = drafter.grow(
         RootRows(
             hidden=hidden[slots],
-            roots=roots.token_ids,
-            positions=roots.positions,
+            roots=integers([request.token_ids[-1] for request in requests], device),
+            positions=positions,
             num_nodes=integers(budgets, device),
             max_nodes=max_nodes,
             levels=levels,
@@ -87,18 +86,3 @@ def propose(
         if len(kept) < len(drafting):
             proposal = replace(proposal, tokens=proposal.tokens[kept], parents=proposal.parents[kept])
     return proposal
-
-
-def make_trees(commits: CommitRows, proposal: Proposal | None) -> DraftTrees:
-    """Trees of all that commit, [num_commits, max_nodes]: of most, or of many, the root alone."""
-    tokens = torch.nn.functional.pad(commits.roots.unsqueeze(1), (0, commits.max_nodes - 1))
-    parents, max_depth = torch.zeros_like(tokens), 0
-    if proposal is not None:
-        all_draft = len(commits.drafting) == len(commits.scheduled)
-        members = slice(None) if all_draft else commits.drafting
-        # The roots are known, whatever a drafter makes of them.
-        inner = slice(1, commits.max_nodes)
-        tokens[members, 1:] = proposal.tokens[:, inner]
-        parents[members, 1:] = proposal.parents[:, inner]
-        max_depth = proposal.max_depth
-    return DraftTrees.build(tokens, parents, commits.num_nodes, max_depth)

@@ -5,7 +5,7 @@ parts: the *drafting* part guesses, once for each number of levels that heads ma
 with the noise of draws; the *forward* part fills the trees in, runs the decoder and lets the drafter look;
 the *settling* part draws targets, accepts, compacts and packs what was committed, once for requests that ask
 for their likeliest tokens alone and once for whatever may be asked. Everything that differs from step to step
-is copied into the same places on the device beforehand, see `engine.runner.step_buffers`.
+is copied into the same places on the device beforehand, see `engine.runner.bucket`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch import Tensor
 from engine.backends.attention import FixedAttention
 from engine.backends.rows import PassShape
 from engine.batch import Batch
+from engine.runner.bucket import Bucket, BucketBuffers
 from engine.runner.drafter import Proposal
+from engine.runner.layout import Layout
 from engine.runner.passes import Settled, StepPass, Work
 from engine.runner.sampling_table import EVERYTHING, Demand
-from engine.runner.step_buffers import Bucket, StepBuffers
 from engine.runner.step_input import StepInput
 from trees.verify import DraftTrees
 
@@ -52,7 +53,7 @@ class DraftGraphs:
     """
 
     def __init__(
-        self, buffers: StepBuffers, attention: FixedAttention | None, work: Work, num_levels: int
+        self, buffers: BucketBuffers, attention: FixedAttention | None, work: Work, num_levels: int
     ) -> None:
         self._buffers, self._attention, self._work = buffers, attention, work
         self.num_levels = num_levels
@@ -83,14 +84,14 @@ class DraftGraphs:
         buffers, fixed = self._buffers, self._attention
         buffers.place_roots(None if fixed is None else fixed.prefix_len)
         attention = None if fixed is None else fixed.attention
-        guesses = self._work.grow(buffers.step(), buffers.chains(), levels, samples, attention)
-        buffers.guess(*guesses)
+        proposal = self._work.grow(buffers.step(), buffers.chains(), levels, samples, attention)
+        buffers.take(proposal, self._buffers.bucket.num_requests)
 
 
 class StepGraph(StepPass):
     """The graphs of one bucket; until they are recorded, their work is done as it is written."""
 
-    _shape: PassShape  # of the pass that was prepared
+    _layout: Layout  # of the pass that was prepared
     _levels: int
     _samples: bool
     _trees: DraftTrees
@@ -98,7 +99,7 @@ class StepGraph(StepPass):
 
     def __init__(
         self,
-        buffers: StepBuffers,
+        buffers: BucketBuffers,
         attention: FixedAttention,
         drafting: DraftGraphs | None,
         work: Work,
@@ -127,7 +128,7 @@ class StepGraph(StepPass):
         """Get all parts ready to be recorded. example: a pass that the bucket holds."""
         for _ in range(_REHEARSALS):
             self.prepare(example, self.num_levels, Demand.NOTHING)
-            self._buffers.complete(example, None, [self._buffers.spare_slot] * len(example.scheduled))
+            self._buffers.complete(self._layout, None, [self._buffers.spare_seat] * len(example.scheduled))
             if self._drafting is not None:
                 self._drafting.rehearse(capture)
             for run in (self._forward, self._settle_plain, self._settle_all):
@@ -151,16 +152,16 @@ class StepGraph(StepPass):
         """
         self._levels = -1 if levels is None else levels
         self._samples = Demand.DRAW in demand
-        self._shape = self._buffers.prepare(batch)
+        self._layout = self._buffers.prepare(batch)
         if self._drafting is not None and self._levels >= 0:
-            self._drafting.prepare(self._shape)
-        self._attention.load(self._shape)
+            self._drafting.prepare(self._layout.shape)
+        self._attention.load(self._layout.shape)
 
-    def complete(self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int]) -> StepInput:
-        self._buffers.complete(batch, proposal, before_slots)
+    def complete(self, batch: Batch, proposal: Proposal | None, before_seats: Sequence[int]) -> StepInput:
+        self._buffers.complete(self._layout, proposal, before_seats)
         if self._drafting is not None and self._levels >= 0:
             self._drafting.guess(self._levels, self._samples)
-        return self._buffers.step(batch, self._shape)
+        return self._buffers.step(self._layout)
 
     def forward(self, step: StepInput) -> tuple[DraftTrees, Tensor]:
         self._forward()
@@ -181,7 +182,7 @@ class StepGraph(StepPass):
 
     def _run_forward(self) -> None:
         self._buffers.place(self._attention.prefix_len)
-        self._trees = self._buffers.trees()
+        self._trees = self._buffers.trees(self.bucket.max_nodes - 1)
         step = self._buffers.step()
         step.fill(self._trees)
         self._hidden = self._work.forward(step, self._trees, self._attention.attention)

@@ -86,6 +86,6 @@ class HeadsDrafter(Drafter):
 
 
 def _node_rows(commits: CommitRows, trees: DraftTrees) -> NodeRows:
-    roots = commits.rows[commits.first_row].unsqueeze(1)
+    roots = commits.rows[commits.first_nodes].unsqueeze(1)
     above = (roots + trees.parents).reshape(-1)[commits.places]
     return NodeRows(commits.rows, above, commits.places % commits.max_nodes > 0)

@@ -15,10 +15,10 @@ from engine.backends.kv_cache import KVCache
 from engine.batch import Batch
 from engine.model.layers import Attention
 from engine.runner.drafter import Proposal
-from engine.runner.drafting import make_trees
+from engine.runner.layout import lay_out
 from engine.runner.sampling_table import Demand
+from engine.runner.step_buffers import StepBuffers
 from engine.runner.step_input import StepInput
-from engine.runner.step_layout import build_step
 from trees.select import Chains
 from trees.verify import DraftTrees
 
@@ -38,8 +38,8 @@ class Work(Protocol):
 
     def grow(
         self, step: StepInput, chains: Chains, levels: int, samples: bool, attention: Attention | None
-    ) -> tuple[Tensor, Tensor]:
-        """Guess for every request of a pass that decodes: tokens and parents as in `Proposal`."""
+    ) -> Proposal:
+        """Guess for every request of a pass that decodes."""
 
     def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
         """Fill the step in and run it: the hidden rows, [num_tokens, hidden]."""
@@ -52,8 +52,8 @@ class StepPass(ABC):
     """One pass. Its methods are called in this order, the first one perhaps while another pass still runs."""
 
     @abstractmethod
-    def complete(self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int]) -> StepInput:
-        """Lay out the rest of the pass, and guess what `proposal` does not. before_slots: see StepInput."""
+    def complete(self, batch: Batch, proposal: Proposal | None, before_seats: Sequence[int]) -> StepInput:
+        """Lay out the rest of the pass, and guess what `proposal` does not. before_seats: see StepInput."""
 
     @abstractmethod
     def forward(self, step: StepInput) -> tuple[DraftTrees, Tensor]:
@@ -73,9 +73,15 @@ class EagerPass(StepPass):
     def __init__(self, work: Work, cache: KVCache, backend: Backend, num_heads: int) -> None:
         self._work, self._cache, self._backend, self._num_heads = work, cache, backend, num_heads
 
-    def complete(self, batch: Batch, proposal: Proposal | None, before_slots: Sequence[int]) -> StepInput:
-        step = build_step(batch, self._cache.block_size, self._cache.k.device, before_slots)
-        self._trees = make_trees(step.commits, proposal)
+    def complete(self, batch: Batch, proposal: Proposal | None, before_seats: Sequence[int]) -> StepInput:
+        block_size = self._cache.block_size
+        layout = lay_out(batch.scheduled, block_size)
+        buffers = StepBuffers.of_pass(layout, before_seats, block_size, self._cache.k.device)
+        buffers.place()
+        if proposal is not None:
+            buffers.take(proposal, len(layout.arrays["drafting"]))
+        self._trees = buffers.trees(0 if proposal is None else proposal.max_depth)
+        step = buffers.step(layout)
         step.fill(self._trees)  # attention is laid out by what each row sees
         return step
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.backends.backend import Backend
 from engine.backends.kv_cache import KVCache
-from engine.batch import Batch, PassResult
+from engine.batch import Batch, PassResult, ScheduledRequest
 from engine.model.layers import Attention
 from engine.model.running import RunningDecoder
 from engine.runner.commit import Commitment, compact, pack, unpack
@@ -40,9 +40,10 @@ class _Behind:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A pass that a graph has been told of before it is known where its requests stand."""
+    """A pass that a graph has been told of before it is known where its requests stand. It is another pass
+    once its requests are others."""
 
-    batch: Batch
+    scheduled: list[ScheduledRequest]
     graph: StepGraph
 
 
@@ -66,7 +67,7 @@ class Runner:
         config = decoder.config
         self._device = decoder.embedding.device
         # Two more rows: what padding writes, and zeros.
-        self.spare_slot, self._zero_slot = max_num_seqs, max_num_seqs + 1
+        self.spare_seat, self._zero_seat = max_num_seqs, max_num_seqs + 1
         self._hidden = decoder.embedding.new_zeros(max_num_seqs + 2, row_size(self.drafter, config))
         self._sampler = Sampler(config.vocab_size, config.eos_token_ids, max_num_seqs + 2, backend)
         self._eager = EagerPass(self, cache, backend, config.num_heads)
@@ -111,7 +112,7 @@ class Runner:
     def _launch(self, batch: Batch) -> Collect:
         demand = self._sampler.prepare(batch.scheduled)
         way, proposal = self._choose(batch, demand)
-        step = way.complete(batch, proposal, self._before_slots(batch))
+        step = way.complete(batch, proposal, self._before_seats(batch))
         trees, hidden = way.forward(step)
         if not self.drafter.capturable:
             self._observe(step, trees, hidden)
@@ -143,19 +144,19 @@ class Runner:
         limit_drafts(self.drafter, batch)
         graph = self._graphs.find(batch)
         if graph is not None and self._tell(graph, batch, self._sampler.prepare(batch.scheduled)):
-            self._prepared = _Prepared(batch, graph)
+            self._prepared = _Prepared(batch.scheduled, graph)
 
     def draft(self, batch: Batch) -> None:
         """Only the guesses of a pass, to measure what they cost."""
         with torch.inference_mode(), torch_threads(self.backend.torch_threads):
             way, proposal = self._choose(batch, self._sampler.prepare(batch.scheduled))
-            way.complete(batch, proposal, self._before_slots(batch))
+            way.complete(batch, proposal, self._before_seats(batch))
 
     def _choose(self, batch: Batch, demand: Demand) -> tuple[StepPass, Proposal | None]:
         """The way to run a pass, told of it, and the guesses that it does not make itself; from then on it is
         known how large trees are."""
         prepared, self._prepared = self._prepared, None
-        if prepared is not None and prepared.batch is batch:
+        if prepared is not None and prepared.scheduled is batch.scheduled:
             return prepared.graph, None
         limit_drafts(self.drafter, batch)
         graph = self._graphs.find(batch)
@@ -181,14 +182,14 @@ class Runner:
 
     def grow(
         self, step: StepInput, chains: Chains, levels: int, samples: bool, attention: Attention | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Proposal:
         commits, positions = step.commits, step.positions[step.first_rows]
         noise = None
         if levels and samples:
-            noise = self._sampler.noise_ahead(commits.state_slots, positions, levels)
-        proposal = self.drafter.grow(
+            noise = self._sampler.noise_ahead(commits.seats, positions, levels)
+        return self.drafter.grow(
             RootRows(
-                hidden=self._hidden[commits.state_slots],
+                hidden=self._hidden[commits.seats],
                 roots=commits.roots,
                 positions=positions,
                 num_nodes=commits.num_nodes,
@@ -199,7 +200,6 @@ class Runner:
                 attention=attention,
             )
         )
-        return proposal.tokens, proposal.parents
 
     def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
         hidden = self.decoder(step.token_ids, step.positions, attention, self._taps)
@@ -215,25 +215,25 @@ class Runner:
         verdict = self._sampler.judge(logits, step, trees, demand)
         last = deepest_accepted(verdict.edges, trees)
         compact(self.backend, self.cache, commits, last, trees)
-        rows = hidden[commits.first_row + last]
+        rows = hidden[commits.first_nodes + last]
         in_graph = not commits.scheduled
         if in_graph:
-            self._hidden[commits.state_slots] = rows
+            self._hidden[commits.seats] = rows
         return Settled(pack(trees, last, verdict.targets), logits, rows, stored=in_graph)
 
     def _observe(self, step: StepInput, trees: DraftTrees, hidden: Tensor) -> None:
-        self.drafter.observe(step, trees, hidden, partial(self._hidden.index_select, 0, step.before_slots))
+        self.drafter.observe(step, trees, hidden, partial(self._hidden.index_select, 0, step.before_seats))
 
     # --- what is kept from pass to pass
 
-    def _before_slots(self, batch: Batch) -> list[int]:
+    def _before_seats(self, batch: Batch) -> list[int]:
         """Where the hidden row of the token before each request's first in this pass is kept; zeros lie where
         it is not known."""
         slots = []
         for scheduled in batch.scheduled:
             request = scheduled.request
             known = request.num_computed and self._behind[request].length == request.num_computed
-            slots.append(request.seat if known and request.seat is not None else self._zero_slot)
+            slots.append(request.seat if known and request.seat is not None else self._zero_seat)
         return slots
 
     def _keep_rows(self, step: StepInput, settled: Settled | None, hidden: Tensor) -> None:
@@ -245,7 +245,7 @@ class Runner:
             for s, end in zip(step.scheduled, step.starts[1:], strict=True)
             if not s.commits
         ]
-        slots, rows = step.commits.state_slots, hidden[:0] if settled is None else settled.rows
+        slots, rows = step.commits.seats, hidden[:0] if settled is None else settled.rows
         if chunks:
             places = integers([request.seat or 0 for request, _ in chunks], hidden.device)
             slots = torch.cat((slots, places))

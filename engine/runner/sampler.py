@@ -196,7 +196,7 @@ def _draw_rows(step: StepInput, trees: DraftTrees) -> DrawRows:
     depths = trees.depths.reshape(-1)[commits.places]
     paths = trees.paths.flatten(0, 1)[commits.places, 1:]
     return DrawRows(
-        slots=commits.state_slots[owners],
+        slots=commits.seats[owners],
         positions=step.positions[commits.rows] + 1,
         drafted=trees.tokens[owners].gather(1, paths),
         is_drafted=torch.arange(paths.shape[1], device=paths.device) < depths.unsqueeze(1),

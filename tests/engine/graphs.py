@@ -15,10 +15,10 @@ from engine.backends.attention import FixedAttention, MakeAttention
 from engine.backends.kv_cache import KVCache
 from engine.backends.rows import PassShape, PassSize
 from engine.backends.visibility import visibility
+from engine.runner.bucket import Bucket
 from engine.runner.capture import make_graphs
 from engine.runner.graphs import Run
 from engine.runner.runner import Runner
-from engine.runner.step_buffers import Bucket
 
 MAX_CONTEXT = 144  # positions that a request may have in these tests
 

@@ -6,7 +6,19 @@ import numpy as np
 import torch
 
 from engine.backends.rows import PassInput
-from tests.engine.tiny import CONFIG
+from engine.batch import Batch
+from engine.runner.layout import lay_out
+from engine.runner.step_buffers import StepBuffers
+from engine.runner.step_input import StepInput
+from tests.engine.tiny import CONFIG, CPU
+
+
+def lay_out_batch(batch: Batch, block_size: int) -> StepInput:
+    """The pass of a batch, whose trees are to be filled in."""
+    layout = lay_out(batch.scheduled, block_size)
+    buffers = StepBuffers.of_pass(layout, [0] * len(batch.scheduled), block_size, CPU)
+    buffers.place()
+    return buffers.step(layout)
 
 
 def make_pass(

@@ -15,7 +15,7 @@ from engine.build import build
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.model.loader import load_decoder
-from engine.runner.step_input import build_rows
+from engine.runner.layout import build_rows
 from evaluation.exactness import compare_answers
 from heads.checkpoint import save_heads
 from tests.engine.families import full

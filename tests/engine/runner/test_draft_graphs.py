@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engine.backends.backend import Backend
 from engine.batch import Allowance
+from engine.runner.bucket import Bucket
 from engine.runner.heads_drafter import HeadsDrafter
-from engine.runner.step_buffers import Bucket
 from engine.runner.step_input import StepInput
 from engine.scheduling.drafting import Candidate, Load
 from engine.scheduling.speculation import FixedSpeculation
@@ -219,6 +219,6 @@ def test_padding_that_heads_make_nonsense_of_is_harmless() -> None:
     heads = hydra()
     plain, graphed = (engine_of(heads) for _ in range(2))
     add_graphs(graphed.runner, [Bucket.of(5, 65, 13)])
-    graphed.runner._hidden[graphed.runner.spare_slot] = torch.nan
+    graphed.runner._hidden[graphed.runner.spare_seat] = torch.nan
     arrivals = [Arrival(str(i), ALL_PROMPTS[i + 2], params(LENGTH, ignore_eos=True)) for i in range(2)]
     assert trees_of(graphed, arrivals) == trees_of(plain, arrivals)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import BatchLimits
+from engine.runner.bucket import Bucket
 from engine.runner.capture import default_buckets
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import ChainDrafter, Drafter
-from engine.runner.step_buffers import Bucket
 from tests.engine.families import chain, families, full
 from tests.engine.graphs import add_graphs
 from tests.engine.helpers import params

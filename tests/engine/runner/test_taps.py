@@ -15,9 +15,10 @@ from engine.batch import ScheduledRequest
 from engine.errors import ConfigError
 from engine.model.config import DecoderConfig
 from engine.model.layers import Attention
+from engine.runner.bucket import Bucket
 from engine.runner.drafter import Drafter, Proposal, RootRows
-from engine.runner.step_buffers import Bucket
-from engine.runner.step_input import StepInput, build_rows
+from engine.runner.layout import build_rows
+from engine.runner.step_input import StepInput
 from tests.engine.families import chain
 from tests.engine.graphs import add_graphs
 from tests.engine.helpers import params

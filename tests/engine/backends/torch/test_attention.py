@@ -12,9 +12,9 @@ from engine.backends.torch import attention
 from engine.backends.torch.attention import PagedAttention
 from engine.backends.visibility import visibility
 from engine.batch import Batch, RequestState, ScheduledRequest
-from engine.runner.step_layout import build_step
 from tests.engine.families import chain, families, full
 from tests.engine.helpers import params
+from tests.engine.passes import lay_out_batch
 from tests.engine.tiny import CONFIG, CPU, VOCAB, plain_pass, tiny_decoder
 from trees.family import TreeFamily
 from trees.verify import DraftTrees
@@ -72,11 +72,11 @@ def node_logits(
         if all(s.commits for s in batch.scheduled) and len(batch.scheduled) == len(requests):
             break
         batch.scheduled = [s for s in batch.scheduled if not s.commits]
-        step = build_step(batch, block_size, CPU)
+        step = lay_out_batch(batch, block_size)
         decoder(step.token_ids, step.positions, PagedAttention(step, cache, 4, 2))
         for scheduled in batch.scheduled:
             scheduled.request.num_computed += scheduled.num_tokens
-    step = build_step(batch, block_size, CPU)
+    step = lay_out_batch(batch, block_size)
     width = step.commits.max_nodes
     tokens = [
         [known[-1], *tree, *[0] * (width - 1 - len(tree))]

@@ -10,9 +10,9 @@ import torch
 from engine.backends.triton.fixed import TritonAttentions
 from engine.backends.triton.plan import AttentionPlan
 from engine.batch import BatchLimits
+from engine.runner.bucket import Bucket
 from engine.runner.capture import default_buckets, make_graphs
 from engine.runner.graph_memory import kept_bytes
-from engine.runner.step_buffers import Bucket
 from tests.engine.backends.triton.cases import DEVICE, TritonBackend
 from tests.engine.drafters import ScriptedDrafter
 from tests.engine.families import full
@@ -94,7 +94,7 @@ def test_heads_guess_and_passes_are_prepared_by_kernels_that_were_told_of_the_lo
     while engine.scheduler.has_work():
         confirmed = ahead is not None and engine.scheduler.confirm(ahead)
         batch = ahead if ahead is not None and confirmed else engine.scheduler.schedule()
-        num_prepared += runner._prepared is not None and runner._prepared.batch is batch
+        num_prepared += runner._prepared is not None and runner._prepared.scheduled is batch.scheduled
         collect = runner.launch(batch)
         ahead = engine.scheduler.plan_ahead(batch)
         if ahead is not None:
