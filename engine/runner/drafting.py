@@ -44,14 +44,14 @@ def propose(
     demand: Demand,
 ) -> Proposal | None:
     """Guesses for the requests of a batch that have drafts, None where nobody has; lowers the number of those
-    that get fewer. hidden: [num_slots, hidden], the rows that roots were drawn from."""
+    that get fewer. hidden: [num_seats, hidden], the rows that roots were drawn from."""
     drafting = [s for s in batch.scheduled if s.num_drafts]
     if not drafting:
         return None
     requests, budgets = [s.request for s in drafting], [s.num_drafts + 1 for s in drafting]
     bases = [len(request.token_ids) - 1 for request in requests]
     device, max_nodes, levels = hidden.device, max(budgets), levels_of(drafter, batch)
-    slots = integers([s.request.seat or 0 for s in drafting], device)
+    seats = integers([s.request.seat or 0 for s in drafting], device)
     positions = integers(bases, device)
     attention = noise = least = None
     if levels and drafter.root_heads is not None:
@@ -60,12 +60,12 @@ def propose(
         attention = backend.attention(roots, cache, drafter.root_heads)
     guessed = levels if drafter.takes_chains else max_nodes - 1
     if guessed and Demand.DRAW in demand:
-        noise = sampler.noise_ahead(slots, positions, guessed)
+        noise = sampler.noise_ahead(seats, positions, guessed)
     if drafter.trims and backend.host_is_device:  # elsewhere the host would wait for what was drafted
         least = to_device(np.array([s.allowance.least for s in drafting], dtype=np.float32), device).log_()
     proposal = drafter.grow(
         RootRows(
-            hidden=hidden[slots],
+            hidden=hidden[seats],
             roots=integers([request.token_ids[-1] for request in requests], device),
             positions=positions,
             num_nodes=integers(budgets, device),

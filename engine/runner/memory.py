@@ -154,24 +154,24 @@ def largest_trees(limits: BatchLimits, num_blocks: int, block_size: int, samplin
     drafts = min(tokens // num_requests - 1, limits.max_drafts, room - 1)
     return Batch(
         [
-            _scheduled(slot, room - drafts - 1, 1, drafts, list(range(num_blocks)), sampling)
-            for slot in range(num_requests)
+            _scheduled(seat, room - drafts - 1, 1, drafts, list(range(num_blocks)), sampling)
+            for seat in range(num_requests)
         ]
     )
 
 
 def _prompts(limits: BatchLimits, room: int, blocks: list[int]) -> Iterator[ScheduledRequest]:
     budget, length = limits.max_num_batched_tokens, min(limits.max_model_len, room)
-    for slot in range(limits.max_num_seqs):
+    for seat in range(limits.max_num_seqs):
         chunk = min(budget, length)
         if not chunk:
             return
-        yield _scheduled(slot, length - chunk, chunk, 0, blocks, _COSTLY)
+        yield _scheduled(seat, length - chunk, chunk, 0, blocks, _COSTLY)
         budget -= chunk
 
 
 def _scheduled(
-    slot: int,
+    seat: int,
     num_computed: int,
     num_tokens: int,
     num_drafts: int,
@@ -180,14 +180,14 @@ def _scheduled(
 ) -> ScheduledRequest:
     known = num_computed + num_tokens
     request = RequestState(
-        request_id=str(slot),
+        request_id=str(seat),
         token_ids=[0] * known,
         num_prompt_tokens=known,
         sampling=sampling,
-        seed=slot,
+        seed=seat,
         num_computed=num_computed,
         block_table=make_block_table(blocks),
-        seat=slot,
+        seat=seat,
     )
     return ScheduledRequest(request, num_tokens, num_drafts, allowance=Allowance(num_drafts))
 

@@ -23,14 +23,14 @@ from engine.runner.sampling_table import Demand, SamplingTable
 class DrawRows:
     """The rows of a pass that targets are drawn from: one for every root and every draft node."""
 
-    slots: Tensor  # [num_rows] int64: where the state of each row's request is kept
+    seats: Tensor  # [num_rows] int64: where the state of each row's request is kept
     positions: Tensor  # [num_rows] int64, of the token that is drawn
     drafted: Tensor  # [num_rows, depth] int64: draft tokens on the way from the root to the row's node
     is_drafted: Tensor  # [num_rows, depth] bool: which of them there are
 
     def select(self, rows: Tensor) -> DrawRows:
         """Some of them. rows: [num_selected] int64"""
-        return DrawRows(self.slots[rows], self.positions[rows], self.drafted[rows], self.is_drafted[rows])
+        return DrawRows(self.seats[rows], self.positions[rows], self.drafted[rows], self.is_drafted[rows])
 
 
 class Processor(ABC):
@@ -39,10 +39,10 @@ class Processor(ABC):
     demand: Demand
 
     @abstractmethod
-    def load(self, request: RequestState, slot: int) -> None:
+    def load(self, request: RequestState, seat: int) -> None:
         """Take in what a request asks for, which has not been seen in this row of state before."""
 
-    def catch_up(self, request: RequestState, slot: int) -> None:
+    def catch_up(self, request: RequestState, seat: int) -> None:
         """Take in what a request has committed since. Called before each of its passes."""
         return
 
@@ -57,15 +57,15 @@ class LogitBias(Processor):
 
     demand = Demand.BIAS
 
-    def __init__(self, num_slots: int, device: torch.device) -> None:
-        self._added = _Listed(num_slots, device)
+    def __init__(self, num_seats: int, device: torch.device) -> None:
+        self._added = _Listed(num_seats, device)
 
-    def load(self, request: RequestState, slot: int) -> None:
+    def load(self, request: RequestState, seat: int) -> None:
         bias = request.sampling.logit_bias
-        self._added.set(slot, list(bias), list(bias.values()))
+        self._added.set(seat, list(bias), list(bias.values()))
 
     def apply(self, logits: Tensor, rows: DrawRows) -> Tensor:
-        return self._added.add(logits, rows.slots)
+        return self._added.add(logits, rows.seats)
 
 
 class MinimumLength(Processor):
@@ -73,24 +73,24 @@ class MinimumLength(Processor):
 
     demand = Demand.MIN_TOKENS
 
-    def __init__(self, num_slots: int, device: torch.device, eos_token_ids: tuple[int, ...]) -> None:
-        self._forbidden = _Listed(num_slots, device)
+    def __init__(self, num_seats: int, device: torch.device, eos_token_ids: tuple[int, ...]) -> None:
+        self._forbidden = _Listed(num_seats, device)
         self._eos_token_ids = eos_token_ids
         self._until = torch.zeros(
-            num_slots, dtype=torch.int64, device=device
+            num_seats, dtype=torch.int64, device=device
         )  # the first position that may end
 
-    def load(self, request: RequestState, slot: int) -> None:
+    def load(self, request: RequestState, seat: int) -> None:
         params = request.sampling
         ends = (
             list(dict.fromkeys((*self._eos_token_ids, *params.stop_token_ids))) if params.min_tokens else []
         )
-        self._forbidden.set(slot, ends, [float("-inf")] * len(ends))
-        self._until[slot] = request.num_prompt_tokens + params.min_tokens
+        self._forbidden.set(seat, ends, [float("-inf")] * len(ends))
+        self._until[seat] = request.num_prompt_tokens + params.min_tokens
 
     def apply(self, logits: Tensor, rows: DrawRows) -> Tensor:
-        early = rows.positions < self._until[rows.slots]
-        return torch.where(early.unsqueeze(1), self._forbidden.add(logits, rows.slots), logits)
+        early = rows.positions < self._until[rows.seats]
+        return torch.where(early.unsqueeze(1), self._forbidden.add(logits, rows.seats), logits)
 
 
 class Penalties(Processor):
@@ -98,66 +98,66 @@ class Penalties(Processor):
 
     demand = Demand.PENALTIES
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device, table: SamplingTable) -> None:
+    def __init__(self, num_seats: int, vocab_size: int, device: torch.device, table: SamplingTable) -> None:
         self._table = table
         # Of each request's output, and whether a token is in its prompt.
-        self._counts = _zeros(num_slots, vocab_size, np.dtype(np.int32), device)
-        self._in_prompt = _zeros(num_slots, vocab_size, np.dtype(np.bool_), device)
+        self._counts = _zeros(num_seats, vocab_size, np.dtype(np.int32), device)
+        self._in_prompt = _zeros(num_seats, vocab_size, np.dtype(np.bool_), device)
         self._counted: dict[int, int] = {}  # known tokens by row of state
 
-    def load(self, request: RequestState, slot: int) -> None:
-        self._counted.pop(slot, None)
+    def load(self, request: RequestState, seat: int) -> None:
+        self._counted.pop(seat, None)
         if Demand.PENALTIES not in Demand.of(request.sampling):
             return
-        self._counts[slot], self._in_prompt[slot] = 0, False
+        self._counts[seat], self._in_prompt[seat] = 0, False
         prompt = torch.tensor(request.token_ids[: request.num_prompt_tokens]).to(self._counts.device)
-        self._in_prompt[slot].index_fill_(0, prompt, True)
-        self._counted[slot] = request.num_prompt_tokens
+        self._in_prompt[seat].index_fill_(0, prompt, True)
+        self._counted[seat] = request.num_prompt_tokens
 
-    def catch_up(self, request: RequestState, slot: int) -> None:
-        counted = self._counted.get(slot)
+    def catch_up(self, request: RequestState, seat: int) -> None:
+        counted = self._counted.get(seat)
         if counted is None or counted == len(request.token_ids):
             return
         new = torch.tensor(request.token_ids[counted:]).to(self._counts.device)
-        self._counts[slot].index_add_(0, new, torch.ones_like(new, dtype=torch.int32))
-        self._counted[slot] = len(request.token_ids)
+        self._counts[seat].index_add_(0, new, torch.ones_like(new, dtype=torch.int32))
+        self._counted[seat] = len(request.token_ids)
 
     def apply(self, logits: Tensor, rows: DrawRows) -> Tensor:
-        counts = self._counts[rows.slots].float()
+        counts = self._counts[rows.seats].float()
         counts.scatter_add_(1, rows.drafted, rows.is_drafted.float())
         penalties = (
-            self._table.real(name, rows.slots).float().unsqueeze(1)
+            self._table.real(name, rows.seats).float().unsqueeze(1)
             for name in ("repetition", "frequency", "presence")
         )
         return sampling.apply_penalties(
-            logits, counts, self._in_prompt[rows.slots] | (counts > 0), *penalties
+            logits, counts, self._in_prompt[rows.seats] | (counts > 0), *penalties
         )
 
 
 class _Listed:
     """Numbers to add to some tokens' logits, a list for each request."""
 
-    def __init__(self, num_slots: int, device: torch.device) -> None:
+    def __init__(self, num_seats: int, device: torch.device) -> None:
         # Past a list's end nothing is added to token 0.
-        self._tokens = torch.zeros(num_slots, MAX_LISTED_TOKENS, dtype=torch.int64, device=device)
-        self._values = torch.zeros(num_slots, MAX_LISTED_TOKENS, device=device)
+        self._tokens = torch.zeros(num_seats, MAX_LISTED_TOKENS, dtype=torch.int64, device=device)
+        self._values = torch.zeros(num_seats, MAX_LISTED_TOKENS, device=device)
         self._lengths: dict[int, int] = {}  # of lists that are not empty, by row of state
 
-    def set(self, slot: int, tokens: list[int], values: list[float]) -> None:
-        if not tokens and slot not in self._lengths:
+    def set(self, seat: int, tokens: list[int], values: list[float]) -> None:
+        if not tokens and seat not in self._lengths:
             return
         device = self._tokens.device
-        self._tokens[slot], self._values[slot] = 0, 0.0
-        self._tokens[slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64).to(device)
-        self._values[slot, : len(tokens)] = torch.tensor(values).to(device)
-        self._lengths[slot] = len(tokens)
+        self._tokens[seat], self._values[seat] = 0, 0.0
+        self._tokens[seat, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64).to(device)
+        self._values[seat, : len(tokens)] = torch.tensor(values).to(device)
+        self._lengths[seat] = len(tokens)
         if not tokens:
-            del self._lengths[slot]
+            del self._lengths[seat]
 
-    def add(self, logits: Tensor, slots: Tensor) -> Tensor:
-        """logits: [num_rows, vocab] float32; slots: [num_rows] int64"""
+    def add(self, logits: Tensor, seats: Tensor) -> Tensor:
+        """logits: [num_rows, vocab] float32; seats: [num_rows] int64"""
         longest = MAX_LISTED_TOKENS if logits.is_cuda else max(self._lengths.values(), default=0)
-        return logits.scatter_add(1, self._tokens[slots, :longest], self._values[slots, :longest])
+        return logits.scatter_add(1, self._tokens[seats, :longest], self._values[seats, :longest])
 
 
 def _zeros(rows: int, columns: int, dtype: np.dtype[np.generic], device: torch.device) -> Tensor:

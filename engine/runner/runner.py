@@ -229,12 +229,12 @@ class Runner:
     def _before_seats(self, batch: Batch) -> list[int]:
         """Where the hidden row of the token before each request's first in this pass is kept; zeros lie where
         it is not known."""
-        slots = []
+        seats = []
         for scheduled in batch.scheduled:
             request = scheduled.request
             known = request.num_computed and self._behind[request].length == request.num_computed
-            slots.append(request.seat if known and request.seat is not None else self._zero_seat)
-        return slots
+            seats.append(request.seat if known and request.seat is not None else self._zero_seat)
+        return seats
 
     def _keep_rows(self, step: StepInput, settled: Settled | None, hidden: Tensor) -> None:
         """Keep the rows that next drafts start from, and the last row of every prompt chunk that another one
@@ -245,13 +245,13 @@ class Runner:
             for s, end in zip(step.scheduled, step.starts[1:], strict=True)
             if not s.commits
         ]
-        slots, rows = step.commits.seats, hidden[:0] if settled is None else settled.rows
+        seats, rows = step.commits.seats, hidden[:0] if settled is None else settled.rows
         if chunks:
             places = integers([request.seat or 0 for request, _ in chunks], hidden.device)
-            slots = torch.cat((slots, places))
+            seats = torch.cat((seats, places))
             rows = torch.cat((rows, hidden[integers([end for _, end in chunks], hidden.device)]))
         if settled is None or not settled.stored:
-            self._hidden[slots] = rows
+            self._hidden[seats] = rows
         for scheduled in step.scheduled:
             if not scheduled.commits:
                 request = scheduled.request

@@ -35,19 +35,19 @@ class Verdict:
 
 
 class Sampler:
-    """num_slots: rows of the runner's per-request state."""
+    """num_seats: rows of the runner's per-request state."""
 
     def __init__(
-        self, vocab_size: int, eos_token_ids: tuple[int, ...], num_slots: int, backend: Backend
+        self, vocab_size: int, eos_token_ids: tuple[int, ...], num_seats: int, backend: Backend
     ) -> None:
         device = backend.place.device
         self._backend = backend
-        self._table = SamplingTable(num_slots, device)
+        self._table = SamplingTable(num_seats, device)
         # In this order.
         self._processors: tuple[Processor, ...] = (
-            LogitBias(num_slots, device),
-            Penalties(num_slots, vocab_size, device, self._table),
-            MinimumLength(num_slots, device, eos_token_ids),
+            LogitBias(num_seats, device),
+            Penalties(num_seats, vocab_size, device, self._table),
+            MinimumLength(num_seats, device, eos_token_ids),
         )
         self._demands: PerRequest[Demand] = PerRequest(self._load)
 
@@ -71,9 +71,9 @@ class Sampler:
             processor.load(request, request.seat)
         return Demand.of(request.sampling)
 
-    def noise_ahead(self, slots: Tensor, roots: Tensor, num_levels: int) -> Noise:
+    def noise_ahead(self, seats: Tensor, roots: Tensor, num_levels: int) -> Noise:
         """Of the draws that follow each root; see `SamplingTable.noise_ahead`."""
-        return self._table.noise_ahead(slots, roots, num_levels)
+        return self._table.noise_ahead(seats, roots, num_levels)
 
     def judge(self, logits: Tensor, step: StepInput, trees: DraftTrees, demand: Demand) -> Verdict:
         """Targets of all nodes, and which nodes agree with them.
@@ -133,13 +133,13 @@ class Sampler:
         return drawn, _Typical(typical, probs)
 
     def _draws(self, rows: DrawRows) -> Draws:
-        table, slots = self._table, rows.slots
+        table, seats = self._table, rows.seats
         return Draws(
-            keys=table.keys(slots, rows.positions),
-            temperatures=table.real("temperature", slots).float(),
-            top_k=table.top_k(slots),
-            top_p=table.real("top_p", slots),
-            min_p=table.real("min_p", slots).float(),
+            keys=table.keys(seats, rows.positions),
+            temperatures=table.real("temperature", seats).float(),
+            top_k=table.top_k(seats),
+            top_p=table.real("top_p", seats),
+            min_p=table.real("min_p", seats).float(),
         )
 
     def _rows_of(
@@ -163,16 +163,16 @@ class Sampler:
         edges, [num_commits, max_nodes] bool."""
         chosen = _all(rows) if typical.rows is None else typical.rows
         places = commits.places[chosen]
-        slots = rows.slots[chosen]
+        seats = rows.seats[chosen]
         # Where each row's parent lies among the chosen ones: as far from it as in its tree.
         nodes, parents = places % commits.max_nodes, trees.parents.reshape(-1)[places]
         above = torch.arange(len(chosen), device=chosen.device) - nodes + parents
         probs = typical.probs / typical.probs.sum(dim=1, keepdim=True)
         threshold = sampling.typical_threshold(
-            probs, self._table.real("epsilon", slots).float(), self._table.real("delta", slots).float()
+            probs, self._table.real("epsilon", seats).float(), self._table.real("delta", seats).float()
         )
         follows = probs[above, trees.tokens.reshape(-1)[places]] > threshold[above]
-        asked = self._table.real("is_typical", slots) > 0.0
+        asked = self._table.real("is_typical", seats) > 0.0
         edges.view(-1)[places] = torch.where(asked, follows, edges.view(-1)[places])
 
 
@@ -183,11 +183,11 @@ class _Typical:
 
 
 def _none(rows: DrawRows) -> Tensor:
-    return rows.slots.new_zeros(0)
+    return rows.seats.new_zeros(0)
 
 
 def _all(rows: DrawRows) -> Tensor:
-    return torch.arange(len(rows.slots), device=rows.slots.device)
+    return torch.arange(len(rows.seats), device=rows.seats.device)
 
 
 def _draw_rows(step: StepInput, trees: DraftTrees) -> DrawRows:
@@ -196,7 +196,7 @@ def _draw_rows(step: StepInput, trees: DraftTrees) -> DrawRows:
     depths = trees.depths.reshape(-1)[commits.places]
     paths = trees.paths.flatten(0, 1)[commits.places, 1:]
     return DrawRows(
-        slots=commits.seats[owners],
+        seats=commits.seats[owners],
         positions=step.positions[commits.rows] + 1,
         drafted=trees.tokens[owners].gather(1, paths),
         is_drafted=torch.arange(paths.shape[1], device=paths.device) < depths.unsqueeze(1),

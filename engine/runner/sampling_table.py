@@ -57,13 +57,13 @@ EVERYTHING = ~Demand.NOTHING
 class SamplingTable:
     """Numbers of each request: by name with `real`, and what its draws' noise is made of."""
 
-    def __init__(self, num_slots: int, device: torch.device) -> None:
+    def __init__(self, num_seats: int, device: torch.device) -> None:
         nobody = torch.tensor([_NOBODY.get(name, 0.0) for name in _REALS], dtype=torch.float64)
-        self._reals = nobody.repeat(num_slots, 1).to(device)
-        self._seeds = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._reals = nobody.repeat(num_seats, 1).to(device)
+        self._seeds = torch.zeros(num_seats, dtype=torch.int64, device=device)
+        self._top_k = torch.zeros(num_seats, dtype=torch.int64, device=device)
 
-    def load(self, request: RequestState, slot: int) -> None:
+    def load(self, request: RequestState, seat: int) -> None:
         """Write a request's row."""
         params = request.sampling
         temperature = max(params.temperature, COLDEST) if params.temperature > 0.0 else 0.0
@@ -81,27 +81,27 @@ class SamplingTable:
             # One token is all that a top-k of 1 leaves: its noise decides nothing.
             "draft_temperature": 0.0 if params.top_k == 1 else params.temperature,
         }
-        self._reals[slot] = torch.tensor([values[name] for name in _REALS], dtype=torch.float64)
-        self._seeds[slot] = mix_seed(request.seed)
-        self._top_k[slot] = params.top_k
+        self._reals[seat] = torch.tensor([values[name] for name in _REALS], dtype=torch.float64)
+        self._seeds[seat] = mix_seed(request.seed)
+        self._top_k[seat] = params.top_k
 
-    def real(self, name: str, slots: Tensor) -> Tensor:
-        """One number of each of these rows, [num_rows] float64. slots: [num_rows] int64"""
-        return self._reals[:, _REALS.index(name)][slots]
+    def real(self, name: str, seats: Tensor) -> Tensor:
+        """One number of each of these rows, [num_rows] float64. seats: [num_rows] int64"""
+        return self._reals[:, _REALS.index(name)][seats]
 
-    def top_k(self, slots: Tensor) -> Tensor:
+    def top_k(self, seats: Tensor) -> Tensor:
         """[num_rows] int64, 0 where it is off"""
-        return self._top_k[slots]
+        return self._top_k[seats]
 
-    def keys(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Of the draws of tokens at these positions, int64 of the same shape. slots: the same shape."""
-        return make_keys(self._seeds[slots], positions)
+    def keys(self, seats: Tensor, positions: Tensor) -> Tensor:
+        """Of the draws of tokens at these positions, int64 of the same shape. seats: the same shape."""
+        return make_keys(self._seeds[seats], positions)
 
-    def noise_ahead(self, slots: Tensor, roots: Tensor, num_levels: int) -> Noise:
-        """Of the draws that follow each root. slots, roots: [num_requests] int64, the roots' positions."""
+    def noise_ahead(self, seats: Tensor, roots: Tensor, num_levels: int) -> Noise:
+        """Of the draws that follow each root. seats, roots: [num_requests] int64, the roots' positions."""
         ahead = torch.arange(1, num_levels + 1, device=roots.device)
-        keys = self.keys(slots.unsqueeze(1).expand(-1, num_levels), roots.unsqueeze(1) + ahead)
-        return Noise(keys, self.real("draft_temperature", slots).float())
+        keys = self.keys(seats.unsqueeze(1).expand(-1, num_levels), roots.unsqueeze(1) + ahead)
+        return Noise(keys, self.real("draft_temperature", seats).float())
 
 
 def demand_of(requests: Sequence[RequestState]) -> Demand:
