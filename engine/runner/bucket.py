@@ -60,7 +60,7 @@ class BucketBuffers(StepBuffers):
         self._num_blocks = (MAX_DRAFT_NODES + nodes) // block_size + 2
         per_row = ("owners", "offsets", "position_offsets", "prefix_offsets", "rows", "places")
         per_request = ("block_starts", "first_rows", "num_nodes", "first_nodes", "drafting", "seats")
-        self._early = _Places(
+        self._planned = _Places(  # what a plan says, while the previous pass runs
             {
                 **dict.fromkeys(per_row, (tokens,)),
                 **dict.fromkeys(per_request, (requests,)),
@@ -68,21 +68,21 @@ class BucketBuffers(StepBuffers):
             },
             device,
         )
-        self._late = _Places(
+        self._known = _Places(  # what is known once its result is in
             {
                 **dict.fromkeys(("firsts", "roots", "before_seats"), (requests,)),
                 **dict.fromkeys(("chain_tokens", "chain_gains"), (requests, nodes - 1)),
             },
             device,
         )
-        told = {**self._early.tensors, **self._late.tensors}
+        told = {**self._planned.tensors, **self._known.tensors}
         super().__init__(told, torch.zeros_like(told["owners"]), nodes, block_size, is_padded=True)
         self.root_slots = torch.zeros_like(told["roots"])  # negative where a request is padding
 
     def prepare(self, batch: Batch) -> Layout:
         """Lay a pass out, and copy all there that does not depend on the pass before."""
         layout = lay_out(batch.scheduled, self._block_size, self.max_nodes, self._num_blocks)
-        host, arrays, requests = self._early.blank(), layout.arrays, len(batch.scheduled)
+        host, arrays, requests = self._planned.blank(), layout.arrays, len(batch.scheduled)
         for name, values in arrays.items():
             host[name][: len(values)] = values
         count, num_nodes = len(arrays["owners"]), arrays["num_nodes"]
@@ -96,12 +96,12 @@ class BucketBuffers(StepBuffers):
         host["seats"][requests:] = self.spare_seat
         # Requests of padding write nothing, but where the first one's root lies.
         host["block_starts"][requests:] = host["block_starts"][0]
-        self._early.send()
+        self._planned.send()
         return layout
 
     def complete(self, layout: Layout, proposal: Proposal | None, before_seats: Sequence[int]) -> None:
         """Copy the rest there, once the pass before has been taken in."""
-        host, requests = self._late.blank(), len(layout.scheduled)
+        host, requests = self._known.blank(), len(layout.scheduled)
         for name, values in layout.latest(before_seats).items():
             host[name][:requests] = values
         # Whatever is written for padding is written twice, the same.
@@ -113,7 +113,7 @@ class BucketBuffers(StepBuffers):
                 count = min(len(s.chain.token_ids), tokens.shape[1])
                 tokens[index, :count] = s.chain.token_ids[:count]
                 gains[index, :count] = s.chain.gains[:count]
-        self._late.send()
+        self._known.send()
         if proposal is not None:
             self.take(proposal, len(layout.arrays["drafting"]))
 
