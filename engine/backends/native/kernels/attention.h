@@ -248,7 +248,7 @@ static void cut_attention(attention_job *job) {
     total *= p->num_heads;
     const int64_t threads = p->num_threads < MAX_THREADS ? p->num_threads : MAX_THREADS;
     const int64_t many = pieces_of(queries, PIECE_QUERIES, threads, MOST_PIECES / MAX_THREADS);
-    const int64_t few = pieces_of(total, 2048, threads, 1);
+    const int64_t few = pieces_of(total, 512, threads, 1);
     job->num_pieces = many > few ? many : few;
     for (int64_t request = 0; request < p->num_requests; request++) {
         const int64_t start = p->starts[request], count = (p->starts[request + 1] - start) * group;

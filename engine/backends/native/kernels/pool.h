@@ -1,11 +1,11 @@
-/* Threads that share the work of a call. They wait for each other only briefly without giving up their core, so
- * that a machine with other things to do, or a quota, is not spent on waiting.
+/* Threads that share the work of a call. They spin while they wait for each other, but give their core up as
+ * soon as somebody else wants it, so that a machine with other things to do, or a quota, is not spent on waiting.
  *
- * A call is a row of phases; each is cut into pieces, and a piece is whose claims it first, each thread from a
- * share of its own and then from the others'. A thread that the kernel does not run therefore holds up nobody:
- * the caller does its pieces, and waits for those alone that somebody has begun. A
+ * A call is a row of phases. Each phase is cut into pieces. Each thread does the pieces of its own share first.
+ * Then it glances at the others for some microseconds, and takes over what they have not begun. A thread that the
+ * kernel does not run therefore holds up nobody: the caller waits only for pieces that somebody has begun. A
  * thread that loses its core for long in the middle of a piece takes no part for a while: the machine has no core
- * for it. */
+ * for it. Glances come before taking over because each look at another thread's share costs both a cache miss. */
 #pragma once
 #include <immintrin.h>
 #include <linux/futex.h>
@@ -20,10 +20,13 @@
 
 enum {
     MAX_THREADS = 256,
-    MOST_CLAIMS = 16,              /* pieces of a thread's own share */
-    SPIN = 20000,                  /* nanoseconds of waiting on a core that nobody else may have */
-    YIELD = 100000,                /* and of waiting on one that others may have, in all */
-    LATE = 50000,                  /* for a piece, beyond the time that others of its phase took */
+    MOST_CLAIMS = 8,              /* pieces of a thread's own share */
+    GLANCES = 100,                 /* at others before their pieces are taken over, 25 ns each */
+    SPIN = 20000,                  /* nanoseconds that a worker waits without offering its core to others */
+    LINGER = 2000000,              /* nanoseconds that it waits in all before it sleeps, unless others want it */
+    TAKEN = 20000,                 /* nanoseconds: an offer that took longer was accepted by somebody */
+    CROWDED = 64,                  /* waits after that in which it sleeps after SPIN */
+    LATE = 50000,                  /* nanoseconds for a piece, beyond what others of its phase took */
     REST = 4, MOST_REST = 250000000 /* of one who was late: in times of what others waited, and at most */
 };
 
@@ -40,6 +43,7 @@ typedef struct {
     _Alignas(64) _Atomic uint64_t claimed; /* the phase, and in the lowest byte how many pieces of the share */
     _Alignas(64) _Atomic uint64_t working; /* phase in which it may have begun a piece */
     _Atomic uint32_t asleep, resting;
+    int64_t crowded;          /* waits to go that give up the core soon; its own */
     uint64_t born;            /* phase after which it began to serve */
     int64_t rest, rest_until; /* nanoseconds; the caller's */
 } worker;
@@ -51,10 +55,12 @@ typedef struct {
 } task;
 
 static struct {
-    _Alignas(64) _Atomic uint64_t phase; /* odd while the next task is being written */
-    _Atomic(work *) run;
-    _Atomic(const void *) job;
-    _Atomic int64_t count, pieces, threads;
+    _Alignas(64) _Atomic uint64_t phase; /* its task is in slots[phase % 2] */
+    struct {
+        _Alignas(64) _Atomic(work *) run;
+        _Atomic(const void *) job;
+        _Atomic int64_t count, pieces, threads;
+    } slots[2];
     _Alignas(64) _Atomic uint32_t done; /* pieces that workers have done since the beginning */
     _Atomic uint32_t waiting;           /* whether the caller sleeps until there are more */
     _Alignas(64) _Atomic uint32_t sleepers;
@@ -84,15 +90,19 @@ static inline int64_t claim(worker *owner, uint64_t phase, int64_t pieces) {
     }
 }
 
-/* Do what is left of a task; returns how many pieces that were. */
-static int64_t take_part(const task *t, uint64_t phase, int64_t thread) {
+/* Do what is left of a thread's share; returns how many pieces that were. */
+static int64_t take_share(const task *t, uint64_t phase, int64_t owner, int64_t thread) {
+    const range own = share(t->pieces, owner, t->threads);
     int64_t taken = 0;
-    for (int64_t i = 0; i < t->threads; i++) {
-        const int64_t owner = (thread + i) % t->threads;
-        const range own = share(t->pieces, owner, t->threads);
-        for (int64_t next; (next = claim(&pool.workers[owner], phase, own.end - own.first)) >= 0; taken++)
-            t->run(t->job, share(t->count, own.first + next, t->pieces), thread);
-    }
+    for (int64_t next; (next = claim(&pool.workers[owner], phase, own.end - own.first)) >= 0; taken++)
+        t->run(t->job, share(t->count, own.first + next, t->pieces), thread);
+    return taken;
+}
+
+/* Do what is left of all others' shares. */
+static int64_t take_from_others(const task *t, uint64_t phase, int64_t thread) {
+    int64_t taken = 0;
+    for (int64_t i = 1; i < t->threads; i++) taken += take_share(t, phase, (thread + i) % t->threads, thread);
     return taken;
 }
 
@@ -105,38 +115,60 @@ static void sleep_until_called(worker *self, uint64_t seen) {
     atomic_fetch_sub(&pool.sleepers, 1);
 }
 
-/* The next phase, whose task has been written. */
-static uint64_t await_phase(worker *self, uint64_t seen) {
+/* The next phase, whose task has been written, or the one before where that lasts for long. */
+static uint64_t await_phase(worker *self, uint64_t seen, int helps) {
     int64_t start = 0;
     for (uint64_t turns = 1;; turns++) {
         const uint64_t phase = atomic_load_explicit(&pool.phase, memory_order_acquire);
         const int resting = atomic_load_explicit(&self->resting, memory_order_relaxed) != 0;
-        if (phase != seen && phase % 2 == 0 && !resting) return phase;
+        if (phase != seen && !resting) return phase;
+        if (helps && turns == GLANCES && phase == seen && !resting) return phase;
         _mm_pause();
         if (turns % 32 && !resting) continue;
         const int64_t now = nanoseconds();
         if (!start) start = now;
-        if (resting || now - start > YIELD) {
+        if (resting || now - start > (self->crowded ? SPIN : LINGER)) {
+            self->crowded -= self->crowded > 0;
             sleep_until_called(self, seen);
             start = 0;
-        } else if (now - start > SPIN) sched_yield();
+        } else if (now - start > SPIN) {
+            sched_yield();
+            if (nanoseconds() - now > TAKEN) self->crowded = CROWDED;
+        }
     }
+}
+
+/* What is to be done in a phase: only where that still lasts when this has been read. */
+static inline task read_task(uint64_t phase) {
+    return (task){atomic_load_explicit(&pool.slots[phase % 2].run, memory_order_relaxed),
+                  atomic_load_explicit(&pool.slots[phase % 2].job, memory_order_relaxed),
+                  atomic_load_explicit(&pool.slots[phase % 2].count, memory_order_relaxed),
+                  atomic_load_explicit(&pool.slots[phase % 2].pieces, memory_order_relaxed),
+                  atomic_load_explicit(&pool.slots[phase % 2].threads, memory_order_relaxed)};
+}
+
+static inline void write_task(const task *t, uint64_t phase) {
+    atomic_thread_fence(memory_order_release); /* who reads this knows that the phase two before is over */
+    atomic_store_explicit(&pool.slots[phase % 2].run, t->run, memory_order_relaxed);
+    atomic_store_explicit(&pool.slots[phase % 2].job, t->job, memory_order_relaxed);
+    atomic_store_explicit(&pool.slots[phase % 2].count, t->count, memory_order_relaxed);
+    atomic_store_explicit(&pool.slots[phase % 2].pieces, t->pieces, memory_order_relaxed);
+    atomic_store_explicit(&pool.slots[phase % 2].threads, t->threads, memory_order_relaxed);
 }
 
 static void *serve(void *argument) {
     worker *self = argument;
     const int64_t thread = self - pool.workers;
+    int helps = 0; /* whether it has done its share of the last phase, and no more */
     for (uint64_t phase = self->born;;) {
-        phase = await_phase(self, phase);
-        const task t = {atomic_load_explicit(&pool.run, memory_order_relaxed),
-                        atomic_load_explicit(&pool.job, memory_order_relaxed),
-                        atomic_load_explicit(&pool.count, memory_order_relaxed),
-                        atomic_load_explicit(&pool.pieces, memory_order_relaxed),
-                        atomic_load_explicit(&pool.threads, memory_order_relaxed)};
+        const uint64_t last = phase;
+        phase = await_phase(self, last, helps);
+        const task t = read_task(phase);
         atomic_thread_fence(memory_order_acquire);
+        helps = phase != last;
         if (atomic_load_explicit(&pool.phase, memory_order_relaxed) != phase || thread >= t.threads) continue;
         atomic_store_explicit(&self->working, phase, memory_order_relaxed);
-        const int64_t taken = take_part(&t, phase, thread);
+        const int64_t taken = helps ? take_share(&t, phase, thread, thread) : take_from_others(&t, phase, thread);
         atomic_store_explicit(&self->working, 0, memory_order_relaxed);
         if (!taken) continue;
         atomic_fetch_add(&pool.done, (uint32_t)taken);
@@ -150,7 +182,6 @@ static void forget_workers(void) {
     pool.started = 1;
     atomic_store(&pool.sleepers, 0);
     atomic_flag_clear(&pool.taken);
-    atomic_fetch_and(&pool.phase, ~(uint64_t)1);
     for (int64_t t = 0; t < MAX_THREADS; t++) {
         worker *w = &pool.workers[t];
         atomic_store(&w->asleep, 0);
@@ -214,9 +245,9 @@ static void set_rests(int64_t threads, int64_t waited, int64_t now) {
     }
 }
 
-/* Wait until workers have done what they began. piece: nanoseconds that one takes. */
-static void await_done(uint32_t target, uint64_t phase, int64_t threads, int64_t piece) {
-    const int64_t start = nanoseconds();
+/* Wait until workers have done what they began. started: when the phase did; taken: pieces done since. */
+static void await_done(uint32_t target, uint64_t phase, int64_t threads, int64_t started, int64_t taken) {
+    const int64_t start = nanoseconds(), piece = taken ? (start - started) / taken : 0;
     int64_t waited = 0, now = start;
     for (uint64_t turns = 1; atomic_load_explicit(&pool.done, memory_order_acquire) != target; turns++) {
         _mm_pause();
@@ -235,6 +266,15 @@ static void await_done(uint32_t target, uint64_t phase, int64_t threads, int64_t
     }
 }
 
+/* Whether workers have done so many pieces, or are about to: not where some sleep, who begin late. */
+static inline int is_done(uint32_t target) {
+    for (int turn = 0; atomic_load_explicit(&pool.done, memory_order_acquire) != target; turn++) {
+        if (turn == GLANCES || atomic_load_explicit(&pool.sleepers, memory_order_relaxed)) return 0;
+        _mm_pause();
+    }
+    return 1;
+}
+
 /* In how many pieces to cut, none of fewer than `grain` items: as many for each thread. */
 static inline int64_t pieces_of(int64_t count, int64_t grain, int64_t threads, int64_t most_each) {
     const int64_t most = count / grain, each = most / threads;
@@ -251,21 +291,18 @@ static void in_parallel(work *run, const void *job, int64_t count, int64_t grain
         return;
     }
     start_workers(threads);
-    const uint64_t phase = atomic_load_explicit(&pool.phase, memory_order_relaxed) + 2;
+    const uint64_t phase = atomic_load_explicit(&pool.phase, memory_order_relaxed) + 1;
     const uint32_t done = atomic_load_explicit(&pool.done, memory_order_relaxed);
-    atomic_store_explicit(&pool.phase, phase - 1, memory_order_relaxed);
-    atomic_thread_fence(memory_order_release);
-    atomic_store_explicit(&pool.run, run, memory_order_relaxed);
-    atomic_store_explicit(&pool.job, job, memory_order_relaxed);
-    atomic_store_explicit(&pool.count, count, memory_order_relaxed);
-    atomic_store_explicit(&pool.pieces, t.pieces, memory_order_relaxed);
-    atomic_store_explicit(&pool.threads, threads, memory_order_relaxed);
+    write_task(&t, phase);
     atomic_store(&pool.phase, phase);
     if (atomic_load(&pool.sleepers)) wake_workers(threads);
     const int64_t start = nanoseconds();
-    const int64_t taken = take_part(&t, phase, 0);
-    const uint32_t target = done + (uint32_t)(t.pieces - taken);
-    if (atomic_load_explicit(&pool.done, memory_order_acquire) != target)
-        await_done(target, phase, threads, taken ? (nanoseconds() - start) / taken : 0);
+    int64_t taken = take_share(&t, phase, 0, 0);
+    if (!is_done(done + (uint32_t)(t.pieces - taken))) {
+        taken += take_from_others(&t, phase, 0);
+        const uint32_t target = done + (uint32_t)(t.pieces - taken);
+        if (atomic_load_explicit(&pool.done, memory_order_acquire) != target)
+            await_done(target, phase, threads, start, taken);
+    }
     atomic_flag_clear_explicit(&pool.taken, memory_order_release);
 }
