@@ -7,6 +7,7 @@ steps cost.
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
@@ -29,13 +30,14 @@ _STEPS_BEFORE = 3  # of a long prompt, when the short one comes
 
 @dataclass(frozen=True, kw_only=True)
 class InterferenceOptions:
-    """`streams`: answers that run meanwhile, of `max_tokens` each; `long_prompts`: how many prompts of
-    `prompt_tokens` come, one after the other."""
+    """`streams`: clients that run meanwhile, each of which asks for `answers` of at most `max_tokens`, one
+    after the other. `long_prompts`: how many prompts of `prompt_tokens` come, one after the other."""
 
     model: str
     heads: str
     config: EngineConfig  # without folders
     streams: int
+    answers: int
     max_tokens: int
     long_prompts: int
     prompt_tokens: int
@@ -54,22 +56,20 @@ class Measured:
 
 
 def run(options: InterferenceOptions) -> int:
+    from engine.backends.populate import wait_until_populated
     from engine.build import build
+    from engine.folders import with_folders
     from engine.text.tokenizer import load_chat_tokenizer
-    from heads.registry.names import resolve_heads, resolve_model
 
-    model = resolve_model(options.model)
-    heads_dir = resolve_heads(options.heads, model)
-    config = replace(
-        options.config,
-        model_dir=str(model.model_dir),
-        heads_dir=None if heads_dir is None else str(heads_dir),
-    )
+    model, config = with_folders(options.config, options.model, options.heads)
     tokenizer = load_chat_tokenizer(model.model_dir)
     chats = [tokenizer.encode_chat(prompt.messages) for prompt in read_prompts(BUILTIN)]
     settings = {"as set": config, "no bound": replace(config, max_inter_token_ms=_NO_BOUND)}
     engines = {name: build(each) for name, each in settings.items()}
     check_room(engines["as set"], options)
+    gc.collect()
+    gc.freeze()  # as the engine process does
+    wait_until_populated()
     measured = {name: Measured() for name in engines}
     for number in range(options.rounds):
         for name in [*engines][:: 1 if number % 2 == 0 else -1]:
@@ -85,6 +85,7 @@ def run(options: InterferenceOptions) -> int:
             **machine_facts(),
             "model": model.name,
             "streams": options.streams,
+            "answers": options.answers,
             "long_prompts": options.long_prompts,
             "prompt_tokens": options.prompt_tokens,
             "modes": figures,
@@ -111,8 +112,16 @@ def measure(
         return [source.randrange(engine.info.vocab_size) for _ in range(options.prompt_tokens)]
 
     started = time.perf_counter()
-    for index in range(options.streams):
-        _add(engine, f"stream-{index}", chats[(number + index) % len(chats)], options.max_tokens)
+    to_ask = [options.answers] * options.streams
+
+    def ask(stream: int) -> None:
+        if to_ask[stream]:
+            to_ask[stream] -= 1
+            chat = chats[(number + stream * options.answers + to_ask[stream]) % len(chats)]
+            _add(engine, f"{stream}-{to_ask[stream]}", chat, options.max_tokens, ignore_eos=False)
+
+    for stream in range(options.streams):
+        ask(stream)
     to_come, last, num_quiet = options.long_prompts, dict[str, float](), 0
     reading: str | None = None
     while engine.has_work() or to_come:
@@ -120,14 +129,17 @@ def measure(
         if to_come and reading is None and is_time:
             reading, num_quiet, to_come = f"long-{to_come}", 0, to_come - 1
             _add(engine, reading, long_prompt(), 1)
-        names = [output.request_id for output in engine.step().outputs]
+        outputs = engine.step().outputs
         now = time.perf_counter()
-        for name in names:
-            if name in last and name.startswith("stream"):
+        num_quiet += reading is None
+        for output in outputs:
+            name = output.request_id
+            if name in last:
                 (into.quiet_gaps if reading is None else into.gaps).append(now - last[name])
             last[name] = now
-        num_quiet += reading is None
-        if reading in names:
+            if output.finish_reason is not None and name != reading:
+                ask(int(name.partition("-")[0]))
+        if any(output.request_id == reading for output in outputs):
             reading = None
     into.total.append(time.perf_counter() - started)
     into.short_alone.append(_first_token(engine, f"alone-{number}", source))
@@ -158,8 +170,8 @@ def _steps(engine: Engine) -> Iterator[list[str]]:
         yield [output.request_id for output in engine.step().outputs]
 
 
-def _add(engine: Engine, name: str, prompt: list[int], max_tokens: int) -> None:
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+def _add(engine: Engine, name: str, prompt: list[int], max_tokens: int, ignore_eos: bool = True) -> None:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos)
     engine.add_request(AddRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling))
 
 

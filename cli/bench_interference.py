@@ -21,8 +21,9 @@ def register(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help="(default: %(default)s)")
     parser.add_argument("--heads", default="auto", metavar="TEXT", help="head set (default: auto)")
     for name, default, text in (
-        ("streams", 2, "answers that run meanwhile"),
-        ("max-tokens", 400, "of each such answer"),
+        ("streams", 2, "clients with answers that run meanwhile"),
+        ("answers", 16, "of each such client, one after the other"),
+        ("max-tokens", 128, "of each answer"),
         ("long-prompts", 3, "long prompts, one after the other"),
         ("prompt-tokens", 3000, "of each long prompt"),
         ("rounds", 2, "of all this with each engine, by turns"),
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from bench.interference import run as run_bench
     from engine.config import EngineConfig
 
-    numbers = ("streams", "max_tokens", "long_prompts", "prompt_tokens", "rounds")
+    numbers = ("streams", "answers", "max_tokens", "long_prompts", "prompt_tokens", "rounds")
     check_positive(args, *numbers)
     return run_bench(
         InterferenceOptions(

@@ -89,6 +89,7 @@ def build(
         ngrams=ngrams and drafting.drafter.takes_chains,
     )
     info = _describe(config, runner, drafting, limits, quantization, costs)
+    runner.cache.populate()  # not sooner: it would disturb what is measured above
     return Engine(runner, scheduler, policy, info)
 
 

@@ -34,7 +34,13 @@ class CostModel:
     def base_seconds(self, num_tokens: int, num_requests: int, num_keys: int) -> float:
         """Of a pass without drafts; num_keys: computed positions of all its requests together."""
         keys = max(num_keys - self.context * num_requests, 0)
-        return float(self.pass_seconds(np.array([num_tokens]))[0]) + self.first_key * keys
+        return self.seconds_of(num_tokens) + self.first_key * keys
+
+    def seconds_of(self, num_tokens: int) -> float:
+        """Of one pass, over `context` computed positions for each request."""
+        if num_tokens < _TABLE:
+            return float(self._pass_table[num_tokens])
+        return float(self.pass_seconds(np.array([num_tokens]))[0])
 
     @cached_property
     def _pass_table(self) -> NDArray[np.float64]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.backends.populate import populate
 from engine.config import KVCacheDtype
 from engine.model.config import DecoderConfig
 
 FP8 = torch.float8_e4m3fn
+_LARGE = 64 << 20  # bytes: less is given too fast to matter
 _LARGEST_FP8 = torch.finfo(FP8).max
 
 
@@ -53,16 +56,30 @@ class KVCache:
     def resize(self, num_blocks: int) -> None:
         """Take another number of blocks; what was in them is gone."""
         device = self.k.device
-        del self.k, self.v, self._places  # before the new ones come
+        del self.k, self.v, self._places, self._memory  # before the new ones come
         self._allocate(num_blocks, device)
 
     def _allocate(self, num_blocks: int, device: torch.device) -> None:
         self.num_blocks = num_blocks
         shape = (self.num_layers, self.num_kv_heads, num_blocks * self.block_size, self._head_dim)
-        self.k = _zeros(shape, self.stored, device)
-        self.v = _zeros(shape, self.stored, device)
+        self._memory: list[NDArray[np.generic]] = []  # on CPU
+        self.k, self.v = (self._zeros(shape, self.stored, device) for _ in range(2))
         # The same memory as it is copied from place to place, for which fp8 has no operators.
         self._places = tuple(x.view(torch.uint8) if self.stored == FP8 else x for x in (self.k, self.v))
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        # Attention masks unwritten slots, but 0 times NaN is NaN, so the memory has to start as zeros. On CPU
+        # the operating system's own zero pages do, and take no memory until they are written.
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=torch.uint8 if dtype == FP8 else dtype, device=device).view(dtype)
+        unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.itemsize]
+        self._memory.append(np.zeros(shape, dtype=unsigned))
+        return torch.from_numpy(self._memory[-1]).view(dtype)
+
+    def populate(self) -> None:
+        """Let the system give the pages of a large cache in CPU memory from now on, beside steps."""
+        if sum(memory.nbytes for memory in self._memory) >= _LARGE:
+            populate(self._memory, self.num_layers * self.num_kv_heads)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """slots: [num_tokens] int64; k, v: [num_tokens, num_kv_heads, head_dim]."""
@@ -118,12 +135,3 @@ class KVCache:
 
     def _decode(self, places: Tensor) -> Tensor:
         return places.view(FP8).to(self.dtype) if self.stored == FP8 else places
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Attention masks unwritten slots, but 0 times NaN is NaN, so the memory has to start as zeros. On CPU the
-    # operating system's own zero pages do, and take no memory until they are written.
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=torch.uint8 if dtype == FP8 else dtype, device=device).view(dtype)
-    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.itemsize]
-    return torch.from_numpy(np.zeros(shape, dtype=unsigned)).view(dtype)

@@ -44,6 +44,8 @@ class DraftPlanner:
         to join them. It may be asked several times about one step, with what is known by then; `settle` ends
         that."""
         self._asked = self._rests = False
+        if budget <= 0:
+            return
         if not self._attempt(lambda: self._plan(batch, budget, batch.num_tokens + num_prompt_tokens)):
             for scheduled in batch.scheduled:
                 scheduled.num_drafts, scheduled.allowance, scheduled.chain = 0, NOTHING, NO_CHAIN

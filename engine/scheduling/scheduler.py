@@ -15,12 +15,10 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.draft_planner import DraftPlanner
 from engine.scheduling.drafting import step_cost
 from engine.scheduling.pacing import Pacing, Unpaced
-from engine.scheduling.prompts import PromptShare, is_being_read, likely_tokens, read_prompts, reusable_hashes
+from engine.scheduling.prompts import PromptShare, is_being_read, read_prompts, reusable_hashes
 from engine.scheduling.request import Request
 from engine.scheduling.speculation import SpeculationPolicy
 
-# Tokens of a step that drafts leave to prompts, where these have so many; less of a small budget.
-_KEPT_FOR_PROMPTS = 16
 _STEPS_WHEN_SHORT = 100  # until a pass is tried again that memory was short for: one in a hundred is lost
 
 
@@ -126,17 +124,19 @@ class Scheduler:
         batch = Batch()
         self._num_short = max(self._num_short - 1, 0) if self._running else 0
         self._schedule_decoding(batch)
-        num_keys = sum(scheduled.num_computed for scheduled in batch.scheduled)
-        seconds = self._pacing.allowed_seconds(len(batch.scheduled), num_keys)
         budget = self.limits.max_num_batched_tokens - batch.num_tokens
         room = self.pool.num_available * self.pool.block_size
         prompts = self._prompts(joining=bool(self._waiting) and self._waiting[0].num_pending <= room)
-        num_prompt_tokens = likely_tokens(prompts, self._pacing, budget, seconds)
-        # What drafts are worth they may take from prompts, up to what these go on with in any case.
-        kept = min(num_prompt_tokens, _KEPT_FOR_PROMPTS, -(-budget // 2))
-        self._drafts.plan(batch, budget - kept, num_prompt_tokens)
-        budget = self.limits.max_num_batched_tokens - batch.num_tokens
-        self._read_prompts(batch, PromptShare(self._pacing, budget, seconds))
+        if prompts or self._waiting:
+            share = PromptShare(
+                self._pacing, budget, [scheduled.num_computed for scheduled in batch.scheduled]
+            )
+            num_prompt_tokens = share.likely_tokens(prompts)
+            self._drafts.plan(batch, share.most_drafts(num_prompt_tokens), num_prompt_tokens)
+            share.pay_drafts(sum(scheduled.num_drafts for scheduled in batch.scheduled))
+            self._read_prompts(batch, share)
+        else:
+            self._drafts.plan(batch, budget)
         self._drafts.settle()
         return batch
 
@@ -329,10 +329,8 @@ class Scheduler:
 
     def learn(self, batch: Batch, seconds: float) -> None:
         """Take in how long a batch took that nothing disturbed."""
-        chunks = [(s.num_tokens, s.num_computed) for s in batch.scheduled if s.num_tokens > 1]
-        keys = [s.num_computed for s in batch.scheduled if s.num_tokens == 1]
-        self._pacing.observe(len(keys), sum(keys), chunks, seconds)
-        if not chunks:
+        self._pacing.observe(batch, seconds)
+        if all(scheduled.num_tokens == 1 for scheduled in batch.scheduled):
             self._drafts.observe_step(step_cost(batch, seconds))
 
     def _register_blocks(self, request: Request) -> None:

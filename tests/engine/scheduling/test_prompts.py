@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from hypothesis import given, settings
@@ -29,8 +28,8 @@ def prompt(length: int, first: int = 3) -> list[int]:
 def test_what_is_taken_is_there(
     num_tokens: int, seconds: float, asked: Sequence[tuple[int, int, float]]
 ) -> None:
-    pacing = TimedPacing(COST)
-    share = PromptShare(pacing, num_tokens, seconds)
+    pacing = TimedPacing(COST, longest=seconds / 0.85 or 1e-12)
+    share = PromptShare(pacing, num_tokens, [])
     taken, spent = 0, 0.0
     for count, (num_left, context, part) in enumerate(asked):
         if not share.is_left:
@@ -39,18 +38,27 @@ def test_what_is_taken_is_there(
         assert 1 <= tokens <= num_left
         if count >= 2:  # all but the first two stop where the time is over
             assert spent < seconds
-        taken, spent = taken + tokens, spent + pacing.chunk_seconds(tokens, context)
-        if tokens > 8:
-            assert spent <= seconds * (1 + 1e-9)
+        spent += pacing.added_seconds(tokens, context, taken)
+        taken += tokens
+        if tokens > 4:  # the last of a prompt may take a quarter more
+            assert spent <= seconds * (1.25 if tokens == num_left else 1.0) * (1 + 1e-9)
     assert taken <= num_tokens
 
 
-@given(seconds=st.floats(1e-6, 10.0), context=st.integers(0, 100_000))
-def test_affordable_tokens_take_the_time_there_is(seconds: float, context: int) -> None:
+@given(
+    seconds=st.floats(1e-6, 10.0),
+    context=st.integers(0, 100_000),
+    beside=st.integers(0, 200),
+    most=st.integers(0, 2000),
+)
+def test_affordable_tokens_take_the_time_there_is(
+    seconds: float, context: int, beside: int, most: int
+) -> None:
     pacing = TimedPacing(COST)
-    tokens = pacing.affordable(seconds, context)
-    low, high = (pacing.chunk_seconds(n, context) for n in (math.floor(tokens), math.ceil(tokens)))
-    assert low <= seconds * (1 + 1e-9) and high >= seconds * (1 - 1e-9)
+    tokens = pacing.affordable(seconds, context, beside, most)
+    assert 0 <= tokens <= most
+    assert tokens == 0 or pacing.added_seconds(tokens, context, beside) <= seconds
+    assert tokens == most or pacing.added_seconds(tokens + 1, context, beside) > seconds
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,63 @@
+"""Memory is there before it is needed, keeps what it holds, and is given up with its array."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.backends import populate
+from engine.backends.populate import wait_until_populated
+
+MEGABYTE = 1 << 20
+
+
+def resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+def test_pages_come_and_keep_what_they_hold() -> None:
+    array = np.zeros((3, 20 * MEGABYTE), dtype=np.uint8)
+    array[1, 5 * MEGABYTE] = 7
+    before = resident_bytes()
+    populate.populate([array], 3)
+    wait_until_populated()
+    if resident_bytes() - before < 10 * MEGABYTE:
+        pytest.skip("this system gives no pages in advance")
+    assert resident_bytes() - before > 50 * MEGABYTE
+    assert array[1, 5 * MEGABYTE] == 7 and int(array.sum()) == 7
+
+
+def test_it_ends_with_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, goes_on = threading.Event(), threading.Event()
+
+    def give(address: int, size: int) -> bool:
+        started.set()
+        return goes_on.wait(10)
+
+    monkeypatch.setattr(populate, "_give", give)
+    array = np.zeros((2, 8 * MEGABYTE), dtype=np.uint8)
+    populate.populate([array], 2)
+    assert started.wait(10)
+    del array
+    calls = threading.active_count()
+    goes_on.set()
+    wait_until_populated()
+    assert threading.active_count() == calls - 1
+
+
+def test_it_ends_where_the_system_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses: list[int] = []
+
+    def refuse(address: int, size: int, advice: int) -> int:
+        addresses.append(address)
+        return -1
+
+    monkeypatch.setattr(populate, "_madvise", refuse)
+    array = np.zeros((2, 8 * MEGABYTE), dtype=np.uint8)
+    populate.populate([array], 2)
+    wait_until_populated()
+    assert len(addresses) == 1
