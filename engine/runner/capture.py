@@ -104,11 +104,11 @@ def _rehearsed_graph(
     """A graph ready to be recorded; None where there is no memory for it. Raises GraphCaptureError."""
     cache = runner.cache
     try:
-        buffers = BucketBuffers(bucket, runner.spare_seat, cache.block_size, cache.k.device)
+        buffers = BucketBuffers(bucket, runner.work.hidden.spare_seat, cache.block_size, cache.k.device)
         num_heads = runner.decoder.config.num_heads
         attention = make_attention(bucket, num_heads, buffers.slots, buffers.ancestors)
         drafting = _make_drafting(runner, buffers, make_attention)
-        graph = StepGraph(buffers, attention, drafting, runner)
+        graph = StepGraph(buffers, attention, drafting, runner.work)
         graph.rehearse(capture, example)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -139,7 +139,7 @@ def _make_drafting(
     if levels and drafter.root_heads is not None:
         ancestors = torch.zeros_like(buffers.root_slots)
         attention = make_attention(bucket.roots(), drafter.root_heads, buffers.root_slots, ancestors)
-    return DraftGraphs(buffers, attention, runner, levels)
+    return DraftGraphs(buffers, attention, runner.work, levels)
 
 
 def num_guessed_levels(runner: Runner, bucket: Bucket) -> int:

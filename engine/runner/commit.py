@@ -12,12 +12,14 @@ from torch import Tensor
 
 from engine.backends.backend import Backend
 from engine.backends.kv_cache import KVCache
-from engine.runner.step_input import CommitRows
+from engine.batch import PassResult
+from engine.runner.sampler import token_logprobs
+from engine.runner.step_input import CommitRows, StepInput
 from trees.verify import DraftTrees
 
 
 @dataclass(frozen=True)
-class Commitment:
+class _Commitment:
     """What one request's tree has come to."""
 
     token_ids: list[int]  # accepted tokens, then the bonus token
@@ -53,12 +55,43 @@ def pack(trees: DraftTrees, last: Tensor, targets: Tensor) -> Tensor:
     return torch.cat((*facts, paths, trees.tokens.gather(1, paths)), dim=1)
 
 
-def unpack(packed: Tensor) -> list[Commitment]:
-    """Waits for the device. packed: as `pack` makes it."""
-    paths_end = 3 + (packed.shape[1] - 3) // 2
-    commitments = []
-    for row in packed.tolist():
-        draft_depth, num_accepted, bonus_token = row[:3]
-        path = row[paths_end + 1 : paths_end + num_accepted + 1]
-        commitments.append(Commitment([*path, bonus_token], row[3 : 4 + num_accepted], draft_depth))
-    return commitments
+def read_results(step: StepInput, packed: Tensor, logits: Tensor) -> list[PassResult]:
+    """What each request of a pass gets. Waits for the device.
+
+    packed: as `pack` makes it, on the host; logits: [num_nodes_total, vocab], before anything was done to
+    them.
+    """
+    made = [_unpack(row, packed.shape[1]) for row in packed.tolist()]
+    committed = [PassResult(m.token_ids, draft_depth=m.draft_depth) for m in made]
+    _add_logprobs(step.commits, logits, made, committed)
+    results = iter(committed)
+    return [next(results) if s.commits else PassResult([]) for s in step.scheduled]
+
+
+def _unpack(row: list[int], width: int) -> _Commitment:
+    paths_end = 3 + (width - 3) // 2
+    draft_depth, num_accepted, bonus_token = row[:3]
+    path = row[paths_end + 1 : paths_end + num_accepted + 1]
+    return _Commitment([*path, bonus_token], row[3 : 4 + num_accepted], draft_depth)
+
+
+def _add_logprobs(
+    commits: CommitRows, logits: Tensor, made: list[_Commitment], committed: list[PassResult]
+) -> None:
+    """Those of all requests that ask for them, in one transfer. logits: [num_nodes_total, vocab]."""
+    rows: list[int] = []
+    token_ids: list[int] = []
+    num_top: list[int] = []
+    asking = []
+    for first, s, m, result in zip(commits.offsets, commits.scheduled, made, committed, strict=True):
+        top = s.request.sampling.logprobs
+        if top is not None:
+            asking.append(result)
+            rows += [first + node for node in m.nodes]
+            token_ids += m.token_ids
+            num_top += [top] * len(m.token_ids)
+    if not asking:
+        return
+    found = iter(token_logprobs(logits[rows], token_ids, num_top))
+    for result in asking:
+        result.logprobs = [next(found) for _ in result.token_ids]

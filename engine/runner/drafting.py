@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from torch import Tensor
 
-from engine.backends.backend import Backend
-from engine.backends.kv_cache import KVCache
 from engine.batch import Batch
 from engine.runner.drafter import Drafter, Proposal, RootRows
 from engine.runner.layout import build_rows
-from engine.runner.sampler import Sampler
 from engine.runner.sampling_table import Demand
 from engine.runner.transfer import integers, to_device
+from engine.runner.work import Work
 from trees.select import make_chains
 
 
@@ -34,17 +31,10 @@ def levels_of(drafter: Drafter, batch: Batch) -> int:
     return min(drafter.num_levels, max(s.num_drafts for s in drafting))
 
 
-def propose(
-    drafter: Drafter,
-    batch: Batch,
-    hidden: Tensor,
-    cache: KVCache,
-    backend: Backend,
-    sampler: Sampler,
-    demand: Demand,
-) -> Proposal | None:
+def propose(work: Work, batch: Batch, demand: Demand) -> Proposal | None:
     """Guesses for the requests of a batch that have drafts, None where nobody has; lowers the number of those
-    that get fewer. hidden: [num_seats, hidden], the rows that roots were drawn from."""
+    that get fewer."""
+    drafter, backend, cache, hidden = work.drafter, work.backend, work.cache, work.hidden.rows
     drafting = [s for s in batch.scheduled if s.num_drafts]
     if not drafting:
         return None
@@ -60,7 +50,7 @@ def propose(
         attention = backend.attention(roots, cache, drafter.root_heads)
     guessed = levels if drafter.takes_chains else max_nodes - 1
     if guessed and Demand.DRAW in demand:
-        noise = sampler.noise_ahead(seats, positions, guessed)
+        noise = work.sampler.noise_ahead(seats, positions, guessed)
     if drafter.trims and backend.host_is_device:  # elsewhere the host would wait for what was drafted
         least = to_device(np.array([s.allowance.least for s in drafting], dtype=np.float32), device).log_()
     proposal = drafter.grow(

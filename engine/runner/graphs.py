@@ -22,9 +22,10 @@ from engine.batch import Batch
 from engine.runner.bucket import Bucket, BucketBuffers
 from engine.runner.drafter import Proposal
 from engine.runner.layout import Layout
-from engine.runner.passes import Settled, StepPass, Work
+from engine.runner.passes import StepPass
 from engine.runner.sampling_table import EVERYTHING, Demand
 from engine.runner.step_input import StepInput
+from engine.runner.work import Settled, Work
 from trees.verify import DraftTrees
 
 _MOST_DRAWN = (
@@ -104,10 +105,10 @@ class StepGraph(StepPass):
         drafting: DraftGraphs | None,
         work: Work,
     ) -> None:
+        super().__init__(work)
         self._buffers = buffers
         self._attention = attention
         self._drafting = drafting
-        self._work = work
         self._forward: Run = self._run_forward
         self._settle_plain: Run = partial(self._run_settle, Demand.NOTHING)
         self._settle_all: Run | None = None

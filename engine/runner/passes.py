@@ -6,54 +6,46 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
-from engine.backends.backend import Backend
-from engine.backends.kv_cache import KVCache
 from engine.batch import Batch
-from engine.model.layers import Attention
 from engine.runner.drafter import Proposal
 from engine.runner.layout import lay_out
 from engine.runner.sampling_table import Demand
 from engine.runner.step_buffers import StepBuffers
 from engine.runner.step_input import StepInput
-from trees.select import Chains
+from engine.runner.work import Settled, Work
 from trees.verify import DraftTrees
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What a pass has come to, still on the device. It is gone with the next pass."""
+class Done:
+    """A pass that was run, still on the device."""
 
-    packed: Tensor  # what the host has to know, see `engine.runner.commit.pack`
-    logits: Tensor  # [num_nodes_total, vocab], before anything was done to them
-    rows: Tensor  # [num_commits, hidden], each request's last committed node's
-    stored: bool  # whether these rows are where the next drafts start from already
-
-
-class Work(Protocol):
-    """What the device does in a pass, on tensors alone."""
-
-    def grow(
-        self, step: StepInput, chains: Chains, levels: int, samples: bool, attention: Attention | None
-    ) -> Proposal:
-        """Guess for every request of a pass that decodes."""
-
-    def forward(self, step: StepInput, trees: DraftTrees, attention: Attention) -> Tensor:
-        """Fill the step in and run it: the hidden rows, [num_tokens, hidden]."""
-
-    def settle(self, step: StepInput, trees: DraftTrees, hidden: Tensor, demand: Demand) -> Settled:
-        """Draw targets, accept and compact. demand: what may be asked of draws."""
+    step: StepInput
+    hidden: Tensor  # [num_tokens, hidden]
+    settled: Settled | None  # None where nobody commits
 
 
 class StepPass(ABC):
-    """One pass. Its methods are called in this order, the first one perhaps while another pass still runs."""
+    """One pass."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def run(
+        self, batch: Batch, proposal: Proposal | None, before_seats: Sequence[int], demand: Demand
+    ) -> Done:
+        """Run it. proposal: the guesses that it does not make itself; before_seats: see StepInput."""
+        step = self.complete(batch, proposal, before_seats)
+        trees, hidden = self.forward(step)
+        self._work.observe(step, trees, hidden)
+        return Done(step, hidden, self.settle(step, demand) if step.commits.scheduled else None)
 
     @abstractmethod
     def complete(self, batch: Batch, proposal: Proposal | None, before_seats: Sequence[int]) -> StepInput:
-        """Lay out the rest of the pass, and guess what `proposal` does not. before_seats: see StepInput."""
+        """Lay out what is not laid out yet, and guess what `proposal` does not."""
 
     @abstractmethod
     def forward(self, step: StepInput) -> tuple[DraftTrees, Tensor]:
@@ -70,13 +62,10 @@ class EagerPass(StepPass):
     _trees: DraftTrees
     _hidden: Tensor
 
-    def __init__(self, work: Work, cache: KVCache, backend: Backend, num_heads: int) -> None:
-        self._work, self._cache, self._backend, self._num_heads = work, cache, backend, num_heads
-
     def complete(self, batch: Batch, proposal: Proposal | None, before_seats: Sequence[int]) -> StepInput:
-        block_size = self._cache.block_size
-        layout = lay_out(batch.scheduled, block_size)
-        buffers = StepBuffers.of_pass(layout, before_seats, block_size, self._cache.k.device)
+        cache = self._work.cache
+        layout = lay_out(batch.scheduled, cache.block_size)
+        buffers = StepBuffers.of_pass(layout, before_seats, cache.block_size, cache.k.device)
         buffers.place()
         if proposal is not None:
             buffers.take(proposal, len(layout.arrays["drafting"]))
@@ -86,8 +75,9 @@ class EagerPass(StepPass):
         return step
 
     def forward(self, step: StepInput) -> tuple[DraftTrees, Tensor]:
-        attention = self._backend.attention(step, self._cache, self._num_heads)
-        self._hidden = self._work.forward(step, self._trees, attention)
+        work = self._work
+        attention = work.backend.attention(step, work.cache, work.decoder.config.num_heads)
+        self._hidden = work.forward(step, self._trees, attention)
         return self._trees, self._hidden
 
     def settle(self, step: StepInput, demand: Demand) -> Settled:

@@ -167,14 +167,14 @@ def test_heads_that_are_not_asked_take_no_time(kind: str) -> None:
     # Greedy, so that a replay less is one of the heads'.
     arrivals = [Arrival("0", ALL_PROMPTS[5], params(LENGTH, ignore_eos=True))]
     asked, steps = 0, 0
-    grow = graphed.runner.grow
+    grow = graphed.runner.work.grow
 
     def counted(*args: Any) -> tuple[Tensor, Tensor]:
         nonlocal asked
         asked += 1
         return grow(*args)
 
-    graphed.runner.grow = counted  # type: ignore[method-assign]
+    graphed.runner.work.grow = counted  # type: ignore[method-assign]
     found = trees_of(graphed, arrivals)
     assert found == trees_of(plain, arrivals)
     steps = len(found) - 1  # all but the prompt's
@@ -219,6 +219,6 @@ def test_padding_that_heads_make_nonsense_of_is_harmless() -> None:
     heads = hydra()
     plain, graphed = (engine_of(heads) for _ in range(2))
     add_graphs(graphed.runner, [Bucket.of(5, 65, 13)])
-    graphed.runner._hidden[graphed.runner.spare_seat] = torch.nan
+    graphed.runner.work.hidden.rows[graphed.runner.work.hidden.spare_seat] = torch.nan
     arrivals = [Arrival(str(i), ALL_PROMPTS[i + 2], params(LENGTH, ignore_eos=True)) for i in range(2)]
     assert trees_of(graphed, arrivals) == trees_of(plain, arrivals)
