@@ -32,8 +32,8 @@ class PassShape:
 
     def roots(self) -> PassShape:
         """The pass over the roots alone, where all requests decode."""
-        bases = self.prefix_len[self.starts[:-1]]
-        return PassShape(bases + 1, np.arange(len(self.starts)), self.block_tables, bases + 1)
+        roots = self.prefix_len[self.starts[:-1]]
+        return PassShape(roots + 1, np.arange(len(self.starts)), self.block_tables, roots + 1)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,6 @@ class PassInput(PassShape):
     """The same with what a decoder and its attention need of it on the device."""
 
     token_ids: Tensor  # [num_tokens] int64
-    positions: Tensor  # [num_tokens] int64, as the model counts them: base + depth in a tree
+    positions: Tensor  # [num_tokens] int64, as the model counts them: root + depth in a tree
     slots: Tensor  # [num_tokens] int64, slot mapping
     ancestors: Tensor  # [num_tokens] int64 bit set of the tree nodes each token sees

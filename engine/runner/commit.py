@@ -28,7 +28,7 @@ class _Commitment:
 
 
 def compact(backend: Backend, cache: KVCache, commits: CommitRows, last: Tensor, trees: DraftTrees) -> None:
-    """Move the K and V of accepted nodes to the logical positions base + 1, base + 2, ...
+    """Move the K and V of accepted nodes to the logical positions that follow their root
 
     last: [num_commits] int64, the deepest accepted node of each tree.
     """

@@ -68,24 +68,24 @@ class DraftModelDrafter(Drafter):
     def grow(self, rows: RootRows) -> Proposal:
         requests, device = rows.requests, rows.roots.device
         tokens = torch.nn.functional.pad(rows.roots.unsqueeze(1), (0, rows.max_nodes - 1))
-        bases, budgets = [len(request.token_ids) - 1 for request in requests], rows.num_nodes.tolist()
+        roots_at, budgets = [len(request.token_ids) - 1 for request in requests], rows.num_nodes.tolist()
         # A chain that was accepted whole left its last node, which no draft followed, uncomputed.
-        firsts = [min(self._known(request), base) for request, base in zip(requests, bases, strict=True)]
-        hidden = self._run(requests, firsts, [base + 1 for base in bases])
-        lengths = [base + 1 - first for base, first in zip(bases, firsts, strict=True)]
+        firsts = [min(self._known(request), root) for request, root in zip(requests, roots_at, strict=True)]
+        hidden = self._run(requests, firsts, [root + 1 for root in roots_at])
+        lengths = [root + 1 - first for root, first in zip(roots_at, firsts, strict=True)]
         ends = integers(list(itertools.accumulate(lengths)), device)
         noise = rows.noise
         tokens[:, 1] = self._guess(hidden[ends - 1], noise, 0)
         for node in range(1, rows.max_nodes - 1):
             going_on = [i for i, budget in enumerate(budgets) if budget > node + 1]
-            places = [bases[i] + node for i in going_on]
+            places = [roots_at[i] + node for i in going_on]
             chosen = integers(going_on, device)
             hidden = self._run(
                 [requests[i] for i in going_on], places, [p + 1 for p in places], tokens[chosen, node]
             )
             tokens[chosen, node + 1] = self._guess(hidden, noise and noise.rows(chosen), node)
-        for request, base, budget in zip(requests, bases, budgets, strict=True):
-            self._progress[request].length = base + budget - 1
+        for request, root, budget in zip(requests, roots_at, budgets, strict=True):
+            self._progress[request].length = root + budget - 1
         return Proposal(tokens, chain_parents(tokens), rows.max_nodes - 1)
 
     def _guess(self, hidden: Tensor, noise: Noise | None, level: int) -> Tensor:

@@ -39,14 +39,14 @@ def propose(work: Work, batch: Batch, demand: Demand) -> Proposal | None:
     if not drafting:
         return None
     requests, budgets = [s.request for s in drafting], [s.num_drafts + 1 for s in drafting]
-    bases = [len(request.token_ids) - 1 for request in requests]
+    roots_at = [len(request.token_ids) - 1 for request in requests]
     device, max_nodes, levels = hidden.device, max(budgets), levels_of(drafter, batch)
     seats = integers([s.request.seat or 0 for s in drafting], device)
-    positions = integers(bases, device)
+    positions = integers(roots_at, device)
     attention = noise = least = None
     if levels and drafter.root_heads is not None:
         # The pass over the roots alone.
-        roots = build_rows(requests, bases, [base + 1 for base in bases], cache.block_size, device)
+        roots = build_rows(requests, roots_at, [root + 1 for root in roots_at], cache.block_size, device)
         attention = backend.attention(roots, cache, drafter.root_heads)
     guessed = levels if drafter.takes_chains else max_nodes - 1
     if guessed and Demand.DRAW in demand:

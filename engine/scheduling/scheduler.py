@@ -302,7 +302,7 @@ class Scheduler:
         return outputs
 
     def _commit(self, request: Request, scheduled: ScheduledRequest, result: PassResult) -> RequestOutput:
-        base = len(request.token_ids) - 1
+        root = len(request.token_ids) - 1
         appended: list[int] = []
         for token_id in result.token_ids:
             appended.append(token_id)
@@ -310,7 +310,7 @@ class Scheduler:
                 break
         num_accepted = min(len(result.token_ids) - 1, len(appended))
         # Of root and accepted tokens the KV is final; the bonus token is the next root.
-        request.num_computed = base + 1 + num_accepted
+        request.num_computed = root + 1 + num_accepted
         request.has_hidden = True
         scheduled.num_committed, scheduled.num_accepted = len(appended), num_accepted
         scheduled.draft_depth = result.draft_depth
