@@ -21,13 +21,15 @@ class PromptShare:
     """What a step has for prompts, and for drafts beside them: tokens, and seconds.
 
     num_tokens: that the step may hold besides its roots. num_computed: positions that each of the requests
-    which decode has computed.
+    which decode has computed. num_prompts: that are or wait to be read.
     """
 
-    def __init__(self, pacing: Pacing, num_tokens: int, num_computed: Sequence[int]) -> None:
+    def __init__(
+        self, pacing: Pacing, num_tokens: int, num_computed: Sequence[int], num_prompts: int = 1
+    ) -> None:
         self._pacing, self._num_tokens = pacing, num_tokens
         self._num_beside = len(num_computed)  # tokens that the step holds so far
-        self._seconds = pacing.spare_seconds(len(num_computed), sum(num_computed))
+        self._seconds = pacing.spare_seconds(len(num_computed), sum(num_computed), num_prompts)
         self._usual_context = sum(num_computed) // max(len(num_computed), 1)
         self._num_served = 0
 

@@ -150,6 +150,21 @@ def test_short_steps_lose_no_throughput(num_streams: int) -> None:
     assert seconds[1] < 1.05 * seconds[0]
 
 
+@pytest.mark.parametrize("num_clients", [4, 16])
+def test_many_short_prompts_at_once_lose_no_throughput(num_clients: int) -> None:
+    seconds = []
+    for paced in (False, True):
+        engine = Engine(Machine(), paced)
+        for turn in range(3):
+            for index in range(num_clients):
+                engine.add(f"{turn}-{index}", 60, 64)
+            while engine.scheduler.has_work():
+                engine.step()
+        seconds.append(engine.now)
+    print(f"{seconds[1] / seconds[0]:.3f} times as long")
+    assert seconds[1] < 1.05 * seconds[0]
+
+
 def test_the_time_of_a_step_may_be_set() -> None:
     engine = Engine(Machine(), longest=0.05)
     engine.start_streams(2)
