@@ -16,7 +16,7 @@ from engine.costs import CostModel
 from engine.messages import SamplingParams
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import AdaptiveSpeculation
+from engine.speculation.adaptive import AdaptiveSpeculation
 from trees.family import MAX_DRAFT_NODES, TreeFamily
 
 PROMPT_TOKENS = 256

@@ -32,7 +32,8 @@ from engine.runner.runner import Runner
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.pacing import Pacing, TimedPacing, Unpaced
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation, SpeculationPolicy
+from engine.speculation.adaptive import AdaptiveSpeculation
+from engine.speculation.policy import FixedSpeculation, SpeculationPolicy
 from trees.family import TreeFamily
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from engine.model.footprint import weight_bytes
 from engine.request_checks import check_request
 from engine.runner.runner import Runner
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import SpeculationPolicy
+from engine.speculation.policy import SpeculationPolicy
 
 logger = logging.getLogger(__name__)
 

@@ -47,6 +47,7 @@ SOURCES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob
 WITHOUT_TORCH = (
     "server/",
     "engine/scheduling/",
+    "engine/speculation/",
     "engine/text/",
     "engine/files/",
     "heads/registry/",
@@ -182,7 +183,8 @@ def test_commands_import_nothing_heavy_at_the_top(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["server", "engine.scheduling", "engine.text", "engine.files", "heads.registry"]
+    "package",
+    ["server", "engine.scheduling", "engine.speculation", "engine.text", "engine.files", "heads.registry"],
 )
 def test_no_torch_gets_in_through_others(package: str) -> None:
     folder = ROOT / package.replace(".", "/")

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from engine.batch import Batch
 from engine.costs import CostModel
-from engine.scheduling.cost import Tracker
+from engine.speculation.tracker import Tracker
 
 # How long a step with prompts should take, as a multiple of a usual step without. The first holds where
 # requests wait for their next token. The second holds where prompts are read alone: each step reads the

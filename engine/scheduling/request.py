@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from engine.batch import RequestState
 from engine.messages import FinishReason, RequestUsage
 from engine.scheduling.block_pool import hash_block, hash_scope
-from engine.scheduling.drafting import Acceptance
 from engine.scheduling.ngrams import NgramIndex
+from engine.speculation.acceptance import Acceptance
 
 
 @dataclass(slots=True, eq=False)

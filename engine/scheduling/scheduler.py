@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from engine.batch import Batch, BatchLimits, PassResult, ScheduledRequest, make_block_table
 from engine.messages import Failure, RequestOutput, SamplingParams
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.draft_planner import DraftPlanner
-from engine.scheduling.drafting import step_cost
+from engine.scheduling.grants import DraftGrants
 from engine.scheduling.pacing import Pacing, Unpaced
 from engine.scheduling.prompts import PromptShare, is_being_read, read_prompts, reusable_hashes
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import SpeculationPolicy
+from engine.speculation.facts import step_cost
+from engine.speculation.policy import SpeculationPolicy
 
 _STEPS_WHEN_SHORT = 100  # until a pass is tried again that memory was short for: one in a hundred is lost
 
@@ -53,7 +53,7 @@ class Scheduler:
         self._running: list[Request] = []  # oldest first
         self._seats = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_short = 0  # steps to go without admitting anybody, because passes had no memory
-        self._drafts = DraftPlanner(self._requests, pool, policy, limits, ngrams)
+        self._drafts = DraftGrants(self._requests, pool, policy, limits, ngrams)
 
     @property
     def num_running(self) -> int:

@@ -13,7 +13,7 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.pacing import Pacing
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import FixedSpeculation, SpeculationPolicy
+from engine.speculation.policy import FixedSpeculation, SpeculationPolicy
 
 EOS = 2
 

@@ -21,7 +21,7 @@ from engine.model.decoder import Decoder
 from engine.model.uniform import Sizes, uniform_config
 from engine.runner.drafter import Drafter
 from engine.runner.runner import Runner
-from engine.scheduling.speculation import FixedSpeculation, SpeculationPolicy
+from engine.speculation.policy import FixedSpeculation, SpeculationPolicy
 from tests.engine.drafters import ShapedDrafter
 from tests.engine.helpers import make_scheduler
 from tests.fakes import DenseCausalAttention

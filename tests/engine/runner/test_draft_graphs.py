@@ -16,8 +16,8 @@ from engine.batch import Allowance
 from engine.runner.bucket import Bucket
 from engine.runner.heads_drafter import HeadsDrafter
 from engine.runner.step_input import StepInput
-from engine.scheduling.drafting import Candidate, Load
-from engine.scheduling.speculation import FixedSpeculation
+from engine.speculation.facts import Candidate, Load
+from engine.speculation.policy import FixedSpeculation
 from heads.base import DraftHeads
 from tests.engine.families import full
 from tests.engine.graphs import add_graphs

@@ -14,7 +14,8 @@ from engine.batch import Batch
 from engine.costs import CostModel
 from engine.messages import SamplingParams
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation
+from engine.speculation.adaptive import AdaptiveSpeculation
+from engine.speculation.policy import FixedSpeculation
 from tests.engine.families import full
 from tests.engine.helpers import (
     EOS,
@@ -195,7 +196,7 @@ def test_memory_that_is_short_stops_it() -> None:
 def test_n_grams_join_planned_trees_unless_they_are_surer_than_heads(
     sure: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.scheduling.draft_planner._SURE", 0.0 if sure else 1.1)
+    monkeypatch.setattr("engine.scheduling.grants._SURE", 0.0 if sure else 1.1)
     monkeypatch.setattr("tests.engine.helpers.next_token", lambda known: 3 + len(known) % 4)
     ahead = make(ngrams=True, max_model_len=200)
     ahead.scheduler.add("a", [3, 4, 5, 6, 3, 4, 5, 6], params(30, ignore_eos=True))
@@ -228,7 +229,6 @@ def test_plans_that_are_dropped_leave_no_trace() -> None:
             batch = scheduler.schedule()
         records = [s.request.acceptance for s in batch.scheduled]
         assert any(record.expected for record in records)
-        names = ("_rested", "_fruitless", "_doubtful", "_since_change", "_probe_after", "_overall")
-        learned = [getattr(policy, name) for name in names]
-        states.append((learned, policy._overall, records, [s.num_drafts for s in batch.scheduled]))
+        learned = vars(policy._tries), vars(policy._memory)
+        states.append((learned, records, [s.num_drafts for s in batch.scheduled]))
     assert states[0] == states[1]

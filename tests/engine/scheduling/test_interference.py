@@ -11,7 +11,7 @@ import pytest
 from engine.batch import Batch, PassResult
 from engine.costs import CostModel
 from engine.scheduling.pacing import TimedPacing, Unpaced
-from engine.scheduling.speculation import AdaptiveSpeculation
+from engine.speculation.adaptive import AdaptiveSpeculation
 from tests.engine.families import family_of_rates
 from tests.engine.helpers import make_scheduler, params
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.costs import CostModel
 from engine.scheduling.pacing import TimedPacing
 from engine.scheduling.prompts import PromptShare
-from engine.scheduling.speculation import FixedSpeculation
+from engine.speculation.policy import FixedSpeculation
 from tests.engine.helpers import FakeRunner, continuation, make_scheduler, params, run_all, run_step
 
 COST = CostModel(passes=((1, 0.01), (64, 0.02), (128, 0.04)), next_key=1e-6)

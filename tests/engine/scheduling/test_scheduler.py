@@ -10,7 +10,8 @@ from engine.batch import Batch, PassResult
 from engine.costs import CostModel
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation
+from engine.speculation.adaptive import AdaptiveSpeculation
+from engine.speculation.policy import FixedSpeculation
 from tests.engine.families import full
 from tests.engine.helpers import FakeRunner, continuation, make_scheduler, params, run_all, run_step
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from engine.batch import Allowance, SpeculationReport
 from engine.costs import CostModel
 from engine.messages import SamplingParams
-from engine.scheduling.drafting import Acceptance, Candidate, Load, StepCost
 from engine.scheduling.pacing import TimedPacing
+from engine.speculation.acceptance import Acceptance
+from engine.speculation.facts import Candidate, Load, StepCost
 from tests.engine.helpers import FakeRunner, continuation, make_scheduler, params, random_accept, run_step
 
 MODEL_LEN = 40

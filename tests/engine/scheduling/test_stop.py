@@ -8,7 +8,7 @@ import pytest
 
 from engine.batch import PassResult
 from engine.messages import RequestOutput
-from engine.scheduling.speculation import FixedSpeculation
+from engine.speculation.policy import FixedSpeculation
 from tests.engine.helpers import EOS, FakeRunner, make_scheduler, params, run_step
 
 PATH = [10, 11, 12, 13]  # committed in one step, after a first token 9

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from engine.batch import NO_CHAIN, NOTHING, Allowance, Batch, BatchLimits, Chain, ScheduledRequest
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.drafting import Candidate, Load, StepCost
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import SpeculationPolicy
+from engine.speculation.facts import Candidate, Load, StepCost
+from engine.speculation.policy import SpeculationPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ _FEW = 8  # one request of so many may do without its chain
 _STEPS_AFTER_FAULT = 1000  # without drafts, where the policy or a chain has raised
 
 
-class DraftPlanner:
+class DraftGrants:
     """`requests`: the scheduler's own, by id; `ngrams`: whether to look up what followed a request's last
     tokens before."""
 
@@ -108,7 +108,8 @@ class DraftPlanner:
         if drafting and not self._rests:
             candidates = [self._candidate(scheduled, limit) for scheduled, limit in drafting]
             num_keys = sum(scheduled.num_computed for scheduled in committing)
-            allowances = self._policy.plan(Load(len(committing), num_tokens, num_keys), candidates)
+            load = Load(len(committing), num_tokens, num_keys, budget)
+            allowances = self._policy.plan(load, candidates)
             for (scheduled, _), allowance in zip(drafting, allowances, strict=True):
                 budget -= self._grant(scheduled, allowance, budget)
         batch.speculation = self._policy.report()
@@ -116,7 +117,7 @@ class DraftPlanner:
     def _grant(self, scheduled: ScheduledRequest, allowance: Allowance, budget: int) -> int:
         """How many draft tokens there is room for."""
         request = scheduled.request
-        size = min(allowance.most, budget)
+        size = min(allowance.most, budget)  # no policy's mistake may overfill a pass
         num_known = len(request.token_ids) + scheduled.most_gained
         if not self._pool.extend(request.block_table, num_known + size):
             # Drafts never push another request out: they make do with the room there is.

@@ -9,33 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.batch import Batch
-
-_MEMORY = 0.9  # weight of a request's past against its next verified draft
-_FORGETTING = 0.98  # per step without drafts: an old verdict fades, so that speculation is tried again
-_PRIOR_TOKENS = 2.0  # how many expected tokens the calibration weighs against a request's own record
-
-
-@dataclass(slots=True)
-class Acceptance:
-    """How the drafts of one request fare against what calibration expects of them."""
-
-    expected: float = 0.0
-    accepted: float = 0.0
-
-    def ratio(self, prior: float, rested: int = 0) -> float:
-        """Accepted over expected tokens, starting from `prior` where little has been seen; rested: steps
-        without drafts that it has not been told of by `fade`."""
-        kept = _FORGETTING**rested
-        return (_PRIOR_TOKENS * prior + kept * self.accepted) / (_PRIOR_TOKENS + kept * self.expected)
-
-    def observe(self, expected: float, accepted: int, memory: float = _MEMORY) -> None:
-        self.expected = memory * self.expected + expected
-        self.accepted = memory * self.accepted + accepted
-
-    def fade(self, steps: int = 1) -> None:
-        """Forget a little for every step without drafts."""
-        self.expected *= _FORGETTING**steps
-        self.accepted *= _FORGETTING**steps
+from engine.speculation.acceptance import Acceptance
 
 
 @dataclass(slots=True)
@@ -54,11 +28,24 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class Load:
     """A pass as it is before drafts: requests that commit in it, known tokens of all its requests, and
-    positions that those which commit have computed."""
+    positions that those which commit have computed. budget: draft tokens that it has room for, all requests
+    together; None where there is no such limit.
+    """
 
     num_committing: int
     num_tokens: int
     num_keys: int = 0
+    budget: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Draft tokens of a pass as far as their price goes; the entries belong together, one for each plan."""
+
+    num_drafts: NDArray[np.int64]
+    keys: NDArray[np.int64]  # computed positions of each draft token's request, summed up
+    num_guessing: NDArray[np.int64]  # requests that heads guess for
+    depth: NDArray[np.int64]  # levels that heads are asked for, at least 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +66,6 @@ class StepCost:
     def drafts(self) -> Drafts:
         counts = (self.num_drafts, self.draft_keys, self.num_guessing, max(self.depth, 1))
         return Drafts(*(np.array([count]) for count in counts))
-
-
-@dataclass(frozen=True, slots=True)
-class Drafts:
-    """Draft tokens of a pass as far as their price goes; the entries belong together, one for each plan."""
-
-    num_drafts: NDArray[np.int64]
-    keys: NDArray[np.int64]  # computed positions of each draft token's request, summed up
-    num_guessing: NDArray[np.int64]  # requests that heads guess for
-    depth: NDArray[np.int64]  # levels that heads are asked for, at least 1
 
 
 def step_cost(batch: Batch, seconds: float) -> StepCost:

@@ -9,9 +9,11 @@ import pytest
 
 from engine.batch import NOTHING, Allowance
 from engine.costs import CostModel
-from engine.scheduling.drafting import Acceptance, Candidate, Load, StepCost
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation
+from engine.speculation.acceptance import Acceptance
+from engine.speculation.adaptive import AdaptiveSpeculation
+from engine.speculation.facts import Candidate, Load, StepCost
+from engine.speculation.policy import FixedSpeculation
 from tests.engine.families import full
 from tests.engine.helpers import FakeRunner, make_scheduler, params, run_all, run_step
 

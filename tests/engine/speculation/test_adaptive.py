@@ -9,8 +9,10 @@ import pytest
 
 from engine.batch import NOTHING
 from engine.costs import CostModel
-from engine.scheduling.drafting import Acceptance, Candidate, Load, StepCost
-from engine.scheduling.speculation import AdaptiveSpeculation, FixedSpeculation
+from engine.speculation.acceptance import Acceptance
+from engine.speculation.adaptive import AdaptiveSpeculation
+from engine.speculation.facts import Candidate, Load, StepCost
+from engine.speculation.policy import FixedSpeculation
 from tests.engine.families import family_of_rates
 from trees.family import RankPath, TreeFamily
 
