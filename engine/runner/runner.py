@@ -14,9 +14,9 @@ from engine.model.running import RunningDecoder
 from engine.runner.commit import read_results
 from engine.runner.device import torch_threads
 from engine.runner.drafter import Drafter, NoDrafter, Proposal
-from engine.runner.drafting import levels_of, limit_drafts, propose
 from engine.runner.graphs import StepGraph, StepGraphs
 from engine.runner.passes import EagerPass, StepPass
+from engine.runner.proposing import levels_of, limit_drafts, propose
 from engine.runner.sampling_table import Demand
 from engine.runner.transfer import to_host
 from engine.runner.work import Work

@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 from engine.model.decoder import Decoder, RopeTable
 from engine.runner.draft_model import DraftModelDrafter, first_layers
 from engine.runner.drafter import ChainDrafter, Proposal, RootRows
-from engine.runner.drafting import limit_drafts
+from engine.runner.proposing import limit_drafts
 from tests.engine.families import chain
 from tests.engine.helpers import params
 from tests.engine.tiny import CONFIG, VOCAB, Arrival, TinyEngine, tiny_backend, tiny_decoder
