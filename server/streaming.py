@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import anyio
 from fastapi import Request
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from engine.errors import GorgonError
 from server.errors import ClientDisconnectedError, GenerationError, to_api_error
 from server.generation import Generation, Piece
+from server.protocol.common import StreamOptions
 
 logger = logging.getLogger("gorgon.server")
 
@@ -111,18 +113,31 @@ class _EventStream(EventSourceResponse):
                 await self._content.aclose()
 
 
-class ChunkWriter(Protocol):
+class ChunkWriter(ABC):
     """What the two endpoints do differently in a stream. Chunks are pydantic models."""
 
+    def __init__(self, options: StreamOptions | None) -> None:
+        self._include_usage = options is not None and bool(options.include_usage)
+
+    @abstractmethod
     def first(self) -> list[BaseModel]:
         """Chunks that come before any text."""
-        ...
 
+    @abstractmethod
     def piece(self, piece: Piece) -> BaseModel: ...
+
+    @abstractmethod
+    def end(self, generation: Generation) -> BaseModel:
+        """The chunk with the finish reason."""
+
+    @abstractmethod
+    def usage(self, generation: Generation) -> BaseModel:
+        """The chunk with the usage alone."""
 
     def last(self, generation: Generation) -> list[BaseModel]:
         """The chunk with the finish reason, and the one with the usage where it was asked for."""
-        ...
+        end = self.end(generation)
+        return [end, self.usage(generation)] if self._include_usage else [end]
 
 
 async def stream(request: Request, generation: Generation, writer: ChunkWriter) -> EventSourceResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
@@ -26,7 +27,7 @@ from server.protocol.chat import (
 )
 from server.sampling import check_model, resolve_max_tokens, sampling_params
 from server.services import cache_scope, services
-from server.streaming import collect, stream
+from server.streaming import ChunkWriter, collect, stream
 
 router = APIRouter()
 
@@ -56,11 +57,9 @@ async def create_chat_completion(request: Request) -> Response:
     generation = Generation(
         service, request_id, request.state.request_id, chat, prompt, sampling, arrived, cache_scope(request)
     )
-    created = int(time.time())
+    head: dict[str, Any] = {"id": request_id, "created": int(time.time()), "model": model}
     if chat.stream:
-        include_usage = chat.stream_options is not None and bool(chat.stream_options.include_usage)
-        writer = _Chunks(request_id, created, model, chat, service.token_texts, include_usage)
-        return await stream(request, generation, writer)
+        return await stream(request, generation, _Chunks(head, chat, service.token_texts))
 
     pieces = await collect(request, generation)
     assert generation.finish_reason is not None  # collect read to the end
@@ -70,27 +69,15 @@ async def create_chat_completion(request: Request) -> Response:
         logprobs=_logprobs(entries, service.token_texts) if chat.logprobs else None,
         finish_reason=generation.finish_reason,
     )
-    return json_response(
-        ChatCompletion(id=request_id, created=created, model=model, choices=[choice], usage=generation.usage)
-    )
+    return json_response(ChatCompletion(**head, choices=[choice], usage=generation.usage))
 
 
-class _Chunks:
-    def __init__(
-        self,
-        request_id: str,
-        created: int,
-        model: str,
-        chat: ChatRequest,
-        texts: TokenTexts,
-        include_usage: bool,
-    ) -> None:
-        self._id = request_id
-        self._created = created
-        self._model = model
-        self._chat = chat
-        self._texts = texts
-        self._include_usage = include_usage
+class _Chunks(ChunkWriter):
+    """head: what every chunk begins with."""
+
+    def __init__(self, head: dict[str, Any], chat: ChatRequest, texts: TokenTexts) -> None:
+        super().__init__(chat.stream_options)
+        self._head, self._chat, self._texts = head, chat, texts
 
     def first(self) -> list[BaseModel]:
         return [self._chunk(ChatChunkChoice(delta={"role": "assistant", "content": ""}))]
@@ -100,18 +87,14 @@ class _Chunks:
         logprobs = _logprobs(entries, self._texts) if self._chat.logprobs else None
         return self._chunk(ChatChunkChoice(delta={"content": piece.text}, logprobs=logprobs))
 
-    def last(self, generation: Generation) -> list[BaseModel]:
-        chunks: list[BaseModel] = [
-            self._chunk(ChatChunkChoice(delta={}, finish_reason=generation.finish_reason))
-        ]
-        if self._include_usage:
-            usage_only = self._chunk()
-            usage_only.usage = generation.usage
-            chunks.append(usage_only)
-        return chunks
+    def end(self, generation: Generation) -> BaseModel:
+        return self._chunk(ChatChunkChoice(delta={}, finish_reason=generation.finish_reason))
 
-    def _chunk(self, *choices: ChatChunkChoice) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=list(choices))
+    def usage(self, generation: Generation) -> BaseModel:
+        return ChatChunk(**self._head, choices=[], usage=generation.usage)
+
+    def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
+        return ChatChunk(**self._head, choices=[choice])
 
 
 def _logprobs(entries: list[TokenLogprobs], texts: TokenTexts) -> ChatLogprobs:

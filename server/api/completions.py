@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
@@ -15,7 +16,7 @@ from server.logprobs import TokenTexts, finite
 from server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from server.sampling import check_model, check_token_ids, resolve_max_tokens, sampling_params
 from server.services import Services, cache_scope, services
-from server.streaming import collect, stream
+from server.streaming import ChunkWriter, collect, stream
 
 router = APIRouter()
 
@@ -40,12 +41,10 @@ async def create_completion(request: Request) -> Response:
     generation = Generation(
         service, request_id, request.state.request_id, body, prompt, sampling, arrived, cache_scope(request)
     )
-    created = int(time.time())
+    head: dict[str, Any] = {"id": request_id, "created": int(time.time()), "model": model}
     echo = prompt_text if body.echo else ""
     if body.stream:
-        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        writer = _Chunks(request_id, created, model, body, service.token_texts, include_usage, echo)
-        return await stream(request, generation, writer)
+        return await stream(request, generation, _Chunks(head, body, service.token_texts, echo))
 
     pieces = await collect(request, generation)
     choice = CompletionChoice(
@@ -53,9 +52,7 @@ async def create_completion(request: Request) -> Response:
         logprobs=None if body.logprobs is None else _logprobs(pieces, service.token_texts),
         finish_reason=generation.finish_reason,
     )
-    return json_response(
-        Completion(id=request_id, created=created, model=model, choices=[choice], usage=generation.usage)
-    )
+    return json_response(Completion(**head, choices=[choice], usage=generation.usage))
 
 
 async def _prompt(body: CompletionRequest, service: Services) -> tuple[list[int], str]:
@@ -70,24 +67,12 @@ async def _prompt(body: CompletionRequest, service: Services) -> tuple[list[int]
     return body.prompt, text
 
 
-class _Chunks:
-    def __init__(
-        self,
-        request_id: str,
-        created: int,
-        model: str,
-        body: CompletionRequest,
-        texts: TokenTexts,
-        include_usage: bool,
-        echo: str,
-    ) -> None:
-        self._id = request_id
-        self._created = created
-        self._model = model
-        self._body = body
-        self._texts = texts
-        self._include_usage = include_usage
-        self._echo = echo
+class _Chunks(ChunkWriter):
+    """head: what every chunk begins with; echo: text that comes before the answer's."""
+
+    def __init__(self, head: dict[str, Any], body: CompletionRequest, texts: TokenTexts, echo: str) -> None:
+        super().__init__(body.stream_options)
+        self._head, self._body, self._texts, self._echo = head, body, texts, echo
 
     def first(self) -> list[BaseModel]:
         return [self._chunk(CompletionChoice(text=self._echo))] if self._echo else []
@@ -96,18 +81,14 @@ class _Chunks:
         logprobs = None if self._body.logprobs is None else _logprobs([piece], self._texts)
         return self._chunk(CompletionChoice(text=piece.text, logprobs=logprobs))
 
-    def last(self, generation: Generation) -> list[BaseModel]:
-        chunks: list[BaseModel] = [
-            self._chunk(CompletionChoice(text="", finish_reason=generation.finish_reason))
-        ]
-        if self._include_usage:
-            usage_only = self._chunk()
-            usage_only.usage = generation.usage
-            chunks.append(usage_only)
-        return chunks
+    def end(self, generation: Generation) -> BaseModel:
+        return self._chunk(CompletionChoice(text="", finish_reason=generation.finish_reason))
 
-    def _chunk(self, *choices: CompletionChoice) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=list(choices))
+    def usage(self, generation: Generation) -> BaseModel:
+        return Completion(**self._head, choices=[], usage=generation.usage)
+
+    def _chunk(self, choice: CompletionChoice) -> Completion:
+        return Completion(**self._head, choices=[choice])
 
 
 def _logprobs(pieces: list[Piece], texts: TokenTexts) -> CompletionLogprobs:
