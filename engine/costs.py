@@ -56,12 +56,6 @@ class CostModel:
         first[counts == 0] = every[counts == 0] = 0.0
         return first, np.maximum(every - first, 0.0) / max(self.levels - 1, 1)
 
-    @property
-    def token_seconds(self) -> float:
-        """What one more token adds to a large pass."""
-        *_, largest = self.passes
-        return float(np.diff(self.pass_seconds(np.array([largest[0], largest[0] + 1])))[0])
-
     def pass_seconds(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         if num_tokens[-1] < _TABLE:  # what comes in an order comes in a rising one
             return np.asarray(self._pass_table[num_tokens])

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from engine.runner.drafter import Drafter
 
 NGRAM, DRAFT, NONE = "ngram", "draft", "none"
-BASELINES = (NGRAM, DRAFT)
 # A long guess costs n-grams only rows of the pass, and text often repeats for long. A draft model needs a
 # pass for every token.
 NGRAM_TOKENS = 8
@@ -41,7 +40,7 @@ class Baseline:
 def plan_baselines(
     names: Sequence[str], config: EngineConfig, draft_model: str | None, draft_layers: int | None
 ) -> list[Baseline]:
-    """The named baselines in the order of BASELINES. They load their models later, when drafters are made.
+    """The named baselines, n-grams first. They load their models later, when drafters are made.
 
     `draft_model` is a registry name, folder or hub id; without it, the model drafts with its own first
     `draft_layers` layers (None: a fifth of them). No chain is longer than the configuration's largest tree.

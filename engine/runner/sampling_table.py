@@ -3,7 +3,6 @@ runner's per-request state, written once when a request takes that row over."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import Flag, auto
 
 import torch
@@ -102,11 +101,3 @@ class SamplingTable:
         ahead = torch.arange(1, num_levels + 1, device=roots.device)
         keys = self.keys(seats.unsqueeze(1).expand(-1, num_levels), roots.unsqueeze(1) + ahead)
         return Noise(keys, self.real("draft_temperature", seats).float())
-
-
-def demand_of(requests: Sequence[RequestState]) -> Demand:
-    """What any of these requests asks for."""
-    demand = Demand.NOTHING
-    for request in requests:
-        demand |= Demand.of(request.sampling)
-    return demand

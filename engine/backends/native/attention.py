@@ -28,7 +28,7 @@ class NativeAttention:
     """The attention callable of one pass (see `engine.model.layers.Attention`), and what the kernels of a
     whole pass need to know of it. Only where `engine.backends.native.decoder.can_take` holds."""
 
-    def __init__(self, step: PassInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(self, step: PassInput, cache: KVCache, num_heads: int) -> None:
         library = kernels()
         assert library is not None
         self._library = library
@@ -42,7 +42,7 @@ class NativeAttention:
             num_requests=len(self._tables),
             num_threads=num_threads(),
             num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
+            num_kv_heads=cache.num_kv_heads,
             head_dim=cache.k.shape[-1],
             block_size=cache.block_size,
             num_slots=cache.k.shape[2],

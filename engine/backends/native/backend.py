@@ -58,7 +58,7 @@ class NativeParts(TorchBackend):
     def attention(self, step: PassInput, cache: KVCache, num_heads: int) -> Attention:
         if not reads_cache(cache.k):
             return super().attention(step, cache, num_heads)
-        return NativeAttention(step, cache, num_heads, cache.num_kv_heads)
+        return NativeAttention(step, cache, num_heads)
 
     def argmax(self, values: Tensor) -> Tensor:
         found = argmax(values)

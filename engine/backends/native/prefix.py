@@ -97,7 +97,7 @@ class NativePrefix(CachedPrefix):
         if nodes is not None:
             above = nodes.above[nodes.is_draft].numpy()
             rows_before[nodes.rows[nodes.is_draft].numpy()] = _addresses(hidden, above)
-        attention = NativeAttention(step, self._cache, self._layer.num_heads, self._layer.num_kv_heads)
+        attention = NativeAttention(step, self._cache, self._layer.num_heads)
         self._run(attention, step.token_ids, step.positions, rows_before, None)
 
     def _run(

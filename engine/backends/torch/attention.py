@@ -39,11 +39,11 @@ class AttentionGroup:
 class PagedAttention:
     """The attention callable of one pass (see `engine.model.layers.Attention`)."""
 
-    def __init__(self, step: PassInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(self, step: PassInput, cache: KVCache, num_heads: int) -> None:
         self._cache = cache
         self._slots = step.slots
-        self._num_kv_heads = num_kv_heads
-        self._heads_per_kv = num_heads // num_kv_heads
+        self._num_kv_heads = cache.num_kv_heads
+        self._heads_per_kv = num_heads // cache.num_kv_heads
         self._groups = [
             self._make_group(step, members) for members in _group_requests(step, cache.block_size)
         ]

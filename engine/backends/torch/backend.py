@@ -45,7 +45,7 @@ class TorchBackend(Backend):
         return decoder, quantize_linears(decoder, asked, spare_memory())
 
     def attention(self, step: PassInput, cache: KVCache, num_heads: int) -> Attention:
-        return PagedAttention(step, cache, num_heads, cache.num_kv_heads)
+        return PagedAttention(step, cache, num_heads)
 
     def fixed_attentions(self, cache: KVCache, max_model_len: int) -> FixedAttentions | None:
         return None

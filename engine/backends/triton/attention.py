@@ -31,9 +31,9 @@ class TritonAttention(RotatingAttention):
         self._ancestors = ancestors
 
     @classmethod
-    def for_step(cls, step: PassInput, cache: KVCache, num_heads: int, num_kv_heads: int) -> TritonAttention:
+    def for_step(cls, step: PassInput, cache: KVCache, num_heads: int) -> TritonAttention:
         """The attention of one pass."""
-        heads = PagedHeads.of(cache, num_heads, num_kv_heads)
+        heads = PagedHeads.of(cache, num_heads)
         plan = AttentionPlan.for_step(step, heads, cache.k.device)
         return cls(plan, cache, step.slots, step.ancestors)
 
@@ -91,12 +91,13 @@ class TritonAttention(RotatingAttention):
             )
 
 
-def warm_up(cache: KVCache, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
+def warm_up(cache: KVCache, num_heads: int, dtype: torch.dtype) -> None:
     """Compile all that passes and compaction may launch, by launches over nothing: no request waits for it.
 
     dtype: the queries'. Takes seconds the first time on a machine, later Triton finds the kernels on disk.
     """
-    heads, device = PagedHeads.of(cache, num_heads, num_kv_heads), cache.k.device
+    heads, device = PagedHeads.of(cache, num_heads), cache.k.device
+    num_kv_heads = cache.num_kv_heads
     slots = torch.full((1,), -1, device=device)
     qkv = torch.zeros(1, num_heads + 2 * num_kv_heads, heads.head_dim, dtype=dtype, device=device)
     q, k, v = qkv[:, :num_heads], qkv[:, num_heads:-num_kv_heads], qkv[:, -num_kv_heads:]

@@ -21,7 +21,7 @@ class TritonBackend(TorchBackend):
     name = "triton"
 
     def attention(self, step: PassInput, cache: KVCache, num_heads: int) -> Attention:
-        return TritonAttention.for_step(step, cache, num_heads, cache.num_kv_heads)
+        return TritonAttention.for_step(step, cache, num_heads)
 
     def fixed_attentions(self, cache: KVCache, max_model_len: int) -> FixedAttentions | None:
         return TritonAttentions(cache, max_model_len)

@@ -31,7 +31,7 @@ def store(
     k_cache, v_cache: [num_kv_heads, num_slots, head_dim]; slots: [num_tokens] int64, negative where padding;
     q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim];
     out: [num_tokens, num_heads * head_dim]; rotation: cosines and sines, [num_tokens, 1, head_dim] each, as
-    `engine.model.decoder.apply_rope` takes them.
+    `engine.model.layers.apply_rope` takes them.
     """
     num_tokens, num_heads, head_dim = q.shape
     q, k, v = (_rows_of_heads(x) for x in (q, k, v))

@@ -24,7 +24,7 @@ class TritonAttentions(FixedAttentions):
 
     def make(self, size: PassSize, num_heads: int, slots: Tensor, ancestors: Tensor) -> FixedAttention:
         cache = self._cache
-        heads = PagedHeads.of(cache, num_heads, cache.num_kv_heads)
+        heads = PagedHeads.of(cache, num_heads)
         # The cache may be smaller than its longest request's tables, where tests have it so.
         capacity = self._capacity(size, cache.num_blocks)
         plan = AttentionPlan.reserve(capacity, heads, cache.k.device, scratch=self._scratch)
@@ -34,7 +34,7 @@ class TritonAttentions(FixedAttentions):
         cache, nowhere = self._cache, torch.device("meta")
         scratch, total = Scratch(nowhere), 0
         for size, num_heads in sizes:
-            heads = PagedHeads.of(cache, num_heads, cache.num_kv_heads)
+            heads = PagedHeads.of(cache, num_heads)
             programs = programs_at_once(cache.k.device, choose_tile(heads, size.max_nodes))
             total += AttentionPlan.reserve(self._capacity(size), heads, nowhere, programs, scratch).nbytes
         return total + scratch.nbytes

@@ -34,7 +34,7 @@ def make_triton(place: Place) -> Backend | None:
     model = place.model
     cache = KVCache(model, 2, place.block_size, place.dtype, place.device, stored=place.stored)
     try:
-        warm_up(cache, model.num_heads, model.num_kv_heads, place.dtype)
+        warm_up(cache, model.num_heads, place.dtype)
     except Exception:  # Triton raises whatever its compilers do
         logger.warning("Running without our GPU kernels, slower: they cannot be compiled.", exc_info=True)
         return None

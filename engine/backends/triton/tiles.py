@@ -33,10 +33,9 @@ class PagedHeads:
     itemsize: int
 
     @classmethod
-    def of(cls, cache: KVCache, num_heads: int, num_kv_heads: int) -> PagedHeads:
+    def of(cls, cache: KVCache, num_heads: int) -> PagedHeads:
         """Queries are taken to be no wider than bfloat16 over a float8 cache."""
-        itemsize = cache.dtype.itemsize
-        return cls(num_heads, num_kv_heads, cache.k.shape[-1], cache.block_size, itemsize)
+        return cls(num_heads, cache.num_kv_heads, cache.k.shape[-1], cache.block_size, cache.dtype.itemsize)
 
     @property
     def group(self) -> int:

@@ -1,4 +1,4 @@
-/* Sampled tokens: engine/runner/sampling.py says what temperature, top-k, top-p, min-p and a draw are, and this
+/* Sampled tokens: engine/backends/torch/draws.py says what temperature, top-k, top-p, min-p and a draw are, and this
  * does the same, row by row and without copies, of rows that are numbers. Included by kernels.c. */
 #pragma once
 #include <stdlib.h>

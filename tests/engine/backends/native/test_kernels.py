@@ -139,8 +139,8 @@ def test_attention_follows_the_visibility_rule(
         torch.randn(num_tokens, count, dim, generator=generator).bfloat16()
         for count in (num_heads, num_kv_heads, num_kv_heads)
     )
-    found = NativeAttention(step, caches[0], num_heads, num_kv_heads)(0, q, k, v)
-    expected = PagedAttention(step, caches[1], num_heads, num_kv_heads)(0, q.float(), k.float(), v.float())
+    found = NativeAttention(step, caches[0], num_heads)(0, q, k, v)
+    expected = PagedAttention(step, caches[1], num_heads)(0, q.float(), k.float(), v.float())
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
     assert torch.equal(caches[0].k.float(), caches[1].k) and torch.equal(caches[0].v.float(), caches[1].v)
 
@@ -149,7 +149,7 @@ def test_block_tables_are_read_where_requests_keep_them() -> None:
     step, num_blocks = make_pass([(20, 4, 3), (0, 9, 0)], 4, 0)
     tables = [make_block_table(table) for table in step.block_tables]
     cache = KVCache(WIDE, num_blocks, 4, torch.bfloat16, CPU)
-    attention = NativeAttention(replace(step, block_tables=tables), cache, WIDE.num_heads, WIDE.num_kv_heads)
+    attention = NativeAttention(replace(step, block_tables=tables), cache, WIDE.num_heads)
     places = (ctypes.c_int64 * 2).from_address(attention.paging.block_tables)
     assert list(places) == [table.buffer_info()[0] for table in tables]
 
@@ -170,7 +170,7 @@ def test_the_decoder_is_the_decoder(name: str) -> None:
     decoder = random_decoder(config)
     reference = random_decoder(config).float()
     cache = KVCache(config, num_blocks, 16, torch.float32, CPU)
-    attention = PagedAttention(step, cache, config.num_heads, config.num_kv_heads)
+    attention = PagedAttention(step, cache, config.num_heads)
     expected = reference.logits(reference(step.token_ids, step.positions, attention))
     native = NativeDecoder(decoder, lambda name, weight: Kind.BF16)
     found = logits_of(native, step, KVCache(config, num_blocks, 16, torch.bfloat16, CPU))
@@ -184,12 +184,10 @@ def test_tapped_rows_follow_the_last_and_change_nothing() -> None:
     decoder = random_decoder(config)
     reference = random_decoder(config).float()
     cache = KVCache(config, num_blocks, 16, torch.float32, CPU)
-    attention = PagedAttention(step, cache, config.num_heads, config.num_kv_heads)
+    attention = PagedAttention(step, cache, config.num_heads)
     expected = reference(step.token_ids, step.positions, attention, (0, 2))
     native = NativeDecoder(decoder, lambda name, weight: Kind.BF16)
-    attention = NativeAttention(
-        step, KVCache(config, num_blocks, 16, torch.bfloat16, CPU), config.num_heads, config.num_kv_heads
-    )
+    attention = NativeAttention(step, KVCache(config, num_blocks, 16, torch.bfloat16, CPU), config.num_heads)
     found = native(step.token_ids, step.positions, attention, (0, 2))
     plain = native(step.token_ids, step.positions, attention)
     assert found.shape == expected.shape == (len(step.token_ids), 3 * config.hidden_size)
@@ -200,7 +198,7 @@ def test_tapped_rows_follow_the_last_and_change_nothing() -> None:
 
 def logits_of(decoder: NativeDecoder, step: PassInput, cache: KVCache) -> Tensor:
     config = decoder.config
-    attention = NativeAttention(step, cache, config.num_heads, config.num_kv_heads)
+    attention = NativeAttention(step, cache, config.num_heads)
     return decoder.logits(decoder(step.token_ids, step.positions, attention))
 
 

@@ -65,7 +65,7 @@ def test_entries_and_starts_are_those_of_a_dense_pass() -> None:
     for kept, wanted in ((cache.k, k), (cache.v, v)):
         close(kept[-1][:, every.slots].transpose(0, 1), wanted)
 
-    attention = NativeAttention(last, cache, WIDE.num_heads, WIDE.num_kv_heads)
+    attention = NativeAttention(last, cache, WIDE.num_heads)
     start = native.start(last.token_ids, last.positions, rows[-2:-1], attention)
     dense = layer(rows.unsqueeze(0), embeddings.unsqueeze(0))[0, -2]
     close(start[0], dense)

@@ -51,7 +51,7 @@ def test_a_pass_is_the_same_to_the_last_bit_by_any_number_of_threads() -> None:
 
     def run() -> tuple[Tensor, Tensor]:
         cache = KVCache(WIDE, num_blocks, 16, torch.bfloat16, CPU)
-        attention = NativeAttention(step, cache, WIDE.num_heads, WIDE.num_kv_heads)
+        attention = NativeAttention(step, cache, WIDE.num_heads)
         return decoder.logits(decoder(step.token_ids, step.positions, attention)), cache.k
 
     use_threads(1)

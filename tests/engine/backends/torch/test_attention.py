@@ -73,7 +73,7 @@ def node_logits(
             break
         batch.scheduled = [s for s in batch.scheduled if not s.commits]
         step = lay_out_batch(batch, block_size)
-        decoder(step.token_ids, step.positions, PagedAttention(step, cache, 4, 2))
+        decoder(step.token_ids, step.positions, PagedAttention(step, cache, 4))
         for scheduled in batch.scheduled:
             scheduled.request.num_computed += scheduled.num_tokens
     step = lay_out_batch(batch, block_size)
@@ -84,7 +84,7 @@ def node_logits(
     ]
     parents = torch.tensor(family.parents[:width]).expand(len(trees), -1)
     step.fill(DraftTrees.build(torch.tensor(tokens), parents, step.commits.num_nodes, family.max_depth))
-    hidden = decoder(step.token_ids, step.positions, PagedAttention(step, cache, 4, 2))
+    hidden = decoder(step.token_ids, step.positions, PagedAttention(step, cache, 4))
     logits = decoder.logits(hidden[step.commits.rows])
     return list(torch.split(logits, step.commits.num_nodes.tolist()))
 

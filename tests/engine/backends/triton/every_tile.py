@@ -33,7 +33,7 @@ def choices(capability: int) -> Iterator[tuple[torch.dtype, torch.dtype, int, in
 
 def compile_tiles(dtype: torch.dtype, stored: torch.dtype, group: int, head_dim: int) -> None:
     cache = cache_of((group, 1, head_dim), dtype, stored, 2)
-    heads = PagedHeads.of(cache, group, 1)
+    heads = PagedHeads.of(cache, group)
     about = {"dtype": str(dtype), "stored": str(stored), "group": group, "head_dim": head_dim}
     slots = torch.full((1,), -1)
     for max_queries in query_counts(heads):

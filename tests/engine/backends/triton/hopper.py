@@ -88,7 +88,7 @@ def cache_of(
 def launches_at_start_up(case: str) -> Launches:
     heads, dtype, stored, _ = CASES[case]
     with compiling() as launched:
-        warm_up(cache_of(heads, dtype, stored, 2), heads[0], heads[1], dtype)
+        warm_up(cache_of(heads, dtype, stored, 2), heads[0], dtype)
     return launched
 
 
@@ -102,7 +102,7 @@ def launches(case: str) -> Launches:
             qkv = torch.zeros(len(step.slots), num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
             q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
             rotation = torch.zeros(len(step.slots), 1, head_dim, dtype=dtype)
-            heads = PagedHeads.of(cache, num_heads, num_kv_heads)
+            heads = PagedHeads.of(cache, num_heads)
             plan = AttentionPlan.for_step(step, heads, CPU, num_programs=264)
             attention = TritonAttention(plan, cache, step.slots, step.ancestors)
             for layer in range(CONFIG.num_layers):

@@ -38,12 +38,12 @@ requests = st.lists(
 
 
 def plan_of(case: Case, num_programs: int | None = None) -> AttentionPlan:
-    heads = PagedHeads.of(case.cache, case.num_heads, case.num_kv_heads)
+    heads = PagedHeads.of(case.cache, case.num_heads)
     return AttentionPlan.for_step(case.step, heads, DEVICE, num_programs)
 
 
 def expected_of(case: Case) -> Tensor:
-    attention = PagedAttention(case.reference_step, case.reference_cache, case.num_heads, case.num_kv_heads)
+    attention = PagedAttention(case.reference_step, case.reference_cache, case.num_heads)
     return attention(0, *case.reference_inputs)
 
 
@@ -94,7 +94,7 @@ def test_rotation_in_the_kernel_is_the_decoders(dtype: torch.dtype) -> None:
         for table in rotation_table(10.0 ** -torch.linspace(0, 4, 12), 64)
     )
     q, k, v = case.reference_inputs
-    attention = PagedAttention(case.reference_step, case.reference_cache, 9, 3)
+    attention = PagedAttention(case.reference_step, case.reference_cache, 9)
     expected = attention(0, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
     attention = TritonAttention(plan_of(case), case.cache, case.step.slots, case.step.ancestors)
     table = [x.to(DEVICE) for x in (cos, sin)]
@@ -177,7 +177,7 @@ def test_one_reserved_plan_serves_pass_after_pass() -> None:
     num_tokens, num_blocks, heads = 104, 40, (4, 2, 32)
     first = make_case([(num_blocks * 16 - 1, 1, 0)], heads)
     plan = AttentionPlan.reserve(
-        Capacity(6, num_tokens, 64, 20), PagedHeads.of(first.cache, 4, 2), DEVICE, num_programs=40
+        Capacity(6, num_tokens, 64, 20), PagedHeads.of(first.cache, 4), DEVICE, num_programs=40
     )
     slots = torch.full((num_tokens,), -1, device=DEVICE)
     ancestors = torch.zeros(num_tokens, dtype=torch.int64, device=DEVICE)
@@ -241,7 +241,7 @@ def test_float32_has_tiles_of_few_rows_which_fit_the_registers(head_dim: int) ->
 def test_warming_up_leaves_the_cache_alone() -> None:
     case = make_case([(30, 0, 8)], (4, 2, 32))
     before = case.cache.k.clone(), case.cache.v.clone()
-    warm_up(case.cache, 4, 2, torch.float32)
+    warm_up(case.cache, 4, torch.float32)
     assert torch.equal(case.cache.k, before[0]) and torch.equal(case.cache.v, before[1])
 
 
@@ -303,7 +303,7 @@ def test_a_pass_of_the_decoder_is_the_same() -> None:
     hidden, caches = [], []
     for attention in (PagedAttention, TritonAttention.for_step):
         cache = KVCache(CONFIG, num_blocks, 16, torch.float32, DEVICE)
-        hidden.append(decoder(step.token_ids, step.positions, attention(step, cache, 4, 2)))
+        hidden.append(decoder(step.token_ids, step.positions, attention(step, cache, 4)))
         caches.append(cache)
     torch.testing.assert_close(hidden[1], hidden[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(caches[1].k, caches[0].k, rtol=1e-4, atol=1e-5)
