@@ -28,7 +28,7 @@ from training.heads_log import EpochCost, HeadsLog
 from training.heads_loss import LATER_HEADS_EVERY, HeadsLoss
 from training.hidden_states import HiddenCache
 from training.optimizer import HeadsOptimizer
-from training.run_state import HEAD_DECAY, LARGEST_GRADIENT, STATE_FILE, tensors_digest
+from training.run_state import HEAD_DECAY, LARGEST_GRADIENT, STATE_FILE, not_finite, tensors_digest
 from training.sequences import SequenceBatch, Sequences
 
 HELD_OUT_DOCUMENTS = 60
@@ -191,7 +191,7 @@ class HeadsTrainer:
         means: list[float] = (self.accelerator.reduce(sums) / counts).tolist()
         norm = nn.utils.clip_grad_norm_(self.heads.parameters(), LARGEST_GRADIENT)
         if not all(math.isfinite(x) for x in (*means, float(norm))):
-            raise TrainingError(self._not_finite(means))
+            raise TrainingError(not_finite(self.directory, self.step, means))
         self.optimizer.step(self.learning_rate(self.step))
         self.step += 1
         return means
@@ -205,14 +205,6 @@ class HeadsTrainer:
         total = self.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]))
         for parameter, grad in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = grad.view_as(parameter)
-
-    def _not_finite(self, means: list[float]) -> str:
-        path = self.directory / STATE_FILE
-        where = f"the last good checkpoint is {path}: run again with a lower --lr, it goes on from there"
-        start = "there is no checkpoint yet: start again with a lower --lr"
-        losses = " ".join(f"{x:.3g}" for x in means)
-        advice = where if path.exists() else start
-        return f"loss or gradient is not finite at step {self.step} (losses {losses}); {advice}"
 
     def held_out_hits(self) -> list[float]:
         """Top-1 hit rate per head, given the path, over a sample of the held-out text."""

@@ -27,7 +27,7 @@ from training.dataset import Document, digest
 from training.heads_loss import token_columns
 from training.joint_log import JointLog, StepFacts
 from training.joint_losses import distillation_loss, head_losses, language_loss, phase_rate, sine_ramp
-from training.run_state import HEAD_DECAY, LARGEST_GRADIENT, STATE_FILE, tensors_digest
+from training.run_state import HEAD_DECAY, LARGEST_GRADIENT, STATE_FILE, not_finite, tensors_digest
 
 HEADS_LR_FACTOR = 4.0  # heads learn this much faster than the backbone (appendix B)
 WEIGHT_DECAY = 0.01
@@ -244,20 +244,12 @@ class JointTrainer:
         means = (accelerator.reduce(sums).cpu() / counts).tolist()
         norms = [nn.utils.clip_grad_norm_(group, LARGEST_GRADIENT) for group in self.groups]
         if not all(math.isfinite(x) for x in (*means, *map(float, norms))):
-            raise JointTrainingError(self._not_finite(means))
+            raise JointTrainingError(not_finite(self.directory, self.step, means))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         tokens = sum(batch.token_ids.numel() for batch in batches)
         return StepFacts(means[0], means[1:], *rates, lambda0, tokens)
-
-    def _not_finite(self, means: list[float]) -> str:
-        path = self.directory / STATE_FILE
-        where = f"the last good checkpoint is {path}: run again with a lower --lr, it goes on from there"
-        start = "there is no checkpoint yet: start again with a lower --lr"
-        losses = " ".join(f"{x:.3g}" for x in means)
-        advice = where if path.exists() else start
-        return f"loss or gradient is not finite at step {self.step} (losses {losses}); {advice}"
 
     def run(self) -> None:
         """Train from the current state to the end."""

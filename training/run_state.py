@@ -1,9 +1,10 @@
-"""What both trainers share: a few constants, the name of the state's file, a digest of the start."""
+"""What both trainers share: a few constants, the state's file and its digest, advice where training fails."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,3 +27,13 @@ def tensors_digest(tensors: Mapping[str, Tensor | None]) -> str:
             total.update(f"{tuple(values.shape)} {values.dtype}".encode())
             total.update(values.view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def not_finite(directory: Path, step: int, means: Sequence[float]) -> str:
+    """What to tell and advise where a loss or a gradient is no number. means: of the losses."""
+    path = directory / STATE_FILE
+    where = f"the last good checkpoint is {path}: run again with a lower --lr, it goes on from there"
+    start = "there is no checkpoint yet: start again with a lower --lr"
+    losses = " ".join(f"{x:.3g}" for x in means)
+    advice = where if path.exists() else start
+    return f"loss or gradient is not finite at step {step} (losses {losses}); {advice}"

@@ -17,6 +17,7 @@ from engine.batch import RequestState
 from engine.messages import MAX_LISTED_TOKENS
 from engine.runner import sampling
 from engine.runner.sampling_table import Demand, SamplingTable
+from engine.runner.transfer import integers, to_device
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Penalties(Processor):
         if Demand.PENALTIES not in Demand.of(request.sampling):
             return
         self._counts[seat], self._in_prompt[seat] = 0, False
-        prompt = torch.tensor(request.token_ids[: request.num_prompt_tokens]).to(self._counts.device)
+        prompt = integers(request.token_ids[: request.num_prompt_tokens], self._counts.device)
         self._in_prompt[seat].index_fill_(0, prompt, True)
         self._counted[seat] = request.num_prompt_tokens
 
@@ -118,7 +119,7 @@ class Penalties(Processor):
         counted = self._counted.get(seat)
         if counted is None or counted == len(request.token_ids):
             return
-        new = torch.tensor(request.token_ids[counted:]).to(self._counts.device)
+        new = integers(request.token_ids[counted:], self._counts.device)
         self._counts[seat].index_add_(0, new, torch.ones_like(new, dtype=torch.int32))
         self._counted[seat] = len(request.token_ids)
 
@@ -148,8 +149,8 @@ class _Listed:
             return
         device = self._tokens.device
         self._tokens[seat], self._values[seat] = 0, 0.0
-        self._tokens[seat, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64).to(device)
-        self._values[seat, : len(tokens)] = torch.tensor(values).to(device)
+        self._tokens[seat, : len(tokens)] = integers(tokens, device)
+        self._values[seat, : len(tokens)] = to_device(np.array(values, dtype=np.float32), device)
         self._lengths[seat] = len(tokens)
         if not tokens:
             del self._lengths[seat]
@@ -162,5 +163,4 @@ class _Listed:
 
 def _zeros(rows: int, columns: int, dtype: np.dtype[np.generic], device: torch.device) -> Tensor:
     """[rows, columns]"""
-    zeros = torch.from_numpy(np.zeros((rows, columns), dtype=dtype))
-    return zeros if device.type == "cpu" else zeros.to(device)
+    return torch.from_numpy(np.zeros((rows, columns), dtype=dtype)).to(device)

@@ -25,6 +25,7 @@ from engine.runner.per_request import PerRequest
 from engine.runner.processors import DrawRows, LogitBias, MinimumLength, Penalties, Processor
 from engine.runner.sampling_table import Demand, SamplingTable
 from engine.runner.step_input import CommitRows, StepInput
+from engine.runner.transfer import to_device
 from trees.verify import DraftTrees, exact_edges
 
 
@@ -154,7 +155,7 @@ class Sampler:
         if len(chosen) == len(commits.scheduled):
             return None
         rows = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
-        return torch.from_numpy(rows).to(commits.rows.device)
+        return to_device(rows, commits.rows.device)
 
     def _follow_typical(
         self, edges: Tensor, typical: _Typical, rows: DrawRows, commits: CommitRows, trees: DraftTrees

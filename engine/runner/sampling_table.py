@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from enum import Flag, auto
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.backends.noise import Noise, make_keys, mix_seed
 from engine.batch import RequestState
 from engine.messages import SamplingParams
+from engine.runner.transfer import to_device
 
 COLDEST = 1e-6  # a lower temperature draws the same tokens, until dividing by it overflows
 _REALS = (
@@ -80,7 +82,8 @@ class SamplingTable:
             # One token is all that a top-k of 1 leaves: its noise decides nothing.
             "draft_temperature": 0.0 if params.top_k == 1 else params.temperature,
         }
-        self._reals[seat] = torch.tensor([values[name] for name in _REALS], dtype=torch.float64)
+        row = np.array([values[name] for name in _REALS], dtype=np.float64)
+        self._reals[seat] = to_device(row, self._reals.device)
         self._seeds[seat] = mix_seed(request.seed)
         self._top_k[seat] = params.top_k
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def to_device(values: NDArray[np.int64] | NDArray[np.float32], device: torch.device) -> Tensor:
+def to_device(values: NDArray[np.int64 | np.float32 | np.float64], device: torch.device) -> Tensor:
     """The same values there. On CPU they share memory."""
     tensor = torch.from_numpy(values)
     if device.type == "cpu":
