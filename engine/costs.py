@@ -32,12 +32,12 @@ class CostModel:
     next_key: float = 0.0
 
     def base_seconds(self, num_tokens: int, num_requests: int, num_keys: int) -> float:
-        """Of a pass without drafts; num_keys: computed positions of all its requests together."""
+        """Seconds of a pass without drafts. num_keys: computed positions of all its requests together."""
         keys = max(num_keys - self.context * num_requests, 0)
         return self.seconds_of(num_tokens) + self.first_key * keys
 
     def seconds_of(self, num_tokens: int) -> float:
-        """Of one pass, over `context` computed positions for each request."""
+        """Seconds of one pass, over `context` computed positions for each request."""
         if num_tokens < _TABLE:
             return float(self._pass_table[num_tokens])
         return float(self.pass_seconds(np.array([num_tokens]))[0])
@@ -48,7 +48,7 @@ class CostModel:
 
     @cached_property
     def _level_tables(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of the first level, and of each further one."""
+        """Seconds of the first level, and of each further one, by the number of requests."""
         return self._levels_at(np.arange(_TABLE))
 
     def _levels_at(self, counts: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

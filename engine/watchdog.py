@@ -28,7 +28,7 @@ class Watchdog:
 
     @property
     def start_limit(self) -> float:
-        """For the engine to load its model."""
+        """Seconds that the engine may take to load its model."""
         if self._longest_start is None:
             return _FIRST_START
         usual = max(_STARTS * self._longest_start, _LEAST_START)
@@ -36,7 +36,7 @@ class Watchdog:
 
     @property
     def step_limit(self) -> float:
-        """For one step."""
+        """Seconds that one step may take."""
         if self._step_timeout is not None:
             return self._step_timeout
         # Finished steps may have had small chunks of prompts; the estimate is of a whole one.

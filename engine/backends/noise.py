@@ -67,7 +67,7 @@ class Noise:
     temperatures: Tensor  # [num_requests] float32, 0 where a request is greedy
 
     def rows(self, indices: Tensor) -> Noise:
-        """Of some of the requests. indices: [num_rows] int64"""
+        """The noise of some of the requests. indices: [num_rows] int64"""
         return Noise(self.keys[indices], self.temperatures[indices])
 
 

@@ -34,7 +34,7 @@ class Bucket(PassSize):
         return cls(num_tokens, num_requests, min(max_nodes, num_tokens - num_requests + 1))
 
     def roots(self) -> Bucket:
-        """Of the roots alone."""
+        """The bucket of the roots alone."""
         return Bucket.of(self.num_requests, self.num_requests, 1)
 
     def holds(self, batch: Batch) -> bool:

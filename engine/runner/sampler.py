@@ -73,7 +73,7 @@ class Sampler:
         return Demand.of(request.sampling)
 
     def noise_ahead(self, seats: Tensor, roots: Tensor, num_levels: int) -> Noise:
-        """Of the draws that follow each root; see `SamplingTable.noise_ahead`."""
+        """Noise of the draws that follow each root; see `SamplingTable.noise_ahead`."""
         return self._table.noise_ahead(seats, roots, num_levels)
 
     def judge(self, logits: Tensor, step: StepInput, trees: DraftTrees, demand: Demand) -> Verdict:

@@ -35,7 +35,7 @@ class Demand(Flag):
 
     @classmethod
     def of(cls, params: SamplingParams) -> Demand:
-        """Of one request."""
+        """What one request asks for."""
         demand = cls.NOTHING
         if params.logit_bias:
             demand |= cls.BIAS
@@ -96,11 +96,11 @@ class SamplingTable:
         return self._top_k[seats]
 
     def keys(self, seats: Tensor, positions: Tensor) -> Tensor:
-        """Of the draws of tokens at these positions, int64 of the same shape. seats: the same shape."""
+        """Keys of the draws of tokens at these positions, int64. seats, positions: of the same shape."""
         return make_keys(self._seeds[seats], positions)
 
     def noise_ahead(self, seats: Tensor, roots: Tensor, num_levels: int) -> Noise:
-        """Of the draws that follow each root. seats, roots: [num_requests] int64, the roots' positions."""
+        """Noise of the draws that follow each root. seats, roots (positions): [num_requests] int64"""
         ahead = torch.arange(1, num_levels + 1, device=roots.device)
         keys = self.keys(seats.unsqueeze(1).expand(-1, num_levels), roots.unsqueeze(1) + ahead)
         return Noise(keys, self.real("draft_temperature", seats).float())
