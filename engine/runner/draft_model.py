@@ -1,7 +1,7 @@
 """Drafts a chain with a second, smaller decoder of the same vocabulary, token after token.
 
 Its KV lives in a cache of its own under the base's block tables, so that whoever shares a block of the base's
-shares the draft model's too. It is computed when the base's is: in `observe` for known tokens, in `propose`
+shares the draft model's too. It is computed when the base's is: in `observe` for known tokens, in `grow`
 for drafts. A chain never moves in compaction.
 """
 
