@@ -60,7 +60,7 @@ class Tile:
 
     def programs(self, shared_memory: int = _HOPPER_SHARED) -> int:
         """How many run beside each other on one processor, by its bytes of shared memory. About: with less of
-        it fewer do, in proportion; small heads would leave room for one more."""
+        it fewer do, in proportion; small heads and a float8 cache each leave room for one more."""
         most = _PROGRAMS.get(self.rows, 1)
         return max(1, min(most, most * shared_memory // _HOPPER_SHARED))
 

@@ -98,4 +98,5 @@ def test_every_tile_fits_and_as_many_run_at_once_as_is_planned_for(capability: i
             registers = -(-kernel["REG"] // 8) * 8 * 32 * kernel["warps"]
             fit = min(REGISTERS // registers, processor // (kernel["shared"] + 1024))
             planned = Tile(1, kernel["rows"], kernel["keys"], kernel["warps"], 1).programs(processor)
-            assert abs(planned - fit) <= 1, kernel
+            room = 2 if kernel["stored"] != kernel["dtype"] else 1  # a float8 cache takes half the memory
+            assert -1 <= fit - planned <= room, kernel
