@@ -129,8 +129,8 @@ def test_a_drafter_may_tap_layers_and_attend_at_every_level(sizes: dict[str, int
     for name, result in engine.run(requests).items():
         usage = result.outputs[-1].usage
         assert result.tokens == expected[name].tokens
-        # Three levels of two: each step accepts three of six, but the last may end before. A small budget cuts
-        # trees, which leaves out guesses that come late.
+        # Three levels of two: each step accepts three of six, but the last may end before. A small budget
+        # cuts trees, which leaves out guesses that come late.
         assert 2 * usage.accepted_tokens >= usage.drafted_tokens - 6
         assert sizes or 2 * usage.accepted_tokens <= usage.drafted_tokens + 6
         assert usage.accepted_tokens >= 20
