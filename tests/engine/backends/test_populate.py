@@ -16,11 +16,12 @@ MEGABYTE = 1 << 20
 
 
 def resident_bytes(array: NDArray[np.uint8]) -> int:
-    """Of the mapping that an array lies in."""
+    """Of the mapping that an array's middle lies in: its first page may have one of its own."""
+    middle = array.ctypes.data + array.nbytes // 2
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
     for line in lines:
         first, _, end = line.split()[0].partition("-")
-        if end and int(first, 16) <= array.ctypes.data < int(end, 16):
+        if end and int(first, 16) <= middle < int(end, 16):
             return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
     raise AssertionError("the array is mapped nowhere")
 
