@@ -53,7 +53,7 @@ class EngineConfig:
     max_inter_token_ms: float | None = flag(
         None,
         "milliseconds that a step may take in which prompts are read: the longest time between two tokens of "
-        "a running answer (default: 2.2 times what a step takes without prompts)",
+        "a running answer (default: about 2.2 times what a step takes without prompts)",
     )
     max_model_len: int | None = flag(None, "longest prompt plus answer in tokens (default: the model's own)")
     kv_cache_memory: int | None = flag(

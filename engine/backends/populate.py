@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from itertools import count
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +32,12 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def populate(arrays: Sequence[NDArray[np.generic]], rows: int) -> None:
-    """Let the system give the pages of these arrays meanwhile, first the beginnings of all their `rows` equal
-    parts. What they hold stays as it is. The thread ends early where the arrays are given up, or where the
-    system cannot do it."""
+    """Let the system give the pages of some arrays of one size meanwhile, first the beginnings of all their
+    `rows` equal parts. What they hold stays as it is. The thread ends early where the arrays are given up, or
+    where the system cannot do it."""
     references = [weakref.ref(array) for array in arrays]
-    thread = threading.Thread(target=_run, args=(references, rows), name=_NAME, daemon=True)
+    stride = arrays[0].nbytes // rows
+    thread = threading.Thread(target=_run, args=(references, rows, stride), name=_NAME, daemon=True)
     thread.start()
 
 
@@ -47,27 +48,17 @@ def wait_until_populated() -> None:
             thread.join()
 
 
-def _run(references: Sequence[weakref.ref[NDArray[np.generic]]], rows: int) -> None:
-    for part in count():
-        left = False
-        for row in range(rows):
-            for reference in references:
-                array = reference()
-                if array is None:
-                    return
-                began = time.perf_counter()
-                stride = array.nbytes // rows
-                if part * _CHUNK >= stride:
-                    continue
-                left = True
-                if not _give(
-                    array.ctypes.data + row * stride + part * _CHUNK, min(_CHUNK, stride - part * _CHUNK)
-                ):
-                    return
-                del array
-                time.sleep(_REST * (time.perf_counter() - began))
-        if not left:
+def _run(references: Sequence[weakref.ref[NDArray[np.generic]]], rows: int, stride: int) -> None:
+    """stride: bytes of each of the rows."""
+    for offset, row, reference in product(range(0, stride, _CHUNK), range(rows), references):
+        array = reference()  # kept for one chunk, so that the memory may go
+        if array is None:
             return
+        began = time.perf_counter()
+        if not _give(array.ctypes.data + row * stride + offset, min(_CHUNK, stride - offset)):
+            return
+        del array
+        time.sleep(_REST * (time.perf_counter() - began))
 
 
 def _give(address: int, size: int) -> bool:

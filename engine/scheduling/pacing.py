@@ -21,8 +21,6 @@ _SLOWDOWN, _SLOWDOWN_ALONE = 2.2, 3.2
 # Time for prompts in any case, as a multiple of what comes with every step: what is known of steps without
 # prompts may be old.
 _LEAST, _LEAST_ALONE = 0.6, 1.8
-# Times that, where more wait for their first token than for their next: up to so many times.
-_MANY, _MANY_ALONE = 2.0, 4
 _OF_LONGEST = 0.85  # of a bound that was asked for: steps vary
 # Shares of a step without prompts in the averages of the machine's speed, and of what drafts add.
 _SPEED, _DRAFTING = 0.2, 0.05
@@ -33,10 +31,9 @@ _PRICES, _DOUBTS, _LEAST_PRICE = (1.3, 1.0), (0.4, 1.0), 0.1
 
 
 class Pacing(Protocol):
-    def spare_seconds(self, num_decoding: int, num_keys: int, num_prompts: int) -> float:
+    def spare_seconds(self, num_decoding: int, num_keys: int) -> float:
         """How long a step may last beyond the time that `num_decoding` requests take for one token each, over
-        `num_keys` computed positions of all of them together. num_prompts: that are or wait to be read. It
-        may be negative."""
+        `num_keys` computed positions of all of them together. It may be negative."""
         ...
 
     def affordable(self, seconds: float, num_computed: int, num_beside: int, most: int) -> int:
@@ -56,7 +53,7 @@ class Pacing(Protocol):
 class Unpaced:
     """As many prompt tokens as the token budget holds."""
 
-    def spare_seconds(self, num_decoding: int, num_keys: int, num_prompts: int) -> float:
+    def spare_seconds(self, num_decoding: int, num_keys: int) -> float:
         return math.inf
 
     def affordable(self, seconds: float, num_computed: int, num_beside: int, most: int) -> int:
@@ -87,17 +84,14 @@ class TimedPacing:
         self._prices = Tracker(_PRICES, _DOUBTS)
         self._set_prices()
 
-    def spare_seconds(self, num_decoding: int, num_keys: int, num_prompts: int) -> float:
+    def spare_seconds(self, num_decoding: int, num_keys: int) -> float:
         roots = self._cost.base_seconds(num_decoding, num_decoding, num_keys)  # of one token where nobody is
         with_prompts = self._seconds(roots, 0.0)
         if self._longest is not None:
             return _OF_LONGEST * self._longest - with_prompts
         usual = math.exp(self._speed + self._drafting) * roots
-        if num_decoding:
-            many = min(max(num_prompts / num_decoding, 1.0), _MANY)
-            return many * max(_SLOWDOWN * usual - with_prompts, _LEAST * with_prompts)
-        many = min(max(num_prompts, 1), _MANY_ALONE)
-        return many * max(_SLOWDOWN_ALONE * usual - with_prompts, _LEAST_ALONE * with_prompts)
+        slowdown, least = (_SLOWDOWN, _LEAST) if num_decoding else (_SLOWDOWN_ALONE, _LEAST_ALONE)
+        return max(slowdown * usual - with_prompts, least * with_prompts)
 
     def affordable(self, seconds: float, num_computed: int, num_beside: int, most: int) -> int:
         def added(num_tokens: int) -> float:

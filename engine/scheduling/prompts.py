@@ -21,15 +21,13 @@ class PromptShare:
     """What a step has for prompts, and for drafts beside them: tokens, and seconds.
 
     num_tokens: that the step may hold besides its roots. num_computed: positions that each of the requests
-    which decode has computed. num_prompts: that are or wait to be read.
+    which decode has computed.
     """
 
-    def __init__(
-        self, pacing: Pacing, num_tokens: int, num_computed: Sequence[int], num_prompts: int = 1
-    ) -> None:
+    def __init__(self, pacing: Pacing, num_tokens: int, num_computed: Sequence[int]) -> None:
         self._pacing, self._num_tokens = pacing, num_tokens
         self._num_beside = len(num_computed)  # tokens that the step holds so far
-        self._seconds = pacing.spare_seconds(len(num_computed), sum(num_computed), num_prompts)
+        self._seconds = pacing.spare_seconds(len(num_computed), sum(num_computed))
         self._usual_context = sum(num_computed) // max(len(num_computed), 1)
         self._num_served = 0
 
@@ -63,10 +61,11 @@ class PromptShare:
         most = min(num_left, max(math.ceil(share * self._num_tokens), 1))
         least = min(_LEAST_TOKENS if self._num_served < 2 else 1, most)
         seconds = share * self._seconds
-        num_tokens = self._pacing.affordable(_OVERRUN * seconds, num_computed, self._num_beside, most)
-        if num_tokens < num_left:
-            num_tokens = self._pacing.affordable(seconds, num_computed, self._num_beside, most)
-        num_tokens = max(num_tokens, least)
+        whole = self._pacing.added_seconds(num_left, num_computed, self._num_beside)
+        if most == num_left and whole <= _OVERRUN * seconds:
+            num_tokens = num_left
+        else:
+            num_tokens = max(self._pacing.affordable(seconds, num_computed, self._num_beside, most), least)
         self._num_served += 1
         self._spend(num_tokens, num_computed)
         return num_tokens

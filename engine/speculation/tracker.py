@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 _NOISE = 0.15  # standard deviation of one step's time, as a share of the predicted time
 _DRIFT = 0.02  # share of the prior variance that comes back every step: loads change
@@ -17,18 +16,13 @@ class Tracker:
     """Coefficients of a sum that makes up a step's seconds, tracked around what they are thought to be at
     first. A coefficient that the load cannot tell from the others stays where it is.
 
-    state: of each coefficient; deviation: how far off it may be, as a standard deviation.
+    state: of each coefficient; deviation: how far off it may be at first, as a standard deviation.
     """
 
     def __init__(self, state: Sequence[float], deviation: Sequence[float]) -> None:
         self.state = np.array(state, dtype=np.float64)
         self._prior = np.array(deviation) ** 2
         self._variance = np.diag(self._prior)
-
-    @property
-    def deviation(self) -> NDArray[np.float64]:
-        """How far off each coefficient may be at present."""
-        return np.asarray(np.sqrt(np.diag(self._variance)))
 
     def observe(self, row: Sequence[float], seconds: float, least: float) -> None:
         """Learn from one step: what the coefficients are multiplied by, the time it took, and the least that
